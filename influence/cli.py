@@ -1,0 +1,117 @@
+"""The command line. Every command takes one YAML config; `--set a.b=value` overrides a value."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from influence.config_loading import load_config
+from influence.errors import InfluenceError
+
+app = typer.Typer(
+    name="influence",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Choose which candidate samples to fine-tune a language model on, with what weight, and "
+    "how sure that is. Start with `influence plan CONFIG`, then `influence select CONFIG`.",
+    epilog="Exit codes: 0 done; 2 bad config or data; 3 some shards failed for good (the same "
+    "command goes on from there); 130 interrupted.",
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML config of the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a value of the config, e.g. `--set selection.budget=10%`. Repeatable.",
+    ),
+]
+RunDirectory = Annotated[str, typer.Argument(metavar="RUN", help="Run directory (or s3://...).")]
+
+
+@app.command()
+def select(
+    config: ConfigPath,
+    set_: Overrides = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Put the results over those of another config.")
+    ] = False,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Run without Ray, in this process.")
+    ] = False,
+) -> None:
+    """Run the whole job: cache, regression, weights, selection, report.
+
+    Shards that are in the cache are reused; an interrupted run goes on where it was.
+    """
+    settings = load_config(config, set_ or ())
+    if in_process:
+        from influence.one_process import run_select
+    else:
+        from ray_jobs.select import run_select
+    summary = run_select(settings, replace=replace)
+    print_summary(settings.run, summary)
+
+
+@app.command()
+def plan(config: ConfigPath, set_: Overrides = None) -> None:
+    """Say what a run would cost: counts, tokens, cached shards, FLOPs, bytes, time. No model runs.
+
+    Tokenises the pool and the targets (that much is committed to the cache), loads no weights.
+    """
+    from influence.plan import make_plan, print_plan
+
+    print_plan(make_plan(load_config(config, set_ or ())), Console())
+
+
+@app.command()
+def status(run: RunDirectory) -> None:
+    """Say what of a run is committed, what is missing, and what failed."""
+    from influence.status import print_status, read_status
+
+    print_status(read_status(run), Console())
+
+
+@app.command()
+def report(run: RunDirectory) -> None:
+    """Rebuild RUN/report.html from the run's files."""
+    from influence.report import build_report
+
+    Console().print(build_report(run), soft_wrap=True, highlight=False)
+
+
+def print_summary(run: str, summary: dict[str, Any]) -> None:
+    """Tables after a run: sources in the pool and the selection, certificate, seconds per stage."""
+    from influence.summary import summary_tables
+
+    console = Console()
+    for table in summary_tables(run, summary):
+        console.print(table)
+    if summary["counts"]["budget_exceeds_pool"]:
+        console.print("The budget is larger than the pool: every scored candidate is selected.")
+    console.print(f"selection: {run}/selection.jsonl", soft_wrap=True, highlight=False)
+    console.print(f"report:    {summary['report']}", soft_wrap=True, highlight=False)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs a command; an error of the package ends with its message and exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(args=arguments, prog_name="influence")
+    except InfluenceError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: what is committed stands; the same command goes on", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""The config: one pydantic model per section of the YAML file.
+
+Every section that the design names is here, also those whose code comes later: their values parse,
+and `influence.config_loading.refuse_unbuilt` refuses them by name. Config objects stop at the job
+modules; the mathematics takes tensors and plain numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are checked on assignment."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True)
+
+
+class ModelConfig(Section):
+    """The causal language model whose gradients decide."""
+
+    name: str = Field(description="hub name, folder, or package:NAME of an installed package")
+    adapter: str | None = Field(None, description="PEFT adapter: folder or hub name")
+    gguf_file: str | None = Field(None, description="GGUF file inside the model's folder")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = Field(False, description="run code that the model's repository ships")
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class DataConfig(Section):
+    """The pool of candidates."""
+
+    candidates: list[str] = Field(min_length=1, description="files or globs, local or s3://")
+    limit: PositiveInt | None = Field(None, description="take the first rows in file order")
+    max_length: Annotated[int, Field(ge=2)] = 2048
+
+    @field_validator("candidates", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+
+class TargetConfig(Section):
+    """One target: what the selected candidates should help with."""
+
+    path: str
+    limit: PositiveInt | None = None
+    per: Literal["row", "group"] = Field(
+        "row", description="a score for each target row, or one for the target (or each group)"
+    )
+    group_by: str | None = Field(None, description="column whose values are the groups")
+
+    @model_validator(mode="after")
+    def _group_by_needs_groups(self) -> TargetConfig:
+        if self.group_by is not None and self.per == "row":
+            # `group_by` alone is a request for groups: it says nothing else.
+            object.__setattr__(self, "per", "group")
+        return self
+
+
+class EmbeddingConfig(Section):
+    """The cheap embedding of every candidate."""
+
+    kind: Literal["jvp", "hidden", "rds", "auto"] = "jvp"
+    blocks: PositiveInt = 4
+    tangents: PositiveInt = 2
+    tangent: Literal["rank1", "dense"] = "rank1"
+    dim: PositiveInt = 4096
+
+
+class GradientsConfig(Section):
+    """Exact per-sample gradients: of the landmarks, the targets, or every candidate."""
+
+    parameters: str = Field("all", description="all (linear layers) or lora")
+    projection: Literal["exact", "kronecker", "srht", "rademacher", "countsketch", "none"] = (
+        "kronecker"
+    )
+    side: Annotated[int, Field(ge=2)] = Field(64, description="random directions on each side")
+    dim: Annotated[int, Field(ge=2)] = Field(8192, description="length of a stored vector")
+    reduction: Literal["mean", "sum", "sqrt", "token_max"] = "mean"
+    normalize: bool = True
+
+    @field_validator("side", "dim")
+    @classmethod
+    def _two_halves(cls, value: int) -> int:
+        if value % 2:
+            raise ValueError("must be even: a sketch is two independent halves")
+        return value
+
+
+class LandmarksConfig(Section):
+    """Which candidates get exact gradients, and the regression on them."""
+
+    count: PositiveInt = Field(4096, description="all exact gradients together")
+    choose: Literal["uniform", "stratified", "kmeans++", "certified"] = "uniform"
+    recall: Share = 0.95
+    audit: PositiveInt | None = None
+    kernel: Literal["rbf", "linear", "cosine"] = "rbf"
+    damping: PositiveFloat = 0.01
+
+
+class OptimizerConfig(Section):
+    """The optimiser whose step the scores are about."""
+
+    state: str | None = None
+    kind: Literal["sgd", "adamw"] = "sgd"
+
+
+class WarmupConfig(Section):
+    """Fine-tuning on a random part of the pool before gradients are taken."""
+
+    fraction: Share = 0.0
+    epochs: PositiveFloat = 1.0
+    learning_rate: PositiveFloat = 2e-5
+    checkpoints: PositiveInt = 1
+
+
+class WeightsConfig(Section):
+    """First or second order in the step size."""
+
+    order: Literal[1, 2] = 1
+    curvature: Literal["fisher", "hvp"] = "fisher"
+    eta: PositiveFloat = 1e-4
+
+
+class FinetuneConfig(Section):
+    """LoRA fine-tuning."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    dropout: Share = 0.0
+    epochs: PositiveFloat = 2.0
+    learning_rate: PositiveFloat = 5e-4
+    batch_size: PositiveInt = 16
+    data: str | None = Field(None, description="selection or pool to train on")
+
+
+class ReferenceConfig(Section):
+    """In2Core's reference model."""
+
+    adapter: str | None = None
+    finetune: FinetuneConfig | None = None
+
+
+class Quota(Section):
+    """Smallest and largest share of the budget for one source."""
+
+    min: Share = 0.0
+    max: Share = 1.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Quota:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is larger than max {self.max}")
+        return self
+
+
+class SelectionConfig(Section):
+    """How many rows, and how several targets share them."""
+
+    budget: int | str = Field("5%", description="rows (5000), a share (5%) or tokens (2M tokens)")
+    combine: Literal["mean", "max", "round_robin"] = "round_robin"
+    per_source: dict[str, Quota] = Field(default_factory=dict)
+
+
+class EvaluationConfig(Section):
+    """What `influence evaluate` measures."""
+
+    class_detection: dict[str, str] | None = None
+    seeds: PositiveInt = 3
+
+
+class PricesConfig(Section):
+    """What a node costs, for `influence plan`."""
+
+    node_hour: PositiveFloat | None = None
+
+
+class ReplicasConfig(Section):
+    """The pool of replica actors, and what each one holds."""
+
+    min: PositiveInt = 1
+    max: PositiveInt = 8
+    num_gpus: Annotated[float, Field(ge=0)] = Field(1, description="0 on machines without a GPU")
+    num_cpus: PositiveInt = 4
+    token_budget: PositiveInt = Field(4096, description="tokens of a batch, padding included")
+    rows_per_shard: PositiveInt = Field(512, description="candidates of an embedding shard")
+    gradient_rows_per_shard: PositiveInt = Field(64, description="rows of a gradient shard")
+    retries: Annotated[int, Field(ge=0)] = Field(3, description="attempts after the first one")
+    shard_seconds: PositiveFloat = Field(3600, description="time limit of one shard")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ReplicasConfig:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is larger than max {self.max}")
+        return self
+
+
+Method = Literal[
+    "influence_distillation",
+    "in2core",
+    "less",
+    "rds",
+    "exact",
+    "perplexity",
+    "semantic",
+    "length",
+    "random",
+]
+
+
+class Config(Section):
+    """The whole config of a run. Only `run`, `model`, `data` and `targets` have no default."""
+
+    run: str = Field(description="run directory: a folder or s3://bucket/prefix")
+    cache: str | None = Field(None, description="cache directory; default RUN/cache")
+    model: ModelConfig
+    data: DataConfig
+    targets: dict[str, TargetConfig] = Field(min_length=1)
+    method: Method = "influence_distillation"
+    embedding: EmbeddingConfig = EmbeddingConfig()  # pyright: ignore[reportCallIssue]
+    gradients: GradientsConfig = GradientsConfig()  # pyright: ignore[reportCallIssue]
+    landmarks: LandmarksConfig = LandmarksConfig()  # pyright: ignore[reportCallIssue]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    weights: WeightsConfig = WeightsConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    layers: str | list[str] = "all"
+    selection: SelectionConfig = SelectionConfig()  # pyright: ignore[reportCallIssue]
+    finetune: FinetuneConfig = FinetuneConfig()  # pyright: ignore[reportCallIssue]
+    evaluation: EvaluationConfig = EvaluationConfig()
+    prices: PricesConfig = PricesConfig()
+    replicas: ReplicasConfig = ReplicasConfig()  # pyright: ignore[reportCallIssue]
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("targets")
+    @classmethod
+    def _plain_names(cls, value: dict[str, TargetConfig]) -> dict[str, TargetConfig]:
+        for name in value:
+            if not name or any(character in name for character in "/\\ \t\n"):
+                raise ValueError(f"target name {name!r}: use letters, digits, '-', '_' and '.'")
+        return value
+
+    @property
+    def cache_url(self) -> str:
+        """The cache directory's URL: `cache`, or RUN/cache."""
+        return self.cache if self.cache is not None else f"{self.run.rstrip('/')}/cache"

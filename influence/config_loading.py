@@ -1,0 +1,206 @@
+"""YAML and `--set` values -> `Config`, with errors that name the key, what was expected, and why.
+
+Also here: values whose code comes later are refused by name, and credentials anywhere in a config
+are refused without being echoed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from influence.config import Config
+from influence.errors import InputError
+
+# Key -> the values whose code is part of this version.
+BUILT: dict[str, tuple[object, ...]] = {
+    "method": ("influence_distillation", "exact", "rds", "random"),
+    "embedding.kind": ("jvp", "hidden", "rds"),
+    "gradients.parameters": ("all", "lora"),
+    "gradients.projection": ("kronecker", "exact"),
+    "gradients.reduction": ("mean", "sum", "sqrt"),
+    "landmarks.choose": ("uniform", "stratified"),
+    "landmarks.audit": (None,),
+    "optimizer.kind": ("sgd",),
+    "optimizer.state": (None,),
+    "warmup.fraction": (0.0,),
+    "weights.order": (1,),
+    "reference.adapter": (None,),
+    "reference.finetune": (None,),
+    "layers": ("all",),
+    "finetune.data": (None,),
+    "evaluation.class_detection": (None,),
+    "prices.node_hour": (None,),
+}
+
+_SECRET_KEY = re.compile(
+    r"(secret|password|passwd|credential|api_?key|access_?key|auth_?token)", re.I
+)
+_SECRET_VALUE = re.compile(
+    r"(\bAKIA[0-9A-Z]{16}\b|\bASIA[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{20,}|://[^/@\s]+:[^/@\s]+@)"
+)
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config, apply `a.b=value` overrides, validate, refuse what is not built.
+
+    Raises:
+        InputError: missing file, bad YAML, unknown key, wrong type, credential, unbuilt value.
+    """
+    return parse_config(read_yaml(path), overrides, name=path)
+
+
+def parse_config(data: object, overrides: Sequence[str] = (), name: str = "config") -> Config:
+    """Validate a mapping as a `Config`; `name` is what errors call the file."""
+    if not isinstance(data, dict):
+        raise InputError(
+            f"{name}: expected a mapping of keys to values, found {type(data).__name__}"
+        )
+    for override in overrides:
+        _apply_override(data, override)
+    _refuse_credentials(data, name)
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        raise InputError(_explain(error, name)) from None
+    refuse_unbuilt(config, name)
+    return config
+
+
+def read_yaml(path: str) -> object:
+    """Parse a local YAML file; errors name the file and the line."""
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or "."
+        near = difflib.get_close_matches(
+            os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else [], n=1
+        )
+        hint = f"; did you mean {os.path.join(folder, near[0])!r}?" if near else ""
+        raise InputError(f"config file {path!r} does not exist{hint}")
+    with open(path, encoding="utf-8") as file:
+        try:
+            return yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: not valid YAML: {error}") from None
+
+
+def refuse_unbuilt(config: Config, name: str = "config") -> None:
+    """Raise `InputError` for the first value whose code is not part of this version."""
+    for key, built in BUILT.items():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value not in built:
+            listing = ", ".join("null" if b is None else repr(b) for b in built)
+            shown = value.model_dump() if isinstance(value, BaseModel) else value
+            raise InputError(
+                f"{name}: {key}: {shown!r} is not built yet in this version; built: {listing}"
+            )
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML, every default written out, ready to run again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise InputError(
+            f"--set {key!r}: expected KEY=VALUE, for example --set selection.budget=5%"
+        )
+    if _SECRET_KEY.search(key):
+        raise InputError(f"--set {key}: looks like a credential; {_CREDENTIAL_ADVICE}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    node = data
+    parts = key.strip().split(".")
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise InputError(f"--set {key}: {part!r} holds {child!r}, not a section")
+        node = child
+    node[parts[-1]] = value
+
+
+_CREDENTIAL_ADVICE = (
+    "credentials are never read from a config: set them in the environment "
+    "(AWS_ACCESS_KEY_ID, ..., HF_TOKEN) or use the node's role"
+)
+
+
+def _refuse_credentials(node: object, name: str, key: str = "") -> None:
+    if isinstance(node, dict):
+        for child, value in node.items():
+            where = f"{key}.{child}" if key else str(child)
+            if _SECRET_KEY.search(str(child)):
+                raise InputError(f"{name}: {where}: looks like a credential; {_CREDENTIAL_ADVICE}")
+            _refuse_credentials(value, name, where)
+    elif isinstance(node, list):
+        for position, value in enumerate(node):
+            _refuse_credentials(value, name, f"{key}[{position}]")
+    elif isinstance(node, str) and _SECRET_VALUE.search(node):
+        raise InputError(f"{name}: {key}: holds a credential; {_CREDENTIAL_ADVICE}")
+
+
+def _explain(error: ValidationError, name: str) -> str:
+    lines = []
+    for problem in error.errors():
+        parts = [str(part) for part in problem["loc"]]
+        key = ".".join(parts) or "(top level)"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{name}: unknown key {key!r}{_nearest(parts)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{name}: {key!r} is missing; it has no default")
+        else:
+            found = _short(problem.get("input"))
+            lines.append(f"{name}: {key}: {problem['msg']}; found {found}{_near_value(problem)}")
+    return "\n".join(lines)
+
+
+def _nearest(parts: list[str]) -> str:
+    section: Any = Config
+    for part in parts[:-1]:
+        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
+        section = _section_of(field.annotation) if field is not None else section
+        if section is None:
+            return ""
+    names = list(getattr(section, "model_fields", {}))
+    near = difflib.get_close_matches(parts[-1], names, n=1)
+    if near:
+        prefix = ".".join([*parts[:-1], near[0]])
+        return f"; did you mean {prefix!r}?"
+    return f"; expected one of: {', '.join(names)}" if names else ""
+
+
+def _section_of(annotation: Any) -> Any:
+    """The model class inside `X`, `X | None` or `dict[str, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _section_of(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _near_value(problem: Any) -> str:
+    if problem["type"] != "literal_error" or not isinstance(problem.get("input"), str):
+        return ""
+    choices: Iterable[str] = re.findall(r"'([^']+)'", str(problem["ctx"]["expected"]))
+    near = difflib.get_close_matches(problem["input"], list(choices), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _short(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

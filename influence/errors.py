@@ -1,0 +1,37 @@
+"""Errors that a user can act on, and the exit code each one ends the command with."""
+
+from __future__ import annotations
+
+
+class InfluenceError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(InfluenceError):
+    """Bad config or data: names the key or the file and row, what was expected, what to do."""
+
+    exit_code = 2
+
+
+class ModelLoadError(InputError):
+    """The model, adapter or tokenizer could not be loaded; no other replica would fare better."""
+
+
+class StorageError(InfluenceError):
+    """The store did not honour a promise that the job rests on (create-only puts, reads)."""
+
+    exit_code = 2
+
+
+class ShardsFailedError(InfluenceError):
+    """Some shards failed for good; everything else is committed and the same command goes on."""
+
+    exit_code = 3
+
+
+class InterruptedRunError(InfluenceError):
+    """The job was told to stop (SIGINT, SIGTERM, `ray job stop`)."""
+
+    exit_code = 130

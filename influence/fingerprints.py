@@ -1,0 +1,155 @@
+"""Fingerprints: digests of everything that changes a stage's numbers, and of nothing else.
+
+Model and adapter count by content, never by path; batch sizes, replicas and storage do not count.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from influence.config import Config, ModelConfig
+from influence.errors import ModelLoadError
+from influence.replica import resolve_dtype, resolve_name
+from influence.schemas import FORMAT_VERSION
+
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
+_FILES_THAT_COUNT = ("config.json", "adapter_config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A digest (32 hex digits) and the values that it covers."""
+
+    hex: str
+    values: dict[str, Any]
+
+
+def fingerprint(values: Mapping[str, Any]) -> Fingerprint:
+    """Digest of a JSON-able mapping, independent of key order."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return Fingerprint(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), dict(values))
+
+
+def stage_fingerprints(config: Config, template: str) -> dict[str, Fingerprint]:
+    """Fingerprints of every stage of this config; `template` is the tokenizer's fingerprint."""
+    tokens = {
+        "format_version": FORMAT_VERSION,
+        "template": template,
+        "max_length": config.data.max_length,
+    }
+    stages = {"catalogue": fingerprint(tokens)}
+    if config.method == "random":
+        return stages
+    model = {**tokens, **model_values(config)}
+    gradients = config.gradients
+    exact = {"reduction": gradients.reduction, "parameters": gradients.parameters}
+    stages["embedding"] = fingerprint({**model, **embedding_values(config)})
+    stages["gradients"] = fingerprint(
+        {
+            **model,
+            **exact,
+            "projection": "kronecker",
+            "side": gradients.side,
+            "dim": gradients.dim,
+            "seed": config.seed,
+        }
+    )
+    stages["target_vectors"] = fingerprint({**model, **exact, "normalize": gradients.normalize})
+    return stages
+
+
+def embedding_values(config: Config) -> dict[str, Any]:
+    """The embedding settings that count for the kind in use."""
+    embedding = config.embedding
+    kind = "rds" if config.method == "rds" else embedding.kind
+    values: dict[str, Any] = {"embedding": kind, "dim": embedding.dim, "seed": config.seed}
+    if kind in ("jvp", "hidden"):
+        values["blocks"] = embedding.blocks
+    if kind == "jvp":
+        values |= {"tangents": embedding.tangents, "tangent": embedding.tangent}
+    return values
+
+
+def model_values(config: Config) -> dict[str, Any]:
+    """Content of model and adapter, the dtype that is used, and the attention's form."""
+    model = config.model
+    return {
+        "model": model_content(model),
+        "adapter": folder_content(model.adapter) if model.adapter else None,
+        "dtype": resolve_dtype(model.dtype, config.replicas.num_gpus, model.device),
+        "attention": model.attention,
+    }
+
+
+def model_content(model: ModelConfig) -> str:
+    """Digest of a model's files, or the commit of a hub model.
+
+    Raises:
+        ModelLoadError: neither a folder nor a hub model that can be resolved.
+    """
+    name = resolve_name(model)
+    if model.gguf_file is not None and os.path.isdir(name):
+        path = os.path.join(name, model.gguf_file)
+        if not os.path.isfile(path):
+            found = sorted(f for f in os.listdir(name) if f.endswith(".gguf"))
+            raise ModelLoadError(
+                f"model.gguf_file: {model.gguf_file!r} is not in {model.name!r}; "
+                f"GGUF files there: {', '.join(found) or 'none'}"
+            )
+        return _digest_files((path,))
+    if os.path.isdir(name):
+        return folder_content(name)
+    return _hub_commit(model, name)
+
+
+def folder_content(folder: str) -> str:
+    """Digest of the weights and configs in a folder (names and bytes, not the path)."""
+    if not os.path.isdir(folder):
+        return folder  # A hub name of an adapter: its name is all that is known here.
+    names = sorted(
+        name
+        for name in os.listdir(folder)
+        if name.endswith(_WEIGHT_SUFFIXES) or name in _FILES_THAT_COUNT
+    )
+    if not any(name.endswith(_WEIGHT_SUFFIXES) for name in names):
+        raise ModelLoadError(f"{folder!r} holds no weights (*.safetensors or *.gguf)")
+    return _digest_files(tuple(os.path.join(folder, name) for name in names))
+
+
+def _digest_files(paths: tuple[str, ...]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        status = os.stat(path)
+        digest.update(os.path.basename(path).encode() + b"\0")
+        digest.update(_digest_file(path, status.st_size, status.st_mtime_ns))
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_file(path: str, size: int, mtime: int) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+
+
+def _hub_commit(model: ModelConfig, name: str) -> str:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json", revision=model.revision)
+    if isinstance(cached, str):
+        # .../snapshots/COMMIT/config.json
+        return f"hub:{name}@{os.path.basename(os.path.dirname(cached))}"
+    try:
+        info = HfApi().model_info(name, revision=model.revision)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ModelLoadError(
+            f"model.name: {name!r} is no folder, and the hub does not know it or cannot be "
+            f"reached: {type(error).__name__}: {first}"
+        ) from error
+    return f"hub:{name}@{info.sha}"

@@ -1,0 +1,23 @@
+"""The select job in one process, without Ray: the same steps, the same files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from influence.config import Config
+from influence.local import local_execute
+from influence.pipeline import select
+from influence.progress import Progress
+from influence.reducer import Reducer
+from influence.report import build_report
+from influence.resume import claim_run
+
+
+def run_select(config: Config, *, replace: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Select in this process and write the report; returns the reducer's summary."""
+    claim_run(config, replace=replace)
+    progress = Progress(quiet=quiet)
+    progress.replicas = 1
+    summary = select(config, local_execute(config), Reducer(config), progress)
+    summary["report"] = build_report(config.run)
+    return summary

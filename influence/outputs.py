@@ -1,0 +1,185 @@
+"""What a run hands out: score parts, the weighted selection, samples for the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from influence import storage
+from influence.candidates import read_examples, read_table
+from influence.catalogue import Catalogue
+from influence.schemas import SELECTION_FIELDS, scores_schema
+from influence.selection import Selection
+
+ROWS_PER_PART = 500_000
+SAMPLE_ROWS = 10
+SAMPLE_CHARACTERS = 1_500
+
+
+def write_scores(
+    run: str,
+    catalogue: Catalogue,
+    names: Sequence[str],
+    columns: Mapping[str, Any],
+) -> int:
+    """Write `scores/part-*.parquet`, one row per candidate; returns the number of parts.
+
+    `columns` holds `score`, `weight`, `exact` (arrays of length n), `target` (list) and for each
+    name `score.NAME`, `low.NAME`, `high.NAME`; NaN becomes null.
+    """
+    schema = scores_schema(list(names))
+    own = {
+        "id": catalogue.ids,
+        "source": catalogue.sources,
+        "n_tokens": catalogue.n_tokens,
+        "n_response_tokens": catalogue.n_response_tokens,
+        "truncated": catalogue.truncated,
+        "reason": catalogue.reason,
+    }
+    arrays = []
+    for field in schema:
+        values = own.get(field.name, columns.get(field.name))
+        if isinstance(values, np.ndarray) and values.dtype.kind == "f" and field.nullable:
+            arrays.append(pa.array(values, type=field.type, mask=np.isnan(values)))
+        else:
+            arrays.append(pa.array(values, type=field.type))
+    table = pa.Table.from_arrays(arrays, schema=schema)
+    starts = range(0, max(1, table.num_rows), ROWS_PER_PART)
+    parts = [table.slice(start, ROWS_PER_PART) for start in starts]
+    _write_parts(storage.join(run, "scores"), parts)
+    return len(parts)
+
+
+def write_selection(
+    run: str, catalogue: Catalogue, selection: Selection, scores: np.ndarray
+) -> pa.Table:
+    """Write `selection/part-*.parquet` and `selection.jsonl`, best first.
+
+    Each row has its input columns, then rank (from 1), score, and weight of mean 1 (w k / n).
+    `scores` (n,) is the `score` column of the whole pool.
+    """
+    order = selection.order
+    table = _input_rows(catalogue, order)
+    weights = selection.weights * len(order) / selection.n_scored
+    added = [np.arange(1, len(order) + 1), scores[order], weights]
+    for field, values in zip(SELECTION_FIELDS, added, strict=True):
+        if field.name in table.column_names:
+            # The pool is itself an earlier selection: its rank, score and weight are superseded.
+            table = table.drop_columns([field.name])
+        table = table.append_column(field, pa.array(values, type=field.type))
+    starts = range(0, max(1, table.num_rows), ROWS_PER_PART)
+    _write_parts(storage.join(run, "selection"), [table.slice(s, ROWS_PER_PART) for s in starts])
+    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in table.to_pylist())
+    storage.put(storage.join(run, "selection.jsonl"), "".join(lines).encode())
+    return table
+
+
+def write_samples(
+    run: str,
+    catalogue: Catalogue,
+    columns: Mapping[str, Any],
+) -> None:
+    """Write `samples.json`: the best and the worst scored rows with their text, cut to a length."""
+    scores = np.asarray(columns["score"])
+    scored = np.flatnonzero(~np.isnan(scores))
+    ranked = scored[np.argsort(-scores[scored], kind="stable")]
+    worst = ranked[::-1][:SAMPLE_ROWS]
+    samples = {"best": ranked[:SAMPLE_ROWS], "worst": worst}
+    document = {
+        kind: [_sample(catalogue, int(position), columns) for position in positions]
+        for kind, positions in samples.items()
+    }
+    data = json.dumps(document, ensure_ascii=False, indent=1).encode()
+    storage.put(storage.join(run, "samples.json"), data)
+
+
+def write_landmarks(
+    run: str,
+    ids: Sequence[str],
+    names: Sequence[str],
+    exact: np.ndarray,
+    predicted: np.ndarray,
+) -> None:
+    """Write `landmarks.parquet`: exact scores and leave-one-out predictions (L x names)."""
+    columns: dict[str, Any] = {"id": list(ids)}
+    for j, name in enumerate(names):
+        columns[f"exact.{name}"] = exact[:, j]
+        columns[f"loo.{name}"] = predicted[:, j]
+    storage.put(storage.join(run, "landmarks.parquet"), _parquet(pa.table(columns)))
+
+
+def _sample(catalogue: Catalogue, position: int, columns: Mapping[str, Any]) -> dict[str, Any]:
+    file = catalogue.files[catalogue.file[position]]
+    row = int(catalogue.row[position])
+    (example,) = read_examples(file, row, row)
+    messages = []
+    for message in example.messages:
+        text = message.content
+        if len(text) > SAMPLE_CHARACTERS:
+            text = text[:SAMPLE_CHARACTERS] + " […]"
+        messages.append({"role": message.role, "content": text})
+    return {
+        "id": catalogue.ids[position],
+        "source": catalogue.sources[position],
+        "score": float(columns["score"][position]),
+        "target": columns["target"][position],
+        "weight": float(columns["weight"][position]),
+        "messages": messages,
+    }
+
+
+def _input_rows(catalogue: Catalogue, order: np.ndarray) -> pa.Table:
+    """The input columns of these rows, in this order, over files with different columns."""
+    parts, positions = [], []
+    for file, rows in catalogue.by_file([int(p) for p in np.sort(order)]):
+        parts.append(read_table(file, rows))
+        positions.append(catalogue.positions(file, rows))
+    table = _concatenate(parts)
+    where = {int(position): i for i, position in enumerate(np.concatenate(positions))}
+    return table.take(pa.array([where[int(position)] for position in order]))
+
+
+def _concatenate(parts: list[pa.Table]) -> pa.Table:
+    try:
+        return pa.concat_tables(parts, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        # A column has types that do not meet (a list in one file, text in another): as JSON text.
+        kinds: dict[str, set[pa.DataType]] = {}
+        for part in parts:
+            for field in part.schema:
+                kinds.setdefault(field.name, set()).add(field.type)
+        clashing = {name for name, types in kinds.items() if len(types) > 1}
+        return pa.concat_tables(
+            [_as_text(part, clashing) for part in parts], promote_options="permissive"
+        )
+
+
+def _as_text(table: pa.Table, names: set[str]) -> pa.Table:
+    for position, field in enumerate(table.schema):
+        if field.name in names:
+            values = [
+                None if value is None else json.dumps(value, ensure_ascii=False, default=str)
+                for value in table.column(position).to_pylist()
+            ]
+            table = table.set_column(position, field.name, pa.array(values, type=pa.string()))
+    return table
+
+
+def _write_parts(folder: str, parts: list[pa.Table]) -> None:
+    names = [f"part-{index:05d}.parquet" for index in range(len(parts))]
+    for name, part in zip(names, parts, strict=True):
+        storage.put(storage.join(folder, name), _parquet(part))
+    for info in storage.list_objects(folder):
+        if info.url.rsplit("/", 1)[1] not in names:
+            storage.delete(info.url)  # a part of an earlier, larger result of this run directory
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()

@@ -1,0 +1,290 @@
+"""The reducer: reads committed shards, solves the regression once, scores, selects, writes.
+
+It holds the run's arrays and nothing of Ray; on a cluster it lives in an actor, in one process it
+is called directly. Every method returns a small summary, never the arrays.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from influence import landmarks, outputs, scoring, storage
+from influence.cache import Cache
+from influence.candidates import SourceFile
+from influence.catalogue import Catalogue
+from influence.certificate import certificate_of, named_scores
+from influence.config import Config
+from influence.errors import InputError
+from influence.fidelity import true_fidelity
+from influence.quotas import Quota
+from influence.schemas import Fidelity, to_json
+from influence.scores import Scores
+from influence.selection import Selection, combined_score, parse_budget, select
+from influence.shard_reader import (
+    check_target_rows,
+    exclude_unembedded,
+    read_catalogue,
+    read_embeddings,
+    read_exact_scores,
+)
+from influence.target_columns import mean_vectors, target_columns
+from influence.units import ExactUnits, Unit
+
+
+class Reducer:
+    """One run's reduce, step by step: catalogue, landmarks, scores, selection, files."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.cache = Cache(config.cache_url)
+        self.pool: Catalogue | None = None
+
+    def load_catalogue(
+        self, pool: Sequence[Unit], targets: Mapping[str, Sequence[Unit]]
+    ) -> dict[str, Any]:
+        """Read the catalogue shards; returns the counts for the manifest."""
+        self.pool = read_catalogue(self.cache, pool, drop_duplicates=True)
+        self.targets = {
+            name: read_catalogue(self.cache, units, drop_duplicates=False)
+            for name, units in targets.items()
+        }
+        described = self.config.targets
+        self.columns = target_columns(
+            self.targets,
+            {name: described[name].per for name in self.targets},
+            {name: described[name].group_by is not None for name in self.targets},
+        )
+        if not len(self.pool.eligible):
+            raise InputError(
+                f"data.candidates: none of the {len(self.pool)} rows can be scored: "
+                f"{self.pool.reasons()}"
+            )
+        return self.counts()
+
+    def counts(self) -> dict[str, Any]:
+        """Rows, reasons, duplicates, truncation: of the pool and of every target."""
+        pool = self._pool
+        reasons = pool.reasons()
+        per_target = Counter(column.target for column in self.columns.columns)
+        return {
+            "rows": len(pool),
+            "scored": len(pool.eligible),
+            "duplicates": reasons.get("duplicate", 0),
+            "reasons": reasons,
+            "truncated": int(pool.truncated.sum()),
+            "tokens": int(pool.n_tokens.sum()),
+            "response_tokens": int(pool.n_response_tokens.sum()),
+            "budget": str(self.config.selection.budget),
+            "combine": self.config.selection.combine,
+            "targets": {
+                name: {
+                    "rows": len(catalogue),
+                    "scored": len(catalogue.eligible),
+                    "columns": per_target[name],
+                    "truncated": int(catalogue.truncated.sum()),
+                    "reasons": catalogue.reasons(),
+                    "tokens": int(catalogue.n_tokens.sum()),
+                }
+                for name, catalogue in self.targets.items()
+            },
+        }
+
+    def choose_landmarks(self) -> list[tuple[SourceFile, list[int]]]:
+        """Draw the landmarks; returns the rows of each file."""
+        pool, config = self._pool, self.config.landmarks
+        eligible = pool.eligible
+        if len(eligible) < 4:
+            raise InputError(
+                f"method influence_distillation needs at least 4 candidates that can be scored; "
+                f"found {len(eligible)}: use method: exact"
+            )
+        sources = [pool.sources[position] for position in eligible]
+        chosen = landmarks.CHOOSERS[config.choose](sources, config.count, self.config.seed)
+        return pool.by_file(eligible[chosen])
+
+    def target_rows(self) -> dict[str, list[tuple[SourceFile, list[int]]]]:
+        """The rows behind every column of every target: (file, rows)."""
+        found: dict[str, list[tuple[SourceFile, list[int]]]] = {}
+        for column in self.columns.columns:
+            per_file = self.targets[column.target].by_file(column.rows)
+            if len(per_file) > 1:
+                raise InputError(
+                    f"targets.{column.target}: projection: exact needs the rows of "
+                    f"{column.label!r} in one file; found {len(per_file)}: join the files, or use "
+                    "projection: kronecker"
+                )
+            found.setdefault(column.target, []).append(per_file[0])
+        return found
+
+    def score_landmarks(self, embedding: Sequence[Unit], exact: ExactUnits) -> None:
+        """Fit on the landmarks' exact scores and predict every other candidate."""
+        pool, config = self._pool, self.config.landmarks
+        embeddings = read_embeddings(self.cache, embedding, pool)
+        exclude_unembedded(pool, embeddings)
+        positions, scores = self._exact_scores(exact)
+        usable = np.isfinite(embeddings[positions]).all(axis=1)
+        positions, Y = positions[usable], scores.P[usable]
+        halves = None if scores.halves is None else scores.halves[:, usable]
+        model = landmarks.fit(
+            embeddings[positions], Y, kernel=config.kernel, damping=config.damping
+        )
+        P = np.full((len(pool), len(self.columns.columns)), np.nan)
+        eligible = pool.eligible
+        P[eligible] = landmarks.predict(model, embeddings[eligible])
+        P[positions] = Y
+        exact_rows = np.zeros(len(pool), dtype=bool)
+        exact_rows[positions] = True
+        self.scores = Scores(P, exact_rows, positions, Y, model.loo_predictions, halves)
+
+    def score_exact(self, exact: ExactUnits) -> None:
+        """Exact scores for every candidate."""
+        pool = self._pool
+        positions, scores = self._exact_scores(exact)
+        P = np.full((len(pool), len(self.columns.columns)), np.nan)
+        P[positions] = scores.P
+        P[[reason is not None for reason in pool.reason]] = np.nan
+        self.scores = Scores(P, ~np.isnan(P[:, 0]), positions, scores.P, None, scores.halves)
+
+    def score_embeddings(
+        self, embedding: Sequence[Unit], targets: Mapping[str, Sequence[Unit]]
+    ) -> None:
+        """RDS+: cosine with the targets' mean embeddings."""
+        pool = self._pool
+        rows = {}
+        for name, units in targets.items():
+            catalogue = self.targets[name]
+            rows[name] = read_embeddings(self.cache, units, catalogue)
+            check_target_rows(name, catalogue, rows[name])
+        means = mean_vectors(self.columns, rows)
+        embeddings = read_embeddings(self.cache, embedding, pool)
+        exclude_unembedded(pool, embeddings)
+        eligible = pool.eligible
+        self._all_exact(eligible, scoring.cosine_scores(embeddings[eligible], means))
+
+    def score_random(self) -> None:
+        """Uniform random numbers, the same in every column."""
+        eligible = self._pool.eligible
+        digests = [self._pool.digests[position] for position in eligible]
+        drawn = scoring.random_scores(self.config.seed, digests)
+        self._all_exact(eligible, np.repeat(drawn, len(self.columns.columns), axis=1))
+
+    def select(self) -> dict[str, Any]:
+        """Choose the rows and their weights; certify; write every file but the report."""
+        pool, config = self._pool, self.config.selection
+        selection = select(
+            self.scores.P,
+            column_target=self.columns.target_of,
+            ids=pool.ids,
+            budget=parse_budget(config.budget),
+            combine=config.combine,
+            sources=pool.sources,
+            n_tokens=pool.n_tokens,
+            per_source={name: Quota(q.min, q.max) for name, q in config.per_source.items()},
+        )
+        if self.config.method in ("random", "rds"):
+            # These methods rank; the closed form's weights are about gradients only.
+            weights = np.full(len(selection.order), selection.n_scored / len(selection.order))
+            selection = replace(selection, weights=weights)
+        fidelity = certificate_of(
+            self.scores,
+            selection,
+            self.columns,
+            method=self.config.method,
+            combine=config.combine,
+            seed=self.config.seed,
+        )
+        columns = self._score_columns(selection, fidelity)
+        run = self.config.run
+        names = self.columns.names
+        outputs.write_scores(run, pool, names, columns)
+        outputs.write_selection(run, pool, selection, columns["score"])
+        outputs.write_samples(run, pool, columns)
+        self._write_landmarks()
+        storage.put(storage.join(run, "fidelity.json"), to_json(fidelity))
+        return self._summary(selection, fidelity, columns)
+
+    @property
+    def _pool(self) -> Catalogue:
+        if self.pool is None:
+            raise RuntimeError("load_catalogue comes first")
+        return self.pool
+
+    def _exact_scores(self, exact: ExactUnits) -> tuple[np.ndarray, scoring.ExactScores]:
+        return read_exact_scores(
+            self.cache,
+            exact,
+            self._pool,
+            self.targets,
+            self.columns,
+            self.config.gradients.normalize,
+        )
+
+    def _all_exact(self, positions: np.ndarray, values: np.ndarray) -> None:
+        P = np.full((len(self._pool), values.shape[1]), np.nan)
+        P[positions] = values
+        self.scores = Scores(P, ~np.isnan(P[:, 0]), positions, values, None, None)
+
+    def _write_landmarks(self) -> None:
+        url = storage.join(self.config.run, "landmarks.parquet")
+        if self.scores.loo is None:
+            if storage.head(url) is not None:
+                storage.delete(url)  # of an earlier result of this run directory
+            return
+        exact, predicted = named_scores(self.scores, self.columns)
+        ids = [self._pool.ids[position] for position in self.scores.exact_positions]
+        outputs.write_landmarks(self.config.run, ids, self.columns.names, exact, predicted)
+
+    def _score_columns(self, selection: Selection, fidelity: Fidelity) -> dict[str, Any]:
+        scores, n = self.scores, len(self._pool)
+        combine = self.config.selection.combine
+        score, best = combined_score(scores.P, self.columns.target_of, combine)
+        labels = [column.label for column in self.columns.columns]
+        weight = np.zeros(n)
+        weight[selection.order] = selection.weights
+        columns: dict[str, Any] = {
+            "score": score,
+            "target": [labels[b] if b >= 0 else None for b in best],
+            "weight": weight,
+            "exact": scores.exact,
+        }
+        for name, values in zip(
+            self.columns.names, (scores.P @ self.columns.named()).T, strict=True
+        ):
+            certificate = fidelity.targets[name]
+            half = np.where(
+                scores.exact, certificate.landmark_halfwidth, certificate.score_halfwidth or 0.0
+            )
+            columns[f"score.{name}"] = values
+            columns[f"low.{name}"] = values - half
+            columns[f"high.{name}"] = values + half
+        return columns
+
+    def _summary(
+        self, selection: Selection, fidelity: Fidelity, columns: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        pool = self._pool
+        eligible = pool.eligible
+        lengths = pool.n_response_tokens[eligible].astype(float)
+        spearman = {
+            name: true_fidelity(columns[f"score.{name}"][eligible], lengths, 1).spearman
+            for name in self.columns.names
+        }
+        before = Counter(pool.sources[position] for position in eligible)
+        after = Counter(pool.sources[position] for position in selection.order)
+        weights = selection.weights / selection.weights.sum()
+        return {
+            "counts": {
+                **self.counts(),
+                "selected": len(selection.order),
+                "budget_exceeds_pool": selection.budget_exceeds_pool,
+                "length_spearman": spearman,
+                "effective_rows": float(1.0 / np.square(weights).sum()),
+            },
+            "sources": {name: (before[name], after.get(name, 0)) for name in before},
+            "fidelity": fidelity.model_dump(),
+        }

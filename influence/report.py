@@ -1,0 +1,346 @@
+"""The report: one self-contained HTML page of a run directory, finished or not.
+
+The page needs no network and no script. Ids, sources, group names, messages and errors come from
+the pool and are escaped wherever they appear.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from influence import plots, storage
+from influence.report_data import (
+    RunData,
+    ScoreColumns,
+    SourceRow,
+    effective_numbers,
+    read_run,
+    source_table,
+)
+from influence.schemas import FailedShard, Interval, Recall, StageRecord, TargetFidelity
+
+TOP_SOURCES = 30
+DASH = "–"
+
+METHODS = {
+    "influence_distillation": "Influence Distillation",
+    "in2core": "In2Core",
+    "less": "LESS",
+    "rds": "RDS+",
+    "exact": "Exact first-order influence",
+    "perplexity": "Perplexity",
+    "semantic": "Semantic similarity",
+    "length": "Response length",
+    "random": "Random selection",
+}
+
+
+@dataclass(frozen=True)
+class CertificateRow:
+    """One line of the certificate; `group` says that it is a group of the target above it."""
+
+    name: str
+    group: bool
+    fidelity: TargetFidelity
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage: `model_share` of the replicas' time (0 to 1), `rate` in tokens per second."""
+
+    name: str
+    record: StageRecord
+    model_share: float | None
+    rate: float | None
+
+
+@dataclass(frozen=True)
+class TargetFigures:
+    """The figures of one target, and the length correlation that belongs to one of them."""
+
+    name: str
+    histogram: plots.Plot | None
+    length: plots.Plot | None
+    length_spearman: float | None
+    recorded: bool
+
+
+@dataclass(frozen=True)
+class WeightSummary:
+    """The selection's weights, scaled to mean 1: how many equal weights they amount to."""
+
+    count: int
+    kish: float
+    entropy: float
+    largest: float
+    figure: plots.Plot | None
+
+
+def build_report(run_url: str) -> str:
+    """Write `report.html` into a run directory (local path, s3:// or gs://) and return its URL.
+
+    Optional files that are not there yet are named on the page. Building again replaces the page.
+
+    Raises:
+        InputError: no manifest.json in the directory, or a document there cannot be understood.
+    """
+    page = render(read_run(run_url))
+    url = storage.join(run_url, "report.html")
+    # Text of the pool may hold lone surrogates, which UTF-8 cannot carry.
+    storage.put(url, page.encode("utf-8", "xmlcharrefreplace"))
+    return url
+
+
+def render(run: RunData) -> str:
+    """The page of a run."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("influence"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(FILTERS)
+    return environment.get_template("report.html.j2").render(**context(run))
+
+
+def context(run: RunData) -> dict[str, Any]:
+    """What the template shows, in its order."""
+    counts = run.manifest.counts
+    sources, other = ([], None)
+    if run.scores is not None:
+        sources, other = source_table(
+            run.scores.pool_sources, run.scores.chosen_sources, TOP_SOURCES
+        )
+    shown: list[SourceRow] = [*sources, *([other] if other else [])]
+    return {
+        "run": run,
+        "manifest": run.manifest,
+        "counts": counts,
+        "method": METHODS.get(run.manifest.method, run.manifest.method),
+        "model": (run.config.get("model") or {}).get("name"),
+        "pool": (run.config.get("data") or {}).get("candidates"),
+        "share": _ratio(counts.get("selected"), counts.get("scored")),
+        "failed": failed_shards(run),
+        "warnings": warnings(run),
+        "certificate": certificate(run),
+        "sketched": is_sketched(run),
+        "sources": shown,
+        "other": other,
+        "widest": max((max(s.pool_share, s.chosen_share) for s in sources), default=1.0),
+        "figures": target_figures(run),
+        "landmarks": landmark_figures(run),
+        "weights": weight_summary(run.scores) if run.scores else None,
+        "stages": [stage_row(name, record) for name, record in run.manifest.stages.items()],
+        "attributed": sum(r["share"] for r in run.manifest.coverage if r["attributed"]),
+    }
+
+
+def failed_shards(run: RunData) -> list[tuple[str, FailedShard]]:
+    """(stage, shard) of every shard that failed for good."""
+    return [(name, shard) for name, r in run.manifest.stages.items() for shard in r.failed]
+
+
+def warnings(run: RunData) -> list[str]:
+    """What a reader should know before any number: disagreements between the run's own files."""
+    found = []
+    counts = run.manifest.counts
+    if counts.get("budget_exceeds_pool"):
+        found.append(
+            f"The budget ({counts.get('budget')}) is larger than the pool: every row that could be "
+            "scored is selected, so the ranking decides nothing."
+        )
+    if run.scores is None:
+        return found
+    for name, counted in (
+        ("rows", len(run.scores.weight)),
+        ("scored", int(np.isfinite(run.scores.score).sum())),
+        ("selected", int((run.scores.weight > 0).sum())),
+    ):
+        recorded = counts.get(name)
+        if recorded is not None and recorded != counted:
+            found.append(
+                f"manifest.json counts {recorded:,} {name}, the score files hold {counted:,}: "
+                "the files are of different runs or incomplete. Run the same command again."
+            )
+    return found
+
+
+def certificate(run: RunData) -> list[CertificateRow]:
+    """The certificate's lines, every target followed by its groups."""
+    if run.fidelity is None:
+        return []
+    targets = run.fidelity.targets
+
+    def place(name: str) -> tuple[int, str]:
+        owner = name.split("/", 1)[0]
+        first = next(i for i, other in enumerate(targets) if other.split("/", 1)[0] == owner)
+        return first, name
+
+    return [
+        CertificateRow(name, "/" in name and name.split("/", 1)[0] in targets, targets[name])
+        for name in sorted(targets, key=place)
+    ]
+
+
+def is_sketched(run: RunData) -> bool:
+    """Whether scores from a row's own gradient still carry the noise of a sketch."""
+    targets = run.fidelity.targets.values() if run.fidelity is not None else ()
+    return any(t.landmark_halfwidth > 0 or (t.sketch_sd or 0) > 0 for t in targets)
+
+
+def target_figures(run: RunData) -> list[TargetFigures]:
+    """Score distribution and score against length, for every drawn target or the plain score."""
+    if run.scores is None:
+        return []
+    scores = run.scores
+    correlations = run.manifest.counts.get("length_spearman") or {}
+    columns = scores.by_name or {"score": scores.score}
+    made = []
+    for name, column in columns.items():
+        there = np.isfinite(column)
+        values, picked = column[there], column[there & (scores.weight > 0)]
+        rho = correlations.get(name)
+        made.append(
+            TargetFigures(
+                name,
+                plots.score_histogram(
+                    values,
+                    picked,
+                    f"Histogram of the scores for {name}: {len(values):,} rows, of which "
+                    f"{len(picked):,} are selected.",
+                ),
+                plots.score_by_length(
+                    scores.response_tokens[there],
+                    values,
+                    f"Scores for {name} against response tokens; Spearman {decimal(rho)}.",
+                ),
+                rho,
+                name in correlations,
+            )
+        )
+    return made
+
+
+def landmark_figures(run: RunData) -> list[tuple[str, int, plots.Plot | None]]:
+    """(name, landmarks, figure) of every drawn name with landmarks."""
+    drawn = run.scores.drawn if run.scores is not None else tuple(run.landmarks)
+    figures = []
+    for name in drawn:
+        if name not in run.landmarks:
+            continue
+        both = run.landmarks[name]
+        count = len(both.exact)
+        alt = f"Predicted against exact scores of {count:,} held-out landmarks for {name}."
+        figures.append(
+            (name, count, plots.predicted_against_exact(both.predicted, both.exact, alt))
+        )
+    return figures
+
+
+def weight_summary(scores: ScoreColumns) -> WeightSummary | None:
+    """The weights in use; None where nothing is selected."""
+    weights = scores.weight[scores.weight > 0]
+    if not len(weights):
+        return None
+    kish, entropy = effective_numbers(weights)
+    return WeightSummary(
+        len(weights),
+        kish,
+        entropy,
+        float(weights.max() / weights.mean()),
+        plots.weight_histogram(
+            weights, f"Histogram of the {len(weights):,} selected rows' weights."
+        ),
+    )
+
+
+def stage_row(name: str, record: StageRecord) -> StageRow:
+    """Shares and rates of a stage; None where no time was spent (all shards reused)."""
+    return StageRow(
+        name,
+        record,
+        _ratio(record.model_seconds, record.replica_seconds),
+        _ratio(record.tokens or None, record.seconds) if record.computed else None,
+    )
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def whole(value: float | None) -> str:
+    """1234567 -> 1,234,567."""
+    return DASH if value is None else f"{value:,.0f}"
+
+
+def decimal(value: float | None, digits: int = 2) -> str:
+    """A correlation or ratio with a true minus sign."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    return _signed(f"{value:,.{digits}f}")
+
+
+def significant(value: float | None) -> str:
+    """A score: three significant digits."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    return _signed(f"{value:#.3g}".rstrip("."))
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "−") if text.strip("-0.,") else text.replace("-", "")
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """0.0512 -> 5.1%."""
+    if value is None:
+        return DASH
+    shown = f"{100 * value:.{digits}f}"
+    if value > 0 and not float(shown):
+        return f"< {10**-digits:.{digits}f}%"
+    return f"{shown}%"
+
+
+def interval(value: Interval) -> str:
+    """0.78 [0.70, 0.84]."""
+    return _bracketed(decimal(value.value), decimal(value.low), decimal(value.high))
+
+
+def recall(value: Recall) -> str:
+    """91% [86%, 95%]."""
+    low, high = percent(value.low, 0), percent(value.high, 0)
+    return _bracketed(percent(value.expected, 0), low, high)
+
+
+def _bracketed(value: str, low: str, high: str) -> str:
+    return value if low == DASH and high == DASH else f"{value} [{low}, {high}]"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds in the unit a person would use: 0.42 s, 12.3 s, 4 min 05 s, 3 h 20 min."""
+    if value is None:
+        return DASH
+    if value < 59.95:
+        return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
+    total = round(value)
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02d} s"
+    return f"{total // 3600} h {total % 3600 // 60:02d} min"
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "whole": whole,
+    "decimal": decimal,
+    "significant": significant,
+    "percent": percent,
+    "interval": interval,
+    "recall": recall,
+    "seconds": seconds,
+}

@@ -1,0 +1,84 @@
+"""Resuming a run: the same config goes on; a changed one is refused, printing both values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from influence import storage
+from influence.config import Config
+from influence.config_loading import dump_config
+from influence.errors import InputError
+
+# What changes no number: where things are, how many replicas, how work is cut and retried.
+_FREE = ("run", "cache", "prices", "replicas")
+# Sections whose change makes a stage of the cache useless. Targets, budget and method are not here:
+# they reuse every shard that the cache holds.
+_RECOMPUTES = {
+    "model": "everything but the catalogue",
+    "data.max_length": "everything",
+    "embedding": "the embeddings",
+    "gradients.parameters": "the gradients",
+    "gradients.side": "the gradients",
+    "gradients.dim": "the gradients",
+    "gradients.reduction": "the gradients",
+    "seed": "landmarks, embeddings and gradients",
+}
+
+
+def claim_run(config: Config, *, replace: bool = False) -> None:
+    """Take a run directory for this config, writing `config.yaml` into it.
+
+    Raises:
+        InputError: the directory belongs to a run with another config, and not `replace`.
+    """
+    url = storage.join(config.run, "config.yaml")
+    if storage.head(url) is not None and not replace:
+        before = yaml.safe_load(storage.read_bytes(url))
+        changes = changed_values(before, yaml.safe_load(dump_config(config)))
+        if changes:
+            raise InputError(_explain(config.run, changes))
+    storage.put(url, dump_config(config).encode())
+
+
+def changed_values(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value before, value now) of every value that differs and that changes a result."""
+    old, new = _flatten(before), _flatten(now)
+    keys = sorted(old.keys() | new.keys())
+    return [
+        (key, old.get(key), new.get(key))
+        for key in keys
+        if key.split(".")[0] not in _FREE and old.get(key) != new.get(key)
+    ]
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _explain(run: str, changes: list[tuple[str, Any, Any]]) -> str:
+    lines = [f"{run} holds a run with another config:"]
+    lines += [f"  {key}: was {old!r}, now {new!r}" for key, old, new in changes]
+    again = sorted(
+        {
+            what
+            for key, _, _ in changes
+            for section, what in _RECOMPUTES.items()
+            if key == section or key.startswith(section + ".")
+        }
+    )
+    lines.append(
+        "would be computed again: "
+        + ("; ".join(again) if again else "nothing that the cache holds")
+    )
+    lines.append(
+        "Use another `run` (with the same `cache`, everything that still fits is reused), "
+        "or pass --replace to put the new results in this directory."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,124 @@
+"""The run's record: `manifest.json`, kept up to date while the job goes on."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from importlib import metadata
+
+from pydantic import ValidationError
+
+from influence import storage
+from influence.errors import InputError
+from influence.fingerprints import Fingerprint
+from influence.schemas import FailedShard, Manifest, StageRecord, to_json
+from influence.units import Unit
+from influence.worker import UnitResult
+
+_PACKAGES = ("torch", "transformers", "peft", "pyarrow", "numpy", "ray", "obstore")
+_SAVE_EVERY_SECONDS = 5.0
+
+
+class RunLog:
+    """Collects what happens to every stage and writes it to RUN/manifest.json."""
+
+    def __init__(self, run: str, method: str) -> None:
+        self.url = storage.join(run, "manifest.json")
+        self.manifest = Manifest(method=method, versions=_versions())
+        self._saved = 0.0
+
+    def begin(self, stage: str, fingerprint: Fingerprint, units: Sequence[Unit]) -> None:
+        """Announce a stage's shards; a stage may be announced in several parts."""
+        record = self.manifest.stages.setdefault(
+            stage, StageRecord(fingerprint=fingerprint.hex, values=fingerprint.values)
+        )
+        record.planned += [unit.key for unit in units]
+        record.shards = len(record.planned)
+
+    def reused(self, unit: Unit) -> None:
+        """A shard of an earlier run stands in the cache, whole."""
+        self.manifest.stages[unit.stage].reused += 1
+
+    def done(self, stage: str, result: UnitResult) -> None:
+        """A shard was computed (or found committed by somebody else)."""
+        record = self.manifest.stages[stage]
+        if result.outcome == "exists":
+            record.reused += 1
+        else:
+            record.computed += 1
+        record.rows += result.rows
+        record.tokens += result.tokens
+        record.model_seconds += result.model_seconds
+        record.replica_seconds += result.seconds
+        record.devices = sorted({*record.devices, result.device})
+        record.notes = sorted({*record.notes, *result.notes})
+        if result.outcome == "replaced":
+            record.notes = sorted({*record.notes, f"replaced a damaged shard: {result.key}"})
+        self.save_sometimes()
+
+    def failed(self, unit: Unit, attempts: int, error: str) -> None:
+        """A shard failed for good."""
+        self.manifest.stages[unit.stage].failed.append(
+            FailedShard(
+                key=unit.key,
+                file=unit.file.url,
+                first=unit.first,
+                last=unit.last,
+                attempts=attempts,
+                error=error,
+            )
+        )
+        self.save()
+
+    def took(self, stage: str, seconds: float, fingerprint: str = "") -> None:
+        """Add wall time to a stage; stages without shards (regression, ...) are made here."""
+        record = self.manifest.stages.setdefault(stage, StageRecord(fingerprint=fingerprint))
+        record.seconds += seconds
+
+    def failures(self) -> list[FailedShard]:
+        """Every shard that failed for good in this run."""
+        return [failed for record in self.manifest.stages.values() for failed in record.failed]
+
+    def finish(self, state: str) -> None:
+        """Write the final state: done, failed or interrupted."""
+        self.manifest.state = state
+        self.save()
+
+    def save(self) -> None:
+        """Write the manifest now."""
+        storage.put(self.url, to_json(self.manifest))
+        self._saved = time.monotonic()
+
+    def save_sometimes(self) -> None:
+        """Write the manifest if the last write is some seconds old."""
+        if time.monotonic() - self._saved > _SAVE_EVERY_SECONDS:
+            self.save()
+
+
+def read_manifest(run: str) -> Manifest | None:
+    """The manifest of a run directory, or None if there is none.
+
+    Raises:
+        InputError: a manifest that this version cannot read.
+    """
+    url = storage.join(run, "manifest.json")
+    if storage.head(url) is None:
+        return None
+    try:
+        return Manifest.model_validate_json(storage.read_bytes(url))
+    except ValidationError as error:
+        raise InputError(
+            f"{url}: not a manifest of this version ({error.error_count()} problems, first: "
+            f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']})"
+        ) from None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

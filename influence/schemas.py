@@ -1,0 +1,203 @@
+"""File contracts: the Arrow schemas of shards, scores and selections, and the JSON documents.
+
+Everything that another program may read is declared here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT_VERSION = 1
+
+#: Columns of every shard that describe the row itself. `id` is null where the input has none.
+ROW_FIELDS: list[pa.Field] = [
+    pa.field("id", pa.string()),
+    pa.field("row", pa.int64(), nullable=False),
+    pa.field("source", pa.string()),
+    pa.field("group", pa.string()),
+    pa.field("digest", pa.binary(16), nullable=False),
+    pa.field("n_tokens", pa.int32(), nullable=False),
+    pa.field("n_response_tokens", pa.int32(), nullable=False),
+    pa.field("truncated", pa.bool_(), nullable=False),
+    pa.field("reason", pa.string()),
+]
+
+REASON_DUPLICATE = "duplicate"
+
+
+class VectorLayout(BaseModel):
+    """How the bytes of a shard's `vector` column are read (kept in the schema's metadata).
+
+    `blocks` lists named parts of the vector as (name, offset, length), in elements.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    dtype: str
+    dim: int
+    blocks: list[tuple[str, int, int]] = []
+
+
+def catalogue_schema() -> pa.Schema:
+    """Schema of a catalogue shard: what tokenising a row says, no model involved."""
+    return pa.schema(ROW_FIELDS)
+
+
+def shard_schema(layout: VectorLayout) -> pa.Schema:
+    """Schema of a shard with vectors: the row's columns, `vector`, `norm` and `loss`.
+
+    `vector` is fixed-size binary (measured: read at raw file speed, where fixed-size lists are
+    several times slower). An unscorable row has a null vector, norm and loss.
+    """
+    itemsize = {"float16": 2, "float32": 4, "float64": 8}[layout.dtype]
+    vector = [
+        pa.field("vector", pa.binary(itemsize * layout.dim)),
+        pa.field("norm", pa.float64()),
+        pa.field("loss", pa.float64()),
+    ]
+    metadata = {b"vector": layout.model_dump_json().encode()}
+    return pa.schema([*ROW_FIELDS, *vector], metadata=metadata)
+
+
+def layout_of(schema: pa.Schema) -> VectorLayout:
+    """Read the vector layout back from a shard's schema metadata."""
+    return VectorLayout.model_validate_json((schema.metadata or {})[b"vector"])
+
+
+def target_vector_schema() -> pa.Schema:
+    """Schema of a target-vector shard: one row per layer, the (out x in) matrix as bytes."""
+    return pa.schema(
+        [
+            pa.field("layer", pa.string(), nullable=False),
+            pa.field("out_features", pa.int64(), nullable=False),
+            pa.field("in_features", pa.int64(), nullable=False),
+            pa.field("vector", pa.large_binary(), nullable=False),
+        ]
+    )
+
+
+def scores_schema(names: list[str]) -> pa.Schema:
+    """Schema of `scores/part-*.parquet`; `names` are the targets and their groups."""
+    fields = [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("source", pa.string()),
+        pa.field("score", pa.float64()),
+        pa.field("target", pa.string()),
+        pa.field("weight", pa.float64(), nullable=False),
+        pa.field("exact", pa.bool_(), nullable=False),
+        pa.field("n_tokens", pa.int32(), nullable=False),
+        pa.field("n_response_tokens", pa.int32(), nullable=False),
+        pa.field("truncated", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string()),
+    ]
+    for name in names:
+        fields += [
+            pa.field(f"{column}.{name}", pa.float64()) for column in ("score", "low", "high")
+        ]
+    return pa.schema(fields)
+
+
+#: Columns added to the input columns of a selected row.
+SELECTION_FIELDS: list[pa.Field] = [
+    pa.field("influence_rank", pa.int64(), nullable=False),
+    pa.field("influence_score", pa.float64(), nullable=False),
+    pa.field("influence_weight", pa.float64(), nullable=False),
+]
+
+
+class Interval(BaseModel):
+    """A value with its interval; null where it is undefined (a constant target)."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class Recall(BaseModel):
+    """Recall of the exact top share: what the certificate expects of it."""
+
+    expected: float | None = None
+    low: float | None = None
+    high: float | None = None
+    audit_low: float | None = None
+    exact_gradients: int = 0
+
+
+class TargetFidelity(BaseModel):
+    """The certificate of one target or group."""
+
+    recall: Recall = Field(default_factory=Recall)
+    spearman: Interval = Field(default_factory=Interval)
+    r2: float | None = None
+    score_halfwidth: float | None = Field(default=None, description="of 90 % intervals")
+    landmark_halfwidth: float = Field(
+        default=0.0, description="for exact rows"
+    )
+    sketch_sd: float | None = Field(
+        default=None, description="sd of sketch noise"
+    )
+    reliability: float | None = Field(
+        default=None, description="of sketched scores"
+    )
+
+
+class Fidelity(BaseModel):
+    """`fidelity.json`. `exact` says that every score is exact: nothing was approximated."""
+
+    method: str
+    exact: bool
+    landmarks: int = 0
+    recall: Recall = Field(default_factory=Recall)
+    targets: dict[str, TargetFidelity] = Field(default_factory=dict)
+
+
+class FailedShard(BaseModel):
+    """A shard that failed for good: which rows of which file, and why."""
+
+    key: str
+    file: str
+    first: int
+    last: int
+    attempts: int
+    error: str
+
+
+class StageRecord(BaseModel):
+    """One stage in the manifest."""
+
+    fingerprint: str
+    values: dict[str, Any] = Field(default_factory=dict, description="what the fingerprint covers")
+    planned: list[str] = Field(default_factory=list, description="cache keys of its shards")
+    shards: int = 0
+    reused: int = 0
+    computed: int = 0
+    rows: int = 0
+    tokens: int = 0
+    seconds: float = Field(default=0.0, description="wall time of the stage in this run")
+    model_seconds: float = Field(
+        default=0.0, description="model at work, all replicas"
+    )
+    replica_seconds: float = Field(default=0.0, description="time replicas held a shard")
+    devices: list[str] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list, description="precision fallbacks and the like")
+    failed: list[FailedShard] = Field(default_factory=list)
+
+
+class Manifest(BaseModel):
+    """`manifest.json`: what the run did, and with what."""
+
+    format_version: int = FORMAT_VERSION
+    method: str
+    state: str = Field(default="running", description="running, done, failed or interrupted")
+    versions: dict[str, str] = Field(default_factory=dict)
+    counts: dict[str, Any] = Field(default_factory=dict)
+    coverage: list[dict[str, Any]] = Field(default_factory=list)
+    stages: dict[str, StageRecord] = Field(default_factory=dict)
+
+
+def to_json(document: BaseModel) -> bytes:
+    """The document as indented JSON bytes."""
+    return json.dumps(document.model_dump(mode="json"), indent=1, allow_nan=False).encode() + b"\n"

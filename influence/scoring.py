@@ -1,0 +1,69 @@
+"""Scores out of shards: exact ones from gradients or inner products, predicted ones from landmarks.
+
+Pure arithmetic on arrays; `influence.reducer` reads the shards and decides what is asked of whom.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+
+from influence.projection import half_products
+
+
+@dataclass(frozen=True)
+class ExactScores:
+    """Scores from gradients: P (r x m), and the two halves of a sketch (2 x r x m) or None."""
+
+    P: Float[np.ndarray, "r m"]
+    halves: Float[np.ndarray, "2 r m"] | None
+
+
+def unit(
+    vectors: Float[np.ndarray, "n d"], norm: Float[np.ndarray, "n"], normalize: bool
+) -> Float[np.ndarray, "n d"]:
+    """Rows divided by their exact norms (not by the norms of their sketches), in float64."""
+    vectors = vectors.astype(np.float64)
+    return vectors / norm[:, None] if normalize else vectors
+
+
+def usable_norm(norm: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+    """Rows whose gradient or embedding is finite and not zero."""
+    return np.isfinite(norm) & (norm > 0)
+
+
+def sketched_halves(
+    vectors: Float[np.ndarray, "r d"],
+    norm: Float[np.ndarray, "r"],
+    targets: Float[np.ndarray, "m d"],
+    normalize: bool,
+) -> Float[np.ndarray, "2 r m"]:
+    """Inner products of sketched gradients with sketched targets, by each half of the sketch.
+
+    Both halves are unbiased and independent; their mean is the score.
+    """
+    rows = unit(vectors, norm, normalize)
+    return half_products(torch.from_numpy(rows), torch.from_numpy(targets)).numpy()
+
+
+def cosine_scores(
+    units: Float[np.ndarray, "n d"], targets: Float[np.ndarray, "m d"]
+) -> Float[np.ndarray, "n m"]:
+    """Cosine with each target's mean unit embedding (RDS+, arXiv 2503.01807), in float64."""
+    return units.astype(np.float64) @ targets.astype(np.float64).T
+
+
+def random_scores(seed: int, digests: Sequence[bytes]) -> Float[np.ndarray, "n 1"]:
+    """Uniform numbers in [0, 1) that depend on the seed and the row's messages alone."""
+    key = seed.to_bytes(8, "little")
+    drawn = [
+        int.from_bytes(hashlib.blake2b(digest, digest_size=8, key=key).digest(), "little")
+        for digest in digests
+    ]
+    # 53 bits: the largest integer a float64 holds exactly, so that equal scores are equal draws.
+    return np.asarray([value >> 11 for value in drawn], dtype=np.float64)[:, None] / 2.0**53

@@ -1,0 +1,271 @@
+"""From scores to a selection: budgets, several targets, quotas per source."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from influence.errors import InputError
+from influence.quotas import Quota, QuotaState, open_quotas
+from influence.weights import id_ranks, ranked, round_robin_weights
+
+COMBINATIONS = ("mean", "max", "round_robin")
+_BUDGET = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKmMbB]?)\s*(%|rows|tokens)?\s*")
+_SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_BUDGET_FORMS = "expected a number of rows (5000), a percentage (5%) or tokens (2M tokens)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to select; exactly one field is set. `share` is of the scored rows, in (0, 1]."""
+
+    rows: int | None = None
+    share: float | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The k selected rows, best first (round robin: in the order of the turns).
+
+    `order` holds positions in the pool and `weights` their weights, which sum to `n_scored`, the
+    number of rows with scores. `column` is the column of P that picked each row (mean and max: its
+    best column) and `score` the score it was picked for. `tau` has one threshold for mean and
+    max, one per column for round robin, and with quotas a second axis: the groups in the order of
+    `groups`, the last one for the rows of no quota.
+    """
+
+    order: Int[np.ndarray, " k"]
+    weights: Float[np.ndarray, " k"]
+    column: Int[np.ndarray, " k"]
+    score: Float[np.ndarray, " k"]
+    tau: Float[np.ndarray, " t"] | Float[np.ndarray, "t g"]
+    groups: tuple[str, ...]
+    n_scored: int
+    budget_exceeds_pool: bool
+
+
+def parse_budget(text: str | int | float) -> Budget:
+    """`5000`, `5%`, `2M tokens`, `500k tokens`; raises InputError naming selection.budget."""
+    if isinstance(text, bool):
+        raise InputError(f"selection.budget: {text}; {_BUDGET_FORMS}")
+    if isinstance(text, int | float):
+        if 0 < text < 1:
+            raise InputError(
+                f"selection.budget: {text} is neither rows nor a percentage; write {text * 100:g}%"
+            )
+        if text < 1 or not np.isfinite(text) or text != int(text):
+            raise InputError(f"selection.budget: {text}; {_BUDGET_FORMS}")
+        return Budget(rows=int(text))
+    match = _BUDGET.fullmatch(text)
+    if match is None:
+        raise InputError(f"selection.budget: {text!r}; {_BUDGET_FORMS}")
+    number, suffix, unit = match.groups()
+    value = float(number.replace("_", ""))
+    if unit == "%":
+        if suffix or not 0 < value <= 100:
+            raise InputError(f"selection.budget: {text!r}; expected a percentage in (0, 100]")
+        return Budget(share=value / 100)
+    if unit is None and not suffix and 0 < value < 1:
+        return parse_budget(value)
+    count = value * _SUFFIX[suffix.lower()]
+    if count < 1 or abs(count - round(count)) > 1e-6:
+        raise InputError(f"selection.budget: {text!r} is no whole number; {_BUDGET_FORMS}")
+    if unit == "tokens":
+        return Budget(tokens=round(count))
+    return Budget(rows=round(count))
+
+
+def combined_score(
+    P: Float[np.ndarray, "n m"], column_target: Int[np.ndarray, " m"], combine: str
+) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """(score, best column) of every row; NaN and -1 for a row without scores.
+
+    `column_target` is the target that each column belongs to. `mean`: the mean over targets of
+    the mean over a target's columns; the best column is the highest one of the target with the
+    highest mean. `max`: the largest column and its value. `round_robin` has no single
+    score: the row's highest column is what a turn would take it for, so it is reported as for max.
+    Raises InputError for an unknown name or a row that has scores in some columns only.
+    """
+    P, column_target = _check_scores(P, column_target, combine)
+    missing = np.isnan(P[:, 0])
+    if combine != "mean":
+        best = np.argmax(np.where(missing[:, None], 0.0, P), axis=1)
+        score = P[np.arange(len(P)), best].astype(np.float64)
+        return score, np.where(missing, -1, best)
+    score = np.zeros(len(P))
+    best = np.full(len(P), -1)
+    best_mean = np.full(len(P), -np.inf)
+    targets = np.unique(column_target)
+    for target in targets:
+        columns = np.flatnonzero(column_target == target)
+        part = P[:, columns]
+        mean = part.mean(axis=1, dtype=np.float64)
+        score += mean / len(targets)
+        better = mean > best_mean  # False for NaN: an unscored row keeps -1
+        best[better] = columns[np.argmax(part[better], axis=1)]
+        best_mean[better] = mean[better]
+    return score, best
+
+
+def select(
+    P: Float[np.ndarray, "n m"],
+    *,
+    column_target: Int[np.ndarray, " m"],
+    ids: Sequence[str],
+    budget: Budget,
+    combine: str = "round_robin",
+    sources: Sequence[str] | None = None,
+    n_tokens: Int[np.ndarray, " n"] | None = None,
+    per_source: Mapping[str, Quota] | None = None,
+) -> Selection:
+    """Select rows by their scores (higher is better); NaN rows never, ties by id then position.
+
+    `mean` and `max` take the best rows by `combined_score`. `round_robin` takes turns: turn j
+    belongs to target j mod T and to that target's column (j div T) mod its number of columns, and
+    takes this column's best row not yet taken (Influence Distillation, arXiv 2505.19051, and RDS+,
+    arXiv 2503.01807, section 3, use it per target sample). A row budget larger than the
+    pool takes every scored row and sets `budget_exceeds_pool`; so does a token budget. A token
+    budget takes rows in order and ends before the first that would exceed it. Quotas
+    (`influence.quotas`) need a budget in rows. Weights: `influence.weights.round_robin_weights`.
+    O(n m) for the scores, O(k m log k) for the order and the turns (n for k with quotas).
+    Raises InputError naming the config key for infeasible quotas or a budget that holds no row.
+    """
+    P, column_target = _check_scores(P, column_target, combine)
+    if len(ids) != len(P):
+        raise InputError(f"selection: {len(ids)} ids for {len(P)} rows of scores")
+    scored = ~np.isnan(P[:, 0])
+    n_scored = int(np.count_nonzero(scored))
+    if not n_scored:
+        raise InputError("selection: no candidate has a score; see the reasons in the report")
+    k, exceeds = _row_limit(budget, scored, n_tokens)
+    quotas = None
+    if per_source:
+        if budget.tokens is not None:
+            raise InputError(
+                "selection.per_source: quotas are shares of rows and do not go with a token "
+                "budget; write selection.budget in rows or as a percentage"
+            )
+        if sources is None:
+            raise InputError("selection.per_source: the candidates carry no source; drop the quota")
+        quotas = open_quotas(per_source, sources, scored, k)
+    best = None
+    scores = P
+    turns = _turns(column_target)
+    if combine != "round_robin":
+        score, best = combined_score(P, column_target, combine)
+        scores, turns = score[:, None], [[0]]
+    tokens = n_tokens if budget.tokens is not None else None
+    order, picker = _take(scores, turns, id_ranks(ids), k, quotas, tokens, budget.tokens)
+    if not len(order):
+        raise InputError(
+            f"selection.budget: {budget.tokens} tokens hold not even the best row; expected more"
+        )
+    picks = [order[picker == column] for column in range(scores.shape[1])]
+    weights, tau = round_robin_weights(scores, picks, None if quotas is None else quotas.group)
+    return Selection(
+        order=order,
+        weights=weights[order],
+        column=picker if best is None else best[order],
+        score=np.asarray(scores[order, picker], dtype=np.float64),
+        tau=tau,
+        groups=() if quotas is None else quotas.names,
+        n_scored=n_scored,
+        budget_exceeds_pool=exceeds,
+    )
+
+
+def _check_scores(
+    P: np.ndarray, column_target: np.ndarray | Sequence[int], combine: str
+) -> tuple[np.ndarray, np.ndarray]:
+    P, column_target = np.asarray(P), np.asarray(column_target)
+    if combine not in COMBINATIONS:
+        raise InputError(
+            f"selection.combine: {combine!r}; expected one of {', '.join(COMBINATIONS)}"
+        )
+    if P.ndim != 2 or not P.shape[1] or column_target.shape != P.shape[1:]:
+        raise InputError(f"scores of shape {P.shape} for {column_target.shape} columns of targets")
+    missing = np.isnan(P)
+    partly = np.flatnonzero(missing.any(axis=1) & ~missing.all(axis=1))
+    if partly.size:
+        column = int(np.flatnonzero(missing[partly[0]])[0])
+        raise InputError(
+            f"scores: row {partly[0]} has no score in column {column} (target "
+            f"{column_target[column]}) but has others ({partly.size} such rows); expected a "
+            "score for every target or for none: check this target's gradients"
+        )
+    return P, column_target
+
+
+def _row_limit(budget: Budget, scored: np.ndarray, n_tokens: np.ndarray | None) -> tuple[int, bool]:
+    """The most rows the budget can hold, and whether it is larger than the pool."""
+    n = int(np.count_nonzero(scored))
+    if budget.tokens is not None:
+        if n_tokens is None or len(n_tokens) != len(scored):
+            raise InputError("selection.budget: a token budget needs the tokens of every row")
+        tokens = np.asarray(n_tokens)[scored]
+        shortest = max(1, int(tokens.min()))
+        return min(n, budget.tokens // shortest), bool(budget.tokens > tokens.sum())
+    if budget.share is not None:
+        return max(1, round(budget.share * n)), False
+    if budget.rows is None or budget.rows < 1:
+        raise InputError(f"selection.budget: {budget}; {_BUDGET_FORMS}")
+    return min(budget.rows, n), budget.rows > n
+
+
+def _turns(column_target: Int[np.ndarray, " m"]) -> list[list[int]]:
+    """The columns of each target, targets in ascending order."""
+    targets = np.unique(column_target)
+    return [np.flatnonzero(column_target == target).tolist() for target in targets]
+
+
+def _take(
+    scores: Float[np.ndarray, "n m"],
+    turns: list[list[int]],
+    ranks: Int[np.ndarray, " n"],
+    k: int,
+    quotas: QuotaState | None,
+    n_tokens: np.ndarray | None,
+    max_tokens: int | None,
+) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
+    """Up to k positions in the order they are taken, and the column that took each."""
+    # A pointer passes at most k taken rows, so the best k of a column are enough; with quotas it
+    # may pass whole sources. Whatever bars a row bars it for good, so pointers only move forward.
+    limit = len(scores) if quotas is not None else k
+    heads = [ranked(scores[:, c], ranks, limit) for c in range(scores.shape[1])]
+    barred = np.zeros(len(scores), dtype=bool) if quotas is None else quotas.barred
+    pointers = [0] * len(heads)
+    order, picker, used = [], [], 0
+    for turn in range(k):
+        columns = turns[turn % len(turns)]
+        column = columns[(turn // len(turns)) % len(columns)]
+        pointers[column] = _next_free(heads[column], pointers[column], barred)
+        row = int(heads[column][pointers[column]])
+        if n_tokens is not None and max_tokens is not None:
+            used += int(n_tokens[row])
+            if used > max_tokens:
+                break
+        order.append(row)
+        picker.append(column)
+        barred[row] = True
+        if quotas is not None:
+            quotas.take(row)
+    return np.asarray(order, dtype=np.int64), np.asarray(picker, dtype=np.int64)
+
+
+def _next_free(head: Int[np.ndarray, " _"], start: int, barred: np.ndarray) -> int:
+    """The first place from `start` on whose row is not barred; blocks double, so long runs skip."""
+    size = 8
+    if not barred[head[start]]:
+        return start
+    while start < len(head):
+        free = np.flatnonzero(~barred[head[start : start + size]])
+        if free.size:
+            return start + int(free[0])
+        start += size
+        size *= 2
+    raise AssertionError("a column ran out of rows although the budget was checked")

@@ -1,0 +1,183 @@
+"""The stages that make shards: one small function each, in a registry, with one signature.
+
+A stage turns the batches of one unit into columns: a vector, a norm and a loss for every encoded
+row. What it needs of the config arrives as plain values in `StageSettings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence.batching import Batch
+from influence.embeddings import make_embedder
+from influence.gradients import Parameters, attributed_layers, make_engine, mean_gradient
+from influence.loss import Reduction
+from influence.projection import make_sketch
+from influence.replica import Replica
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """Plain values that the stages read."""
+
+    embedding: Mapping[str, Any]
+    parameters: Parameters
+    reduction: Reduction
+    normalize: bool
+    side: int
+    dim: int
+    seed: int
+
+
+@dataclass
+class Vectors:
+    """What a stage makes of a unit: one row per scorable row, in the order of `positions`.
+
+    Attributes:
+        positions: index into the unit's encoded rows.
+        vectors: (n x dim).
+        norm: (n,) norm of the embedding, or exact norm of the gradient.
+        loss: (n,) reduced loss in nats; NaN where the stage computes none.
+        blocks: named parts of a vector (name, offset, length).
+    """
+
+    positions: np.ndarray
+    vectors: np.ndarray
+    norm: np.ndarray
+    loss: np.ndarray
+    blocks: list[tuple[str, int, int]] = field(default_factory=list)
+
+
+class Toolbox:
+    """A loaded replica and the embedder and engines built on it, each once."""
+
+    def __init__(self, replica: Replica, settings: StageSettings) -> None:
+        self.replica = replica
+        self.settings = settings
+        self._built: dict[str, Any] = {}
+        self._products: tuple[tuple[str, ...], Any] | None = None
+
+    def _once(self, name: str, build: Callable[[], Any]) -> Any:
+        if name not in self._built:
+            self._built[name] = build()
+        return self._built[name]
+
+    @property
+    def layers(self) -> list[Any]:
+        """The attributed layers."""
+        return self._once(
+            "layers", lambda: attributed_layers(self.replica.model, self.settings.parameters)
+        )
+
+    @property
+    def embedder(self) -> Any:
+        """The embedder of the config."""
+        return self._once(
+            "embedder", lambda: make_embedder(self.replica.model, **self.settings.embedding)
+        )
+
+    @property
+    def sketch_engine(self) -> Any:
+        """Per-sample gradients through the two-sided sketch."""
+        settings = self.settings
+
+        def build() -> Any:
+            shapes = [(layer.name, layer.out_features, layer.in_features) for layer in self.layers]
+            sketch = make_sketch(
+                shapes,
+                side=settings.side,
+                dim=settings.dim,
+                seed=settings.seed,
+                dtype=torch.float64 if self.replica.dtype == torch.float64 else torch.float32,
+                device=self.replica.device,
+            )
+            return make_engine(
+                self.replica.model, self.layers, reduction=settings.reduction, sketch=sketch
+            )
+
+        return self._once("sketch", build)
+
+    def product_engine(self, keys: tuple[str, ...], read: Callable[[], dict[str, Tensor]]) -> Any:
+        """Exact inner products with target gradients {layer: (m, out, in)}.
+
+        `keys` names them; the engine of the last keys is kept, and an earlier one is dropped first:
+        full target gradients are the largest thing that a replica holds.
+        """
+        if self._products is None or self._products[0] != keys:
+            self._products = None
+            engine = make_engine(
+                self.replica.model,
+                self.layers,
+                reduction=self.settings.reduction,
+                targets=read(),
+            )
+            self._products = (keys, engine)
+        return self._products[1]
+
+
+def embed(tools: Toolbox, batches: Sequence[Batch]) -> Vectors:
+    """The cheap embedding of every row: unit rows in float16, their norms beside them."""
+    rows, positions = [], []
+    for batch in batches:
+        moved = batch.to(tools.replica.device)
+        with torch.no_grad():
+            rows.append(tools.embedder.embed(moved.input_ids, moved.lengths).double().cpu().numpy())
+        positions += batch.positions
+    raw = np.concatenate(rows)
+    norm = np.linalg.norm(raw, axis=1)
+    unit = (raw / np.maximum(norm, np.finfo(np.float64).tiny)[:, None]).astype(np.float16)
+    return Vectors(np.asarray(positions), unit, norm, np.full(len(norm), np.nan))
+
+
+def sketch_gradients(tools: Toolbox, batches: Sequence[Batch]) -> Vectors:
+    """Projected per-sample gradients (unnormalised), exact norms and losses."""
+    return _gradients(tools.sketch_engine, tools, batches, "vectors")
+
+
+def inner_products(tools: Toolbox, batches: Sequence[Batch], engine: Any) -> Vectors:
+    """Exact inner products with the target vectors, exact norms and losses."""
+    return _gradients(engine, tools, batches, "products")
+
+
+def split_columns(whole: Vectors, widths: Sequence[int]) -> list[Vectors]:
+    """Cut the vectors' columns into parts of these widths; norms and losses go to each."""
+    cuts = np.cumsum(widths)[:-1]
+    return [
+        Vectors(whole.positions, part, whole.norm, whole.loss)
+        for part in np.split(whole.vectors, cuts, axis=1)
+    ]
+
+
+def target_vector(tools: Toolbox, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], int]:
+    """Mean over the rows of the (unit) gradients: {layer: (out, in)}, and the number of rows."""
+    moved = [batch.to(tools.replica.device) for batch in batches]
+    total, count = mean_gradient(
+        tools.replica.model,
+        tools.layers,
+        moved,
+        reduction=tools.settings.reduction,
+        normalize=tools.settings.normalize,
+    )
+    return {name: value / count for name, value in total.items()}, count
+
+
+def _gradients(engine: Any, tools: Toolbox, batches: Sequence[Batch], column: str) -> Vectors:
+    vectors, norms, losses, positions = [], [], [], []
+    for batch in batches:
+        gradients = engine(batch.to(tools.replica.device))
+        vectors.append(getattr(gradients, column).float().cpu().numpy())
+        norms.append(gradients.norm.double().cpu().numpy())
+        losses.append(gradients.loss.double().cpu().numpy())
+        positions += batch.positions
+    return Vectors(
+        np.asarray(positions),
+        np.concatenate(vectors),
+        np.concatenate(norms),
+        np.concatenate(losses),
+    )

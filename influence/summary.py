@@ -1,0 +1,120 @@
+"""The tables that a run prints when it is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from influence.errors import InputError
+from influence.run_log import read_manifest
+from influence.schemas import Fidelity, Interval
+
+MOST_SOURCES = 30
+
+
+def summary_tables(run: str, summary: dict[str, Any]) -> list[Table]:
+    """Sources, certificate, seconds per stage."""
+    return [
+        source_table(summary["sources"]),
+        certificate_table(Fidelity.model_validate(summary["fidelity"])),
+        stage_table(run),
+    ]
+
+
+def source_table(sources: dict[str, tuple[int, int]]) -> Table:
+    """Share of each source in the pool and in the selection, most enriched first."""
+    table = Table(title="pool and selection by source")
+    for heading in ("source", "pool", "share", "selected", "share", "enrichment"):
+        table.add_column(heading, justify="left" if heading == "source" else "right")
+    pool = sum(before for before, _ in sources.values())
+    chosen = max(1, sum(after for _, after in sources.values()))
+    rows = [
+        (name, before, before / pool, after, after / chosen)
+        for name, (before, after) in sources.items()
+    ]
+    rows.sort(key=lambda row: (-row[4] / row[2], row[0]))
+    for name, before, share, after, part in rows[:MOST_SOURCES]:
+        table.add_row(
+            name, str(before), f"{share:.1%}", str(after), f"{part:.1%}", f"{part / share:.2f}"
+        )
+    if len(rows) > MOST_SOURCES:
+        rest = rows[MOST_SOURCES:]
+        table.add_row(
+            f"... {len(rest)} more",
+            str(sum(row[1] for row in rest)),
+            f"{sum(row[2] for row in rest):.1%}",
+            str(sum(row[3] for row in rest)),
+            f"{sum(row[4] for row in rest):.1%}",
+            "",
+        )
+    return table
+
+
+def certificate_table(fidelity: Fidelity) -> Table:
+    """How well the predicted scores stand for exact ones, per target and group."""
+    if fidelity.exact:
+        table = Table(title="certificate: no score is approximated by a regression")
+        table.add_column("target")
+        table.add_column("sd of the sketch's noise", justify="right")
+        for name, target in fidelity.targets.items():
+            noise = "none" if target.sketch_sd is None else f"{target.sketch_sd:.4f}"
+            table.add_row(name, noise)
+        return table
+    table = Table(
+        title=f"certificate ({fidelity.landmarks} landmarks; leave-one-out, 95 % intervals)"
+    )
+    for heading in ("target", "Spearman", "R^2", "recall of the top share", "90 % score ±"):
+        table.add_column(heading, justify="left" if heading == "target" else "right")
+    for name, target in fidelity.targets.items():
+        recall = Interval(
+            value=target.recall.expected, low=target.recall.low, high=target.recall.high
+        )
+        table.add_row(
+            name,
+            _interval(target.spearman),
+            _number(target.r2),
+            _interval(recall),
+            _number(target.score_halfwidth, 4),
+        )
+    whole = fidelity.recall
+    table.add_row(
+        "selection",
+        "",
+        "",
+        _interval(Interval(value=whole.expected, low=whole.low, high=whole.high)),
+        "",
+    )
+    return table
+
+
+def stage_table(run: str) -> Table:
+    """Seconds per stage, from the manifest."""
+    manifest = read_manifest(run)
+    if manifest is None:
+        raise InputError(f"{run}: no manifest.json; expected a run directory")
+    table = Table(title="stages")
+    for heading in ("stage", "shards", "reused", "rows", "tokens", "seconds", "tokens/s"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for name, stage in manifest.stages.items():
+        rate = f"{stage.tokens / stage.seconds:,.0f}" if stage.tokens and stage.seconds else ""
+        table.add_row(
+            name,
+            str(stage.shards or ""),
+            str(stage.reused or ""),
+            str(stage.rows or ""),
+            f"{stage.tokens:,}" if stage.tokens else "",
+            f"{stage.seconds:.1f}",
+            rate,
+        )
+    return table
+
+
+def _interval(value: Interval) -> str:
+    if value.value is None:
+        return "undefined"
+    return f"{value.value:.3f} [{_number(value.low)}, {_number(value.high)}]"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

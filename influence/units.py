@@ -1,0 +1,140 @@
+"""A unit of work: the rows of one range of one file, at one stage. One unit makes one shard."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from influence.candidates import SourceFile
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Rows of a file for one stage; the shard's name follows from the contents alone.
+
+    Attributes:
+        stage: name of the stage (and of the folder in the cache).
+        fingerprint: hex digest of everything else that changes the numbers.
+        file: the file; its content hash, never its path, is in the shard's name.
+        first: first row (from 0).
+        last: last row, inclusive.
+        rows: the rows, when not the whole range; increasing.
+        group_by: the column that holds a target row's group.
+        needs: keys of shards that this unit reads (target vectors).
+    """
+
+    stage: str
+    fingerprint: str
+    file: SourceFile
+    first: int
+    last: int
+    rows: tuple[int, ...] | None = None
+    group_by: str | None = None
+    needs: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Name in the cache: STAGE/FINGERPRINT/CONTENT-FIRST-LAST[-ROWS].parquet."""
+        name = f"{self.file.content_hash}-{self.first}-{self.last}"
+        if self.rows is not None:
+            name += f"-{hash_rows(self.rows)}"
+        if self.group_by is not None:
+            name += f"-{hashlib.blake2b(self.group_by.encode(), digest_size=4).hexdigest()}"
+        return f"{self.stage}/{self.fingerprint}/{name}.parquet"
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return len(self.rows) if self.rows is not None else self.last - self.first + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Units over the same rows that are computed in one pass, each with a shard of its own.
+
+    Inner products with several targets share the forward and the backward pass; every other stage
+    has bundles of one. Every target keeps its own shards, so that a new one costs only its own.
+    """
+
+    units: tuple[Unit, ...]
+
+
+@dataclass(frozen=True)
+class ExactUnits:
+    """Where exact scores come from: sketches of candidates and targets, or inner products.
+
+    Attributes:
+        sketches: gradient shards of candidates (projection: kronecker).
+        targets: gradient shards of each target, likewise.
+        products: inner products of candidates with each target's columns (projection: exact).
+    """
+
+    sketches: list[Unit]
+    targets: dict[str, list[Unit]]
+    products: dict[str, list[Unit]]
+
+    @property
+    def all(self) -> list[Unit]:
+        """Every unit, targets first: their shards are few and everything waits for them."""
+        of_targets = [unit for units in self.targets.values() for unit in units]
+        return [*of_targets, *self.sketches, *(u for us in self.products.values() for u in us)]
+
+
+def bundled(units: Iterable[Unit]) -> list[Bundle]:
+    """Group units of the same stage over the same rows, in order of first appearance."""
+    groups: dict[tuple[object, ...], list[Unit]] = {}
+    for unit in units:
+        same = (unit.stage, unit.file, unit.first, unit.last, unit.rows, unit.group_by)
+        alone = () if unit.stage == "inner_products" else (unit.fingerprint,)
+        groups.setdefault((*same, *alone), []).append(unit)
+    return [Bundle(tuple(members)) for members in groups.values()]
+
+
+def hash_rows(rows: Sequence[int]) -> str:
+    """Short digest of a sparse set of rows."""
+    data = np.asarray(rows, dtype="<i8").tobytes()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def range_units(
+    stage: str,
+    fingerprint: str,
+    files: Iterable[SourceFile],
+    rows_per_shard: int,
+    needs: tuple[str, ...] = (),
+    group_by: str | None = None,
+) -> list[Unit]:
+    """Cut every file into ranges of `rows_per_shard` rows, in file order."""
+    return [
+        Unit(
+            stage,
+            fingerprint,
+            file,
+            first,
+            min(first + rows_per_shard, file.rows) - 1,
+            group_by=group_by,
+            needs=needs,
+        )
+        for file in files
+        for first in range(0, file.rows, rows_per_shard)
+    ]
+
+
+def sparse_units(
+    stage: str,
+    fingerprint: str,
+    file: SourceFile,
+    rows: Sequence[int],
+    rows_per_shard: int,
+    needs: tuple[str, ...] = (),
+) -> list[Unit]:
+    """Cut chosen rows of one file into units of `rows_per_shard` rows, in row order."""
+    ordered = sorted(int(row) for row in rows)
+    chunks = [ordered[i : i + rows_per_shard] for i in range(0, len(ordered), rows_per_shard)]
+    return [
+        Unit(stage, fingerprint, file, chunk[0], chunk[-1], rows=tuple(chunk), needs=needs)
+        for chunk in chunks
+    ]

@@ -1,0 +1,282 @@
+"""One worker: turns a unit of work into a committed shard.
+
+Reading and tokenising happen on the calling thread, the model runs on a thread of its own, and the
+write happens on the calling thread again: with a few units in flight, the model never waits.
+Knows nothing of Ray; a replica actor wraps one of these, and so does a run in one process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from influence import stages
+from influence.batching import make_batches
+from influence.cache import Cache, vector_column
+from influence.candidates import read_examples
+from influence.config import Config
+from influence.errors import InputError, ModelLoadError
+from influence.fingerprints import embedding_values
+from influence.gradients import Parameters
+from influence.loss import Reduction
+from influence.replica import load_replica, load_tokenizer, resolve_dtype
+from influence.schemas import (
+    ROW_FIELDS,
+    VectorLayout,
+    catalogue_schema,
+    shard_schema,
+    target_vector_schema,
+)
+from influence.stages import StageSettings, Toolbox, Vectors
+from influence.tokenization import Encoded, make_encoder
+from influence.units import Bundle, Unit
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What became of a unit: the outcome of its commit and what it took."""
+
+    key: str
+    outcome: str
+    rows: int
+    tokens: int
+    seconds: float
+    model_seconds: float
+    device: str
+    notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """Tables of a bundle's units, seconds in the model, and where."""
+
+    tables: list[pa.Table]
+    seconds: float
+    device: str
+    notes: tuple[str, ...]
+
+
+class Worker:
+    """Computes units of any stage; loads the model when the first unit needs it."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.cache = Cache(config.cache_url)
+        self._encode: Any = None
+        self._toolbox: Toolbox | None = None
+        self._load_error: ModelLoadError | None = None
+        self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._io_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+
+    def load(self) -> None:
+        """Load the model now; raises `ModelLoadError` with its cause."""
+        self._model_thread.submit(self._tools).result()
+
+    def run(self, bundle: Bundle) -> list[UnitResult]:
+        """Compute and commit the units of a bundle. Safe to call from several threads at once."""
+        start = time.monotonic()
+        unit = bundle.units[0]
+        encoded = self._io_thread.submit(self._read, unit).result()
+        tokens = sum(row.n_tokens for row in encoded if row.reason is None)
+        if unit.stage == "catalogue":
+            computed = _Computed([_row_table(encoded)], 0.0, "cpu", ())
+        else:
+            computed = self._model_thread.submit(self._compute, bundle, encoded).result()
+        outcomes = []
+        for member, table in zip(bundle.units, computed.tables, strict=True):
+            meta = {
+                "stage": member.stage,
+                "fingerprint": member.fingerprint,
+                "first": member.first,
+                "last": member.last,
+                "tokens": tokens,
+                "device": computed.device,
+                "notes": list(computed.notes),
+                "torch": torch.__version__,
+            }
+            outcomes.append(self.cache.commit(member, table, meta))
+        seconds = time.monotonic() - start
+        # The pass was made once: rows, tokens and time count for the first unit of the bundle.
+        whole = (len(encoded), tokens, seconds, computed.seconds)
+        return [
+            UnitResult(
+                member.key,
+                outcome,
+                *(whole if member is unit else (0, 0, 0.0, 0.0)),
+                computed.device,
+                computed.notes,
+            )
+            for member, outcome in zip(bundle.units, outcomes, strict=True)
+        ]
+
+    def close(self) -> None:
+        """End the worker's threads."""
+        self._model_thread.shutdown(wait=True)
+        self._io_thread.shutdown(wait=True)
+
+    def _read(self, unit: Unit) -> list[Encoded]:
+        if self._encode is None:
+            tokenizer = load_tokenizer(self.config.model)
+            self._encode = make_encoder(tokenizer, self.config.data.max_length)
+        examples = read_examples(unit.file, unit.first, unit.last, unit.group_by)
+        if unit.rows is not None:
+            wanted = set(unit.rows)
+            examples = [example for example in examples if example.row in wanted]
+        return self._encode(examples)
+
+    def _tools(self) -> Toolbox:
+        if self._load_error is not None:
+            raise self._load_error
+        if self._toolbox is None:
+            config = self.config
+            dtype = resolve_dtype(config.model.dtype, config.replicas.num_gpus, config.model.device)
+            device = config.model.device
+            if device == "auto" and config.replicas.num_gpus == 0:
+                device = "cpu"
+            if device != "cuda":
+                # The number of threads decides the order of sums: fixed by the config alone.
+                torch.set_num_threads(config.replicas.num_cpus)
+            try:
+                replica = load_replica(config.model, dtype, device)
+            except ModelLoadError as error:
+                self._load_error = error
+                raise
+            self._toolbox = Toolbox(replica, stage_settings(config))
+        return self._toolbox
+
+    def _compute(self, bundle: Bundle, encoded: Sequence[Encoded]) -> _Computed:
+        tools = self._tools()
+        start = time.monotonic()
+        budget = self.config.replicas.token_budget
+        unit = bundle.units[0]
+        if unit.stage == "target_vectors":
+            # A target row that is there twice counts twice in the mean, as it does in a sketch.
+            tables = [self._target_vector_table(unit, tools, make_batches(encoded, budget))]
+        else:
+            first_of, unique = _unique(encoded)
+            batches = make_batches(unique, budget)
+            columns = (
+                self._vectors(bundle, tools, batches) if batches else [None] * len(bundle.units)
+            )
+            tables = [_vector_table(encoded, first_of, part) for part in columns]
+        seconds = time.monotonic() - start
+        return _Computed(tables, seconds, tools.replica.device_name, tools.replica.notes)
+
+    def _vectors(self, bundle: Bundle, tools: Toolbox, batches: list[Any]) -> list[Vectors]:
+        stage = bundle.units[0].stage
+        if stage == "embedding":
+            return [stages.embed(tools, batches)]
+        if stage == "gradients":
+            return [stages.sketch_gradients(tools, batches)]
+        if stage == "inner_products":
+            keys = tuple(key for unit in bundle.units for key in unit.needs)
+            engine = tools.product_engine(keys, lambda: self._target_vectors(keys, tools))
+            whole = stages.inner_products(tools, batches, engine)
+            return stages.split_columns(whole, [len(unit.needs) for unit in bundle.units])
+        raise InputError(f"no such stage: {stage!r}")
+
+    def _target_vector_table(self, unit: Unit, tools: Toolbox, batches: list[Any]) -> pa.Table:
+        if not batches:
+            raise InputError(
+                f"{unit.file.url}: none of the rows {unit.first}..{unit.last} of this target can "
+                "be scored; see the reasons in the catalogue or drop the group"
+            )
+        vector, _count = stages.target_vector(tools, batches)
+        rows = {
+            "layer": list(vector),
+            "out_features": [value.shape[0] for value in vector.values()],
+            "in_features": [value.shape[1] for value in vector.values()],
+            "vector": [value.float().cpu().numpy().tobytes() for value in vector.values()],
+        }
+        return pa.table(rows, schema=target_vector_schema())
+
+    def _target_vectors(self, keys: Sequence[str], tools: Toolbox) -> dict[str, torch.Tensor]:
+        """Read target vectors {layer: (m, out, in)} from the cache."""
+        stacked: dict[str, torch.Tensor] = {}
+        for column, key in enumerate(keys):
+            table = self.cache.read(key).table
+            for position in range(table.num_rows):
+                name = table.column("layer")[position].as_py()
+                shape = (
+                    table.column("out_features")[position].as_py(),
+                    table.column("in_features")[position].as_py(),
+                )
+                data = np.frombuffer(table.column("vector")[position].as_buffer(), np.float32)
+                if name not in stacked:
+                    stacked[name] = torch.empty(
+                        (len(keys), *shape), dtype=torch.float32, device=tools.replica.device
+                    )
+                stacked[name][column] = torch.from_numpy(data.copy()).view(shape)
+        return stacked
+
+
+def stage_settings(config: Config) -> StageSettings:
+    """The plain values that the stages read, out of the config."""
+    gradients, embedding = config.gradients, config.embedding
+    kind = embedding_values(config)["embedding"]
+    return StageSettings(
+        embedding={
+            "kind": kind,
+            "blocks": embedding.blocks,
+            "tangents": embedding.tangents,
+            "tangent": embedding.tangent,
+            "dim": embedding.dim,
+            "seed": config.seed,
+        },
+        parameters=cast(Parameters, gradients.parameters),
+        reduction=cast(Reduction, gradients.reduction),
+        normalize=gradients.normalize,
+        side=gradients.side,
+        dim=gradients.dim,
+        seed=config.seed,
+    )
+
+
+def _unique(encoded: Sequence[Encoded]) -> tuple[np.ndarray, list[Encoded]]:
+    """Rows with the same messages are computed once: (index into the unique rows, unique rows)."""
+    first: dict[bytes, int] = {}
+    unique: list[Encoded] = []
+    index = np.empty(len(encoded), dtype=np.int64)
+    for position, row in enumerate(encoded):
+        if row.digest not in first:
+            first[row.digest] = len(unique)
+            unique.append(row)
+        index[position] = first[row.digest]
+    return index, unique
+
+
+def _row_table(encoded: Sequence[Encoded]) -> pa.Table:
+    columns = {field.name: [getattr(row, field.name) for row in encoded] for field in ROW_FIELDS}
+    return pa.table(columns, schema=catalogue_schema())
+
+
+def _vector_table(
+    encoded: Sequence[Encoded], first_of: np.ndarray, columns: Vectors | None
+) -> pa.Table:
+    """Spread the computed vectors over the unit's rows; rows without one get nulls."""
+    rows = _row_table(encoded)
+    if columns is None:
+        columns = Vectors(
+            np.empty(0, np.int64), np.empty((0, 1), np.float32), np.empty(0), np.empty(0)
+        )
+    slot = np.full(int(first_of.max(initial=-1)) + 1, -1, dtype=np.int64)
+    slot[columns.positions] = np.arange(len(columns.positions))
+    source = slot[first_of] if len(first_of) else np.empty(0, np.int64)
+    missing = source < 0
+    width = columns.vectors.shape[1]
+    vectors = np.zeros((len(encoded), width), dtype=columns.vectors.dtype)
+    vectors[~missing] = columns.vectors[source[~missing]]
+    layout = VectorLayout(dtype=str(vectors.dtype), dim=width, blocks=columns.blocks)
+    arrays = [*rows.columns, vector_column(vectors, missing)]
+    for values in (columns.norm, columns.loss):
+        spread = np.full(len(encoded), np.nan)
+        spread[~missing] = values[source[~missing]]
+        arrays.append(pa.array(spread, type=pa.float64(), mask=np.isnan(spread)))
+    return pa.Table.from_arrays(arrays, schema=shard_schema(layout))

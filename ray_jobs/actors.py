@@ -1,0 +1,85 @@
+"""The actors: a replica that computes units, and the reducer. Both wrap plain classes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from influence.config import Config
+from influence.errors import InfluenceError
+from influence.reducer import Reducer
+from influence.units import Bundle
+from influence.worker import UnitResult, Worker
+
+#: Units in flight per replica: one tokenising, one in the model, one being written.
+IN_FLIGHT = 3
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class ReplicaActor:
+    """Holds one model replica. Dead replicas are replaced by the driver, never restarted by Ray."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.worker = Worker(Config.model_validate(config))
+
+    def ready(self) -> tuple[str, int]:
+        """(node id, process id), once the actor is up."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def run(self, bundle: Bundle) -> list[UnitResult]:
+        """Compute and commit the units of one bundle."""
+        return self.worker.run(bundle)
+
+
+@ray.remote(max_restarts=0)
+class ReducerActor:
+    """Holds the run's arrays; see `influence.reducer.Reducer`."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.reducer = Reducer(Config.model_validate(config))
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the reducer."""
+        return getattr(self.reducer, method)(*arguments)
+
+
+class RemoteReducer:
+    """A reducer in an actor, with the methods of `Reducer`; its errors arrive as they were."""
+
+    def __init__(self, config: Config) -> None:
+        # No CPU is reserved: the reducer works when the replicas have nothing to do.
+        actor = ReducerActor.options(num_cpus=0)  # pyright: ignore[reportAttributeAccessIssue]
+        self._actor = actor.remote(config.model_dump(mode="json"))
+
+    def __getattr__(self, method: str) -> Any:
+        if method.startswith("_"):
+            raise AttributeError(method)
+
+        def call(*arguments: Any) -> Any:
+            try:
+                return ray.get(self._actor.call.remote(method, *arguments))
+            except RayTaskError as error:
+                raise cause_of(error) from error
+
+        return call
+
+
+def replica_factory(config: Config) -> Any:
+    """A function that starts one replica actor with the config's resources."""
+    settings = config.replicas
+    options = ReplicaActor.options(  # pyright: ignore[reportAttributeAccessIssue]
+        num_cpus=settings.num_cpus,
+        num_gpus=settings.num_gpus,
+        max_concurrency=IN_FLIGHT + 1,
+    )
+    document = config.model_dump(mode="json")
+    return lambda: options.remote(document)
+
+
+def cause_of(error: RayTaskError) -> BaseException:
+    """The package's own error inside a task error, else the task error itself."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, InfluenceError) else error

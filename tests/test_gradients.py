@@ -1,0 +1,297 @@
+"""Per-sample gradients against batch-of-one autograd over full logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import ARCHITECTURES, random_batch, rows_of, tiny_model, with_lora
+
+from influence.errors import InputError
+from influence.gradients import (
+    attributed_layers,
+    block_layout,
+    contractions,
+    make_engine,
+    mean_gradient,
+)
+from influence.projection import make_sketch
+
+CASES = [(name, kind) for name in ARCHITECTURES for kind in ("all", "lora", "all under lora")]
+POWER = {"mean": 1.0, "sum": 0.0, "sqrt": 0.5}
+
+
+def setup(architecture: str, kind: str, dtype: torch.dtype = torch.float64):
+    model = tiny_model(architecture, dtype)
+    if kind != "all":
+        model = with_lora(model)
+    return model, attributed_layers(model, "lora" if kind == "lora" else "all")
+
+
+def oracle(model, layers, batch, reduction="mean"):
+    """Losses and gradients {name: (b, out, in)} by autograd, one unpadded sample at a time."""
+    weights = [layer.module.weight for layer in layers]
+    states = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    losses, gradients = [], {layer.name: [] for layer in layers}
+    for row, length in enumerate(batch.lengths.tolist()):
+        ids, labels = batch.input_ids[row : row + 1, :length], batch.labels[row, 1:length]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        wanted = labels != -100
+        loss = F.cross_entropy(logits[wanted], labels[wanted], reduction="sum")
+        loss = loss / int(wanted.sum()) ** POWER[reduction]
+        losses.append(loss.detach())
+        for layer, gradient in zip(layers, torch.autograd.grad(loss, weights), strict=True):
+            conv1d = type(layer.module).__name__ == "Conv1D"
+            gradients[layer.name].append(gradient.T if conv1d else gradient)
+    for weight, state in zip(weights, states, strict=True):
+        weight.requires_grad_(state)
+    return torch.stack(losses), {name: torch.stack(parts) for name, parts in gradients.items()}
+
+
+def flat(gradients) -> torch.Tensor:
+    return torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1)
+
+
+def random_targets(layers, count: int, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(9)
+    return {
+        layer.name: torch.randn(
+            count, layer.out_features, layer.in_features, generator=generator, dtype=torch.float64
+        ).to(dtype)
+        for layer in layers
+    }
+
+
+def close(found, expected, message, rtol=1e-9):
+    """Relative to the largest number, as entries that cancel have no relative precision."""
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol * scale, msg=message)
+
+
+@pytest.mark.parametrize(("architecture", "kind"), CASES)
+def test_vectors_losses_and_norms_match_autograd(architecture, kind):
+    model, layers = setup(architecture, kind)
+    batch = random_batch()
+    losses, gradients = oracle(model, layers, batch)
+    result = make_engine(model, layers, reduction="mean", full=True)(batch)
+    for block in block_layout(layers):
+        expected = gradients[block.name]
+        end = block.offset + expected[0].numel()
+        found = result.vectors[:, block.offset : end].view(len(expected), *block.shape)
+        close(found, expected, f"{block.name}: padding leaks in, or X and D belong to other layers")
+    close(result.norm, flat(gradients).norm(dim=1), "norm does not cover exactly these layers")
+    torch.testing.assert_close(
+        result.loss.double(), losses, rtol=1e-6, atol=1e-6, msg="loss of other tokens"
+    )
+
+
+@pytest.mark.parametrize("form", ["pair", "formed", "auto"])
+@pytest.mark.parametrize(("architecture", "kind"), [("gemma2", "all"), ("gpt2", "lora")])
+@pytest.mark.parametrize("count", [1, 4])
+def test_products_and_norms_match_explicit_gradients(architecture, kind, form, count):
+    model, layers = setup(architecture, kind)
+    batch = random_batch()
+    _losses, gradients = oracle(model, layers, batch)
+    targets = random_targets(layers, count)
+    result = make_engine(model, layers, reduction="mean", targets=targets, form=form)(batch)
+    close(result.products, flat(gradients) @ flat(targets).T, f"{form}: <g_i, G_k> is wrong")
+    close(result.norm, flat(gradients).norm(dim=1), f"{form}: |g_i| is wrong")
+
+
+@pytest.mark.parametrize("form", ["pair", "formed"])
+def test_chunks_of_samples_change_nothing(form, monkeypatch):
+    model, layers = setup("llama", "all")
+    batch, targets = random_batch(), random_targets(layers, 2)
+    whole = make_engine(model, layers, reduction="mean", targets=targets, form=form)(batch)
+    monkeypatch.setattr("influence.gradients.contractions.TRANSIENT_BYTES", 20_000)
+    parts = make_engine(model, layers, reduction="mean", targets=targets, form=form)(batch)
+    close(parts.norm, whole.norm, "a chunk of samples was lost or added to other rows")
+    close(parts.products, whole.products, "a chunk of samples was lost or added to other rows")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sqrt"])
+def test_reductions(reduction):
+    model, layers = setup("qwen2", "all")
+    batch = random_batch()
+    losses, gradients = oracle(model, layers, batch, reduction)
+    result = make_engine(model, layers, reduction=reduction)(batch)
+    close(result.norm, flat(gradients).norm(dim=1), "gradient of another reduction")
+    torch.testing.assert_close(
+        result.loss.double(), losses, rtol=1e-6, atol=1e-6, msg="loss of another reduction"
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2", "phi"])
+def test_a_sample_has_one_gradient_in_every_batch(architecture):
+    model, layers = setup(architecture, "all")
+    batch = random_batch((9, 5, 12, 7))
+    engine = make_engine(model, layers, reduction="mean", full=True)
+    together = engine(batch)
+    for rows in ([3], [1, 0], [2, 3, 1]):
+        some = engine(rows_of(batch, rows))
+        close(some.vectors, together.vectors[rows], f"rows {rows}: neighbours or padding leak in")
+        close(some.norm, together.norm[rows], f"rows {rows}: neighbours or padding leak in")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision_stays_near(dtype):
+    """Checks that sums over tokens are wide: the model's own rounding is all that is left."""
+    reference = setup("llama", "all")
+    batch = random_batch()
+    expected = make_engine(*reference, reduction="mean", full=True)(batch)
+    model, layers = setup("llama", "all", dtype)
+    found = make_engine(model, layers, reduction="mean", full=True)(batch)
+    cosine = F.cosine_similarity(found.vectors.double(), expected.vectors)
+    assert cosine.min() > (1 - 1e-6 if dtype == torch.float32 else 0.99), f"cosine {cosine}"
+    assert found.vectors.dtype == torch.float32, "sums over tokens in half precision"
+
+
+@pytest.mark.parametrize(("side", "dim"), [(8, 128), (8, 10**5)])
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [("llama", "all"), ("gpt2", "all"), ("phi", "lora")]
+)
+def test_sketch_in_the_backward_pass_is_the_sketch_of_the_gradient(architecture, kind, side, dim):
+    model, layers = setup(architecture, kind)
+    batch = random_batch()
+    _losses, gradients = oracle(model, layers, batch)
+    sizes = [(layer.name, layer.out_features, layer.in_features) for layer in layers]
+    sketch = make_sketch(sizes, side=side, dim=dim, seed=0, dtype=torch.float64)
+    expected = sketch.accumulator(len(batch.lengths))
+    for name, gradient in gradients.items():
+        sketch.project_gradient(name, gradient, expected)
+    result = make_engine(model, layers, reduction="mean", sketch=sketch)(batch)
+    close(result.vectors, expected, "hooks and explicit gradients are projected differently")
+    close(result.norm, flat(gradients).norm(dim=1), "norms must be exact beside a sketch")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [("qwen3", "all"), ("gpt2", "all"), ("gemma", "lora")]
+)
+def test_mean_gradient_matches_a_loop(architecture, kind, normalize):
+    model, layers = setup(architecture, kind)
+    batches = [random_batch(seed=0), random_batch((4, 11), seed=1)]
+    rows = torch.cat([flat(oracle(model, layers, batch)[1]) for batch in batches])
+    if normalize:
+        rows = rows / rows.norm(dim=1, keepdim=True)
+    sums, count = mean_gradient(model, layers, batches, reduction="mean", normalize=normalize)
+    found = torch.cat([sums[layer.name].flatten() for layer in layers])
+    close(found, rows.sum(dim=0), "weighted by something else than 1 or 1 / |g_i|")
+    assert count == 6, "not every sample was counted"
+
+
+def test_module_called_twice_in_one_forward_adds_up_before_squaring():
+    model = tiny_model("llama")
+    for block in model.model.layers:
+        block.mlp.up_proj = block.mlp.gate_proj
+        block.self_attn.v_proj = model.model.layers[0].self_attn.v_proj
+    layers = attributed_layers(model, "all")
+    batch = random_batch()
+    _losses, gradients = oracle(model, layers, batch)
+    for form in ("pair", "formed"):
+        targets = random_targets(layers, 2)
+        result = make_engine(model, layers, reduction="mean", targets=targets, form=form)(batch)
+        close(result.norm, flat(gradients).norm(dim=1), "uses squared before they were added up")
+        close(result.products, flat(gradients) @ flat(targets).T, "a use was lost")
+
+
+def test_subset_of_layers_and_a_layer_without_effect():
+    model, layers = setup("llama", "all")
+    chosen = layers[8:11]
+    batch = random_batch()
+    _losses, gradients = oracle(model, chosen, batch)
+    norm = make_engine(model, chosen, reduction="mean")(batch).norm
+    close(norm, flat(gradients).norm(dim=1), "a subset must give the norm of the subset")
+
+
+def test_model_is_left_as_it_was():
+    model, layers = setup("llama", "all")
+    model.train()
+    model.model.layers[1].eval()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    modes = {name: m.training for name, m in model.named_modules()}
+    broken = random_batch()
+    broken.labels[1] = -100
+    engine = make_engine(model, layers, reduction="mean")
+    engine(random_batch())
+    mean_gradient(model, layers, [random_batch()], reduction="mean", normalize=True)
+    with pytest.raises(InputError):
+        engine(broken)
+    assert all(p.grad is None for p in model.parameters()), "autograd computed weight gradients"
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert modes == {name: m.training for name, m in model.named_modules()}, "mode not restored"
+    left = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert not left, "hooks stay on the model"
+
+
+def test_dropout_is_off():
+    model = with_lora(tiny_model("llama"))
+    layers = attributed_layers(model, "lora")
+    engine = make_engine(model, layers, reduction="mean", full=True)
+    expected = engine(random_batch()).vectors
+    model.train()
+    close(engine(random_batch()).vectors, expected, "dropout was active")
+
+
+def test_inputs_are_freed_during_the_backward_pass():
+    """The graph lives to the end of the pass; what the hooks keep must not."""
+    model, layers = setup("llama", "all")
+    refs: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def watch(module, x, d, size):
+        alive.append(sum(ref() is not None for ref in refs))
+        refs.append(weakref.ref(x))
+        return layers[0].rule.factors(module, x, d, size)
+
+    rule = dataclasses.replace(layers[0].rule, factors=watch)
+    watched = [dataclasses.replace(layer, rule=rule) for layer in layers]
+    make_engine(model, watched, reduction="mean")(random_batch())
+    assert len(alive) == len(layers)
+    assert max(alive) <= 1, f"inputs of {max(alive)} finished layers are still held"
+
+
+@pytest.mark.parametrize("form", ["pair", "formed"])
+def test_float32_sums_over_a_large_layer_keep_their_precision(form):
+    """A float32 sum over a million numbers in one go is off by more than 1e-5."""
+    generator = torch.Generator().manual_seed(0)
+    x, d = (torch.randn(2, 40, width, generator=generator) for width in (1200, 900))
+    gradients = torch.bmm(d.double().mT, x.double())
+    expected = gradients.square().sum((1, 2))
+    if form == "pair":
+        found = contractions.pair_squared_norms(x, d)
+    else:
+        found = contractions.formed_squared_norms(torch.bmm(d.mT, x))
+    torch.testing.assert_close(
+        found, expected, rtol=2e-6, atol=0.0, msg="summed in float32 over too many numbers"
+    )
+    targets = gradients[:1].float()
+    if form == "pair":
+        products = contractions.pair_products(x, d, targets)
+    else:
+        products = contractions.formed_products(torch.bmm(d.mT, x), targets)
+    torch.testing.assert_close(
+        products,
+        gradients.flatten(1) @ targets.double().flatten(1).mT,
+        rtol=0.0,
+        atol=5e-6 * float(expected.max()),
+        msg="inner product summed in float32 over too many numbers",
+    )
+
+
+def test_targets_that_do_not_fit_are_named():
+    model, layers = setup("llama", "all")
+    targets = random_targets(layers, 2)
+    name = layers[3].name
+    targets[name] = targets[name].mT.contiguous()[:, :1]
+    with pytest.raises(InputError, match=name):
+        make_engine(model, layers, reduction="mean", targets=targets)
+    del targets[name]
+    with pytest.raises(InputError, match=name):
+        make_engine(model, layers, reduction="mean", targets=targets)

@@ -149,7 +149,7 @@ def _step(
     return total
 
 
-def test_losses(judge: Judge, encoded: Sequence[Encoded], token_budget: int) -> list[float]:
+def row_losses(judge: Judge, encoded: Sequence[Encoded], token_budget: int) -> list[float]:
     """Mean response loss (nats per token) of every row, in the order given."""
     found = [float("nan")] * len(encoded)
     with torch.no_grad():

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int
-from lora_training import Judge, Recipe, load_judge, test_losses, train
+from lora_training import Judge, Recipe, load_judge, row_losses, train
 from worth_report import markdown, read_results
 
 from influence.candidates import read_examples, scan_files
@@ -88,7 +88,9 @@ def scored_rows(run: str, pool: str) -> list[int]:
     if "id" in file.schema_arrow.names:
         ids = file.read(columns=["id"]).column("id").to_pylist()[: scores.num_rows]
         if ids != scores.column("id").to_pylist():
-            raise InputError(f"--pool {pool}: its first {scores.num_rows} ids are not those of {run}")
+            raise InputError(
+                f"--pool {pool}: its first {scores.num_rows} ids are not those of {run}"
+            )
     elif file.metadata.num_rows < scores.num_rows:
         raise InputError(f"--pool {pool}: fewer rows than the {scores.num_rows} scores of {run}")
     return [i for i, score in enumerate(scores.column("score").to_pylist()) if score is not None]
@@ -116,7 +118,7 @@ def random_rows(judge: Judge, pool: str, eligible: Sequence[int], count: int, se
     return Rows(encoded, np.ones(count), f"{file.content_hash}:{origin}")
 
 
-def test_rows(judge: Judge, tests: dict[str, str], limit: int) -> dict[str, list[Encoded]]:
+def held_out_rows(judge: Judge, tests: dict[str, str], limit: int) -> dict[str, list[Encoded]]:
     """Evenly spread rows of each test file that have response tokens within the length limit."""
     chosen = {}
     for name, path in tests.items():
@@ -141,7 +143,9 @@ def is_done(path: Path, settings: dict[str, Any]) -> bool:
     if not path.exists():
         return False
     found = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    odd = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
+    odd = sorted(
+        key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key)
+    )
     if odd:
         key = odd[0]
         raise InputError(
@@ -174,7 +178,7 @@ def run_one(
     start, tokens = time.monotonic(), 0
     result["tests"] = {}
     for name, encoded in tests.items():
-        losses = test_losses(judge, encoded, recipe.token_budget)
+        losses = row_losses(judge, encoded, recipe.token_budget)
         tokens += sum(row.n_tokens for row in encoded)
         result["tests"][name] = {"rows": [row.row for row in encoded], "losses": losses}
     seconds = time.monotonic() - start
@@ -184,33 +188,26 @@ def run_one(
 
 def work(arguments: argparse.Namespace) -> None:
     """Every (selection, seed) that has no result yet, seed by seed."""
-    selections = named_paths(arguments.select, "--select")
-    tests = named_paths(arguments.test, "--test")
-    if not tests:
-        raise InputError("--test: expected at least one NAME=PATH")
-    if odd := sorted({RANDOM, NONE} & selections.keys()):
-        raise InputError(f"--select {odd[0]}: this name stands for a baseline; use another")
+    selections, tests = checked_names(arguments)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
     recipe = recipe_of(arguments)
-    judge = load_judge(
-        ModelConfig(name=arguments.model, gguf_file=arguments.gguf_file, device=arguments.device),  # type: ignore[call-arg]
-        recipe,
-        arguments.max_length,
-    )
-    fixed = {name: selection_rows(judge, p, weighted=arguments.weighted) for name, p in selections.items()}
-    encoded_tests = test_rows(judge, tests, arguments.test_limit)
+    model = {"name": arguments.model, "gguf_file": arguments.gguf_file, "device": arguments.device}
+    judge = load_judge(ModelConfig.model_validate(model), recipe, arguments.max_length)
+    fixed = {
+        name: selection_rows(judge, path, weighted=arguments.weighted)
+        for name, path in selections.items()
+    }
+    held_out = held_out_rows(judge, tests, arguments.test_limit)
     eligible = scored_rows(arguments.scores, arguments.pool) if arguments.pool else []
     count = random_count(arguments.random_rows, fixed) if arguments.pool else 0
-    jobs = [(NONE, 0)]
-    for seed in range(arguments.seeds):
-        jobs += [(name, seed) for name in ([RANDOM] if arguments.pool else []) + list(fixed)]
+    jobs = jobs_of([RANDOM, *fixed] if arguments.pool else list(fixed), arguments.seeds)
     settings = {
         **vars(recipe),
         "model": arguments.model,
         "max_length": arguments.max_length,
-        "tests": {name: [row.digest.hex() for row in rows] for name, rows in encoded_tests.items()},
+        "tests": {name: [row.digest.hex() for row in rows] for name, rows in held_out.items()},
         "weighted": arguments.weighted,
     }
     times: list[float] = []
@@ -220,25 +217,46 @@ def work(arguments: argparse.Namespace) -> None:
         else:
             rows = fixed.get(name)
         own = {**settings, "origin": None if rows is None else rows.origin}
-        path = out / (f"{NONE}.json" if name == NONE else f"{name}-seed{seed}.json")
+        path = result_path(out, name, seed)
         if is_done(path, own):
             continue
         start = time.monotonic()
-        result = run_one(judge, recipe, rows, encoded_tests, seed)
+        result = run_one(judge, recipe, rows, held_out, seed)
         write_json(path, {"selection": name, "seed": seed, **result, "settings": own})
         if rows is not None:
             times.append(time.monotonic() - start)
-        left = sum(
-            not (out / f"{other}-seed{s}.json").exists() for other, s in jobs[position + 1 :]
-        )
+        left = sum(not result_path(out, *job).exists() for job in jobs[position + 1 :])
         print_line(name, seed, result, left * float(np.mean(times)) if times else None)
+
+
+def checked_names(arguments: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
+    """(selections, tests) of the command line, by name."""
+    selections = named_paths(arguments.select, "--select")
+    tests = named_paths(arguments.test, "--test")
+    if not tests:
+        raise InputError("--test: expected at least one NAME=PATH")
+    if odd := sorted({RANDOM, NONE} & selections.keys()):
+        raise InputError(f"--select {odd[0]}: this name stands for a baseline; use another")
+    return selections, tests
+
+
+def jobs_of(names: Sequence[str], seeds: int) -> list[tuple[str, int]]:
+    """The untrained model, then seed 0 of every selection, then seed 1, and so on."""
+    return [(NONE, 0), *((name, seed) for seed in range(seeds) for name in names)]
+
+
+def result_path(out: Path, name: str, seed: int) -> Path:
+    """Where the result of a (selection, seed) lies."""
+    return out / (f"{NONE}.json" if name == NONE else f"{name}-seed{seed}.json")
 
 
 def random_count(asked: int | None, selections: dict[str, Rows]) -> int:
     """How many rows `random` draws: as asked, else as many as every selection has."""
     sizes = {len(rows.encoded) for rows in selections.values()}
     if asked is None and len(sizes) != 1:
-        raise InputError(f"--random-rows: selections have {sorted(sizes)} rows; say how many to draw")
+        raise InputError(
+            f"--random-rows: selections have {sorted(sizes)} rows; say how many to draw"
+        )
     return asked if asked is not None else sizes.pop()
 
 
@@ -262,7 +280,9 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     add = parser.add_argument
     add("--out", required=True, help="folder for one JSON file per (selection, seed)")
     add("--report", action="store_true", help="print the table of what is there, run nothing")

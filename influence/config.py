@@ -7,9 +7,16 @@ modules; the mathematics takes tensors and plain numbers.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -19,7 +26,18 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values are checked on assignment."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, frozen=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads `yes` and `on` as true, which Python would take for the number 1.
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError("expected a number, a text or a list, not true or false")
+        return value
 
 
 class ModelConfig(Section):
@@ -239,13 +257,14 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     prices: PricesConfig = PricesConfig()
     replicas: ReplicasConfig = ReplicasConfig()  # pyright: ignore[reportCallIssue]
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @field_validator("targets")
     @classmethod
     def _plain_names(cls, value: dict[str, TargetConfig]) -> dict[str, TargetConfig]:
         for name in value:
-            if not name or any(character in name for character in "/\\ \t\n"):
+            # A colon separates target and row id, a slash target and group, in labels.
+            if not name or any(character in name for character in "/\\: \t\n"):
                 raise ValueError(f"target name {name!r}: use letters, digits, '-', '_' and '.'")
         return value
 

@@ -6,9 +6,12 @@ are refused without being echoed.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
+import types
+import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -40,10 +43,14 @@ BUILT: dict[str, tuple[object, ...]] = {
 }
 
 _SECRET_KEY = re.compile(
-    r"(secret|password|passwd|credential|api_?key|access_?key|auth_?token)", re.I
+    r"(secret|password|passwd|credential|(api|access|account|private)_?key|(^|[._])(\w+_)?token$)",
+    re.I,
 )
+# A secret key may itself hold slashes: whatever stands between a colon (that no port number
+# follows) and an "@" in a URL.
 _SECRET_VALUE = re.compile(
-    r"(\bAKIA[0-9A-Z]{16}\b|\bASIA[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{20,}|://[^/@\s]+:[^/@\s]+@)"
+    r"(\bAKIA[0-9A-Z]{16}\b|\bASIA[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{20,}"
+    r"|://[^/@\s]*:(?!\d+/)[^@\s]+@|X-Amz-(Signature|Credential|Security-Token)=)"
 )
 
 
@@ -62,6 +69,8 @@ def parse_config(data: object, overrides: Sequence[str] = (), name: str = "confi
         raise InputError(
             f"{name}: expected a mapping of keys to values, found {type(data).__name__}"
         )
+    _refuse_credentials(data, name)
+    data = copy.deepcopy(data)
     for override in overrides:
         _apply_override(data, override)
     _refuse_credentials(data, name)
@@ -87,6 +96,8 @@ def read_yaml(path: str) -> object:
             return yaml.safe_load(file)
         except yaml.YAMLError as error:
             raise InputError(f"{path}: not valid YAML: {error}") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: expected UTF-8 text: {error}") from None
 
 
 def refuse_unbuilt(config: Config, name: str = "config") -> None:
@@ -110,6 +121,9 @@ def dump_config(config: Config) -> str:
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    if _SECRET_VALUE.search(override):
+        shown = "" if _SECRET_VALUE.search(key) else f" {key}"
+        raise InputError(f"--set{shown}: holds a credential; {_CREDENTIAL_ADVICE}")
     if not separator or not key.strip():
         raise InputError(
             f"--set {key!r}: expected KEY=VALUE, for example --set selection.budget=5%"
@@ -142,7 +156,8 @@ def _refuse_credentials(node: object, name: str, key: str = "") -> None:
     if isinstance(node, dict):
         for child, value in node.items():
             where = f"{key}.{child}" if key else str(child)
-            if _SECRET_KEY.search(str(child)):
+            # A section of that name (a source, a target) is no credential; what it holds may be.
+            if _SECRET_KEY.search(str(child)) and not isinstance(value, dict):
                 raise InputError(f"{name}: {where}: looks like a credential; {_CREDENTIAL_ADVICE}")
             _refuse_credentials(value, name, where)
     elif isinstance(node, list):
@@ -155,7 +170,7 @@ def _refuse_credentials(node: object, name: str, key: str = "") -> None:
 def _explain(error: ValidationError, name: str) -> str:
     lines = []
     for problem in error.errors():
-        parts = [str(part) for part in problem["loc"]]
+        parts = _key_parts(problem)
         key = ".".join(parts) or "(top level)"
         if problem["type"] == "extra_forbidden":
             lines.append(f"{name}: unknown key {key!r}{_nearest(parts)}")
@@ -163,18 +178,38 @@ def _explain(error: ValidationError, name: str) -> str:
             lines.append(f"{name}: {key!r} is missing; it has no default")
         else:
             found = _short(problem.get("input"))
-            lines.append(f"{name}: {key}: {problem['msg']}; found {found}{_near_value(problem)}")
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{name}: {key}: {message}; found {found}{_near_value(problem)}")
     return "\n".join(lines)
 
 
+def _key_parts(problem: Any) -> list[str]:
+    """The path of keys; pydantic adds the tried type of a union, and a mark for a bad key."""
+    parts: list[str] = []
+    annotation: Any = Config
+    for part in problem["loc"]:
+        if part == "[key]" or (isinstance(annotation, types.UnionType) and isinstance(part, str)):
+            break
+        parts.append(str(part))
+        annotation = _inside(annotation, part)
+    return parts
+
+
+def _inside(annotation: Any, key: object) -> Any:
+    """The type of what stands under a key of a section or a mapping; None if unknown."""
+    section = _section_of(annotation) if typing.get_origin(annotation) is not dict else None
+    if section is not None:
+        field = section.model_fields.get(str(key))
+        return None if field is None else field.annotation
+    arguments = typing.get_args(annotation)
+    return arguments[-1] if arguments else None
+
+
 def _nearest(parts: list[str]) -> str:
-    section: Any = Config
+    annotation: Any = Config
     for part in parts[:-1]:
-        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
-        section = _section_of(field.annotation) if field is not None else section
-        if section is None:
-            return ""
-    names = list(getattr(section, "model_fields", {}))
+        annotation = _inside(annotation, part)
+    names = list(getattr(_section_of(annotation), "model_fields", {}))
     near = difflib.get_close_matches(parts[-1], names, n=1)
     if near:
         prefix = ".".join([*parts[:-1], near[0]])

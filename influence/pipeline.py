@@ -18,6 +18,7 @@ from influence.candidates import SourceFile, scan_files
 from influence.config import Config
 from influence.errors import InputError, ShardsFailedError
 from influence.fingerprints import Fingerprint, fingerprint, stage_fingerprints
+from influence.model_shape import model_shape
 from influence.progress import Progress
 from influence.replica import load_tokenizer
 from influence.run_log import RunLog
@@ -26,6 +27,7 @@ from influence.units import Bundle, ExactUnits, Unit, bundled, range_units, spar
 from influence.worker import UnitResult
 
 MAX_EXACT_COLUMNS = 64
+NEED_GRADIENTS = ("influence_distillation", "exact")
 
 
 class Execute(Protocol):
@@ -66,6 +68,8 @@ def select(config: Config, execute: Execute, reduce: Any, progress: Progress) ->
     log = RunLog(config.run, config.method)
     job = prepare(config, execute, log, progress)
     storage.probe_create_only(config.cache_url)
+    if config.method in NEED_GRADIENTS:
+        log.manifest.coverage = model_shape(config).coverage
     log.save()
     try:
         pool, targets = catalogue(job)
@@ -263,25 +267,26 @@ def run_units(job: Job, units: Sequence[Unit]) -> None:
     for key in sorted(present - whole):
         job.progress.note(f"damaged shard, computed again: {key}")
     job.log.save()
-    ends: dict[str, float] = {}
+    spent = dict.fromkeys(by_stage, 0.0)
 
     def on_result(bundle: Bundle, results: list[UnitResult]) -> None:
         for unit, result in zip(bundle.units, results, strict=True):
             job.log.done(unit.stage, result)
-            ends[unit.stage] = time.monotonic()
+            spent[unit.stage] += result.seconds
             job.progress.advance(unit, result)
 
     def on_failure(bundle: Bundle, attempts: int, error: str) -> None:
         for unit in bundle.units:
             job.log.failed(unit, attempts, error)
-            ends[unit.stage] = time.monotonic()
             job.progress.failed(unit, error)
 
     if missing:
         with job.progress.working({s: _of(missing, s) for s in by_stage}, len(whole)):
             job.execute(bundled(missing.values()), on_result, on_failure)
-    for stage in by_stage:
-        job.log.took(stage, ends.get(stage, time.monotonic()) - start)
+    wall, total = time.monotonic() - start, sum(spent.values())
+    for stage, seconds in spent.items():
+        # Stages share the replicas: each gets its part of the wall time by the time it held them.
+        job.log.took(stage, wall * (seconds / total if total else 1 / len(spent)))
     failures = job.log.failures()
     if failures:
         job.log.save()

@@ -27,6 +27,14 @@ class RunLog:
         self.url = storage.join(run, "manifest.json")
         self.manifest = Manifest(method=method, versions=_versions())
         self._saved = 0.0
+        self._writes = True
+
+    @classmethod
+    def unsaved(cls, run: str, method: str) -> RunLog:
+        """A log that writes no file: for plans."""
+        log = cls(run, method)
+        log._writes = False
+        return log
 
     def begin(self, stage: str, fingerprint: Fingerprint, units: Sequence[Unit]) -> None:
         """Announce a stage's shards; a stage may be announced in several parts."""
@@ -87,6 +95,8 @@ class RunLog:
 
     def save(self) -> None:
         """Write the manifest now."""
+        if not self._writes:
+            return
         storage.put(self.url, to_json(self.manifest))
         self._saved = time.monotonic()
 

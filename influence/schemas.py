@@ -133,15 +133,9 @@ class TargetFidelity(BaseModel):
     spearman: Interval = Field(default_factory=Interval)
     r2: float | None = None
     score_halfwidth: float | None = Field(default=None, description="of 90 % intervals")
-    landmark_halfwidth: float = Field(
-        default=0.0, description="for exact rows"
-    )
-    sketch_sd: float | None = Field(
-        default=None, description="sd of sketch noise"
-    )
-    reliability: float | None = Field(
-        default=None, description="of sketched scores"
-    )
+    landmark_halfwidth: float = Field(default=0.0, description="for exact rows")
+    sketch_sd: float | None = Field(default=None, description="sd of sketch noise")
+    reliability: float | None = Field(default=None, description="of sketched scores")
 
 
 class Fidelity(BaseModel):
@@ -176,11 +170,9 @@ class StageRecord(BaseModel):
     computed: int = 0
     rows: int = 0
     tokens: int = 0
-    seconds: float = Field(default=0.0, description="wall time of the stage in this run")
-    model_seconds: float = Field(
-        default=0.0, description="model at work, all replicas"
-    )
-    replica_seconds: float = Field(default=0.0, description="time replicas held a shard")
+    seconds: float = Field(default=0.0, description="wall time (share of a common phase)")
+    model_seconds: float = Field(default=0.0, description="model at work, all replicas")
+    replica_seconds: float = Field(default=0.0, description="at work or waiting for shards")
     devices: list[str] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list, description="precision fallbacks and the like")
     failed: list[FailedShard] = Field(default_factory=list)

@@ -55,10 +55,11 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class _Computed:
-    """Tables of a bundle's units, seconds in the model, and where."""
+    """Tables of a bundle's units, seconds at work and seconds idle before it, and where."""
 
     tables: list[pa.Table]
     seconds: float
+    idle: float
     device: str
     notes: tuple[str, ...]
 
@@ -72,6 +73,7 @@ class Worker:
         self._encode: Any = None
         self._toolbox: Toolbox | None = None
         self._load_error: ModelLoadError | None = None
+        self._model_free = 0.0
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._io_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
@@ -81,12 +83,11 @@ class Worker:
 
     def run(self, bundle: Bundle) -> list[UnitResult]:
         """Compute and commit the units of a bundle. Safe to call from several threads at once."""
-        start = time.monotonic()
         unit = bundle.units[0]
         encoded = self._io_thread.submit(self._read, unit).result()
         tokens = sum(row.n_tokens for row in encoded if row.reason is None)
         if unit.stage == "catalogue":
-            computed = _Computed([_row_table(encoded)], 0.0, "cpu", ())
+            computed = _Computed([_row_table(encoded)], 0.0, 0.0, "cpu", ())
         else:
             computed = self._model_thread.submit(self._compute, bundle, encoded).result()
         outcomes = []
@@ -102,9 +103,8 @@ class Worker:
                 "torch": torch.__version__,
             }
             outcomes.append(self.cache.commit(member, table, meta))
-        seconds = time.monotonic() - start
         # The pass was made once: rows, tokens and time count for the first unit of the bundle.
-        whole = (len(encoded), tokens, seconds, computed.seconds)
+        whole = (len(encoded), tokens, computed.seconds + computed.idle, computed.seconds)
         return [
             UnitResult(
                 member.key,
@@ -154,6 +154,7 @@ class Worker:
     def _compute(self, bundle: Bundle, encoded: Sequence[Encoded]) -> _Computed:
         tools = self._tools()
         start = time.monotonic()
+        idle = start - self._model_free if self._model_free else 0.0
         budget = self.config.replicas.token_budget
         unit = bundle.units[0]
         if unit.stage == "target_vectors":
@@ -166,8 +167,9 @@ class Worker:
                 self._vectors(bundle, tools, batches) if batches else [None] * len(bundle.units)
             )
             tables = [_vector_table(encoded, first_of, part) for part in columns]
-        seconds = time.monotonic() - start
-        return _Computed(tables, seconds, tools.replica.device_name, tools.replica.notes)
+        self._model_free = time.monotonic()
+        seconds = self._model_free - start
+        return _Computed(tables, seconds, idle, tools.replica.device_name, tools.replica.notes)
 
     def _vectors(self, bundle: Bundle, tools: Toolbox, batches: list[Any]) -> list[Vectors]:
         stage = bundle.units[0].stage

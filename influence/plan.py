@@ -1,0 +1,271 @@
+"""`influence plan`: what a run would take, before it takes it. Tokenises; runs no model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from influence import cost
+from influence.catalogue import Catalogue
+from influence.config import Config
+from influence.cost import Load, StageCost
+from influence.fingerprints import embedding_values
+from influence.local import local_execute
+from influence.model_shape import ModelShape, model_shape
+from influence.pipeline import MAX_EXACT_COLUMNS, Job, catalogue, embedding_units, prepare
+from influence.progress import Progress
+from influence.reducer import Reducer
+from influence.run_log import RunLog
+from influence.selection import parse_budget
+from influence.units import Unit, range_units, sparse_units
+
+# What matrix products of this kind reach of a machine's rate for large ones: measured on
+# SmolLM2-135M, whose matrices are small.
+EFFICIENCY = 0.5
+GPU_FLOPS = 400e12
+
+
+@dataclass
+class StagePlan:
+    """One stage: its work, and how much of it the cache holds already."""
+
+    name: str
+    load: Load
+    shards: int
+    cached: int
+    cost: StageCost
+    seconds: float
+
+    @property
+    def missing(self) -> float:
+        """Share of the shards that has to be computed."""
+        return 1 - self.cached / self.shards if self.shards else 0.0
+
+
+@dataclass
+class Plan:
+    """What `influence plan` prints."""
+
+    config: Config
+    counts: dict[str, Any]
+    stages: list[StagePlan]
+    rate: float
+    rate_is: str
+    shape: ModelShape | None
+    selected: str
+    notes: list[str] = field(default_factory=list)
+
+
+def make_plan(config: Config) -> Plan:
+    """Scan and tokenise (committing catalogue shards), then count every stage's work."""
+    progress = Progress()
+    budget = parse_budget(config.selection.budget)
+    job = prepare(
+        config, local_execute(config), RunLog.unsaved(config.run, config.method), progress
+    )
+    reducer = Reducer(config)
+    counts = reducer.load_catalogue(*catalogue(job))
+    if budget.tokens is not None:
+        selected = f"{budget.tokens:,} tokens"
+    else:
+        rows = budget.rows or max(1, round((budget.share or 0) * counts["scored"]))
+        selected = f"{min(rows, counts['scored']):,} of {counts['scored']:,} rows"
+    if config.method == "random":
+        return Plan(config, counts, [], 0.0, "no model runs", None, selected)
+    shape = model_shape(config)
+    rate, rate_is = _rate(config)
+    plan = Plan(config, counts, [], rate, rate_is, shape, selected)
+    _add_stages(plan, job, reducer, shape)
+    return plan
+
+
+def _add_stages(plan: Plan, job: Job, reducer: Reducer, shape: ModelShape) -> None:
+    config, pool = plan.config, reducer.pool
+    assert pool is not None  # load_catalogue has run
+    everything = _load(pool, pool.eligible)
+    embedding = config.embedding
+    kind = embedding_values(config)["embedding"]
+    if config.method in ("influence_distillation", "rds"):
+        load = everything
+        units = embedding_units(job)
+        if config.method == "rds":
+            load = _sum([load, *(_load(c, c.eligible) for c in reducer.targets.values())])
+            units += _target_units(job, "embedding", config.replicas.rows_per_shard)
+        spent = cost.embedding(
+            shape, load, kind, embedding.blocks, embedding.tangents, embedding.dim
+        )
+        _add(plan, job, "embedding", load, units, spent)
+    if config.method == "rds":
+        return
+    rows, chosen = everything, None
+    if config.method == "influence_distillation":
+        chosen = reducer.choose_landmarks()
+        positions = [p for file, members in chosen for p in pool.positions(file, members)]
+        rows = _load(pool, np.asarray(positions))
+    targets = _sum([_load(c, c.eligible) for c in reducer.targets.values()])
+    size, gradients = config.replicas.gradient_rows_per_shard, config.gradients
+    if gradients.projection == "kronecker":
+        digest = job.fingerprints["gradients"].hex
+        units = _target_units(job, "gradients", size)
+        units += (
+            range_units("gradients", digest, job.files, size)
+            if chosen is None
+            else [u for f, m in chosen for u in sparse_units("gradients", digest, f, m, size)]
+        )
+        load = _sum([rows, targets])
+        spent = cost.gradients(shape, load, gradients.side, gradients.dim)
+        _add(plan, job, "gradients", load, units, spent)
+        return
+    columns = len(reducer.columns.columns)
+    if columns > MAX_EXACT_COLUMNS:
+        plan.notes.append(
+            f"gradients.projection: exact allows {MAX_EXACT_COLUMNS} target rows or groups; "
+            f"this config has {columns}: use targets.NAME.per: group, or projection: kronecker"
+        )
+    digest = job.fingerprints["target_vectors"].hex
+    vectors = [
+        unit
+        for members in reducer.target_rows().values()
+        for file, wanted in members
+        for unit in sparse_units("target_vectors", digest, file, wanted, len(wanted))
+    ]
+    _add(
+        plan, job, "target_vectors", targets, vectors, cost.target_vectors(shape, targets, columns)
+    )
+    plan.notes.append(
+        "inner products depend on the targets' gradients: cached shards are known once those are"
+    )
+    shards = range_units("inner_products", "", job.files, size) if chosen is None else chosen
+    spent = cost.inner_products(shape, rows, columns)
+    plan.stages.append(
+        StagePlan("inner_products", rows, len(shards), 0, spent, spent.flops / plan.rate)
+    )
+
+
+def _add(plan: Plan, job: Job, name: str, load: Load, units: list[Unit], spent: StageCost) -> None:
+    cached = len(job.cache.present([unit.key for unit in units]))
+    stage = StagePlan(name, load, len(units), cached, spent, 0.0)
+    stage.seconds = spent.flops * stage.missing / plan.rate
+    plan.stages.append(stage)
+
+
+def _target_units(job: Job, stage: str, rows: int) -> list[Unit]:
+    digest = job.fingerprints[stage].hex
+    return [
+        unit
+        for files in job.target_files.values()
+        for unit in range_units(stage, digest, files, rows)
+    ]
+
+
+def _load(catalogue: Catalogue, positions: np.ndarray) -> Load:
+    return Load(
+        len(positions),
+        int(catalogue.n_tokens[positions].sum()),
+        int(catalogue.n_response_tokens[positions].sum()),
+    )
+
+
+def _sum(loads: list[Load]) -> Load:
+    return Load(
+        sum(load.rows for load in loads),
+        sum(load.tokens for load in loads),
+        sum(load.response_tokens for load in loads),
+    )
+
+
+def _rate(config: Config) -> tuple[float, str]:
+    """Operations per second of all replicas together, and where the figure is from."""
+    replicas = config.replicas
+    if replicas.num_gpus > 0:
+        rate = GPU_FLOPS * EFFICIENCY * replicas.num_gpus * replicas.max
+        return rate, f"assumed: {replicas.max} replicas x {replicas.num_gpus:g} GPU at 200 TFLOP/s"
+    cores = torch.get_num_threads()
+    count = max(1, min(replicas.max, cores // replicas.num_cpus))
+    a = torch.randn(1024, 1024)
+    a @ a
+    start, products = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.3:
+        a @ a
+        products += 1
+    peak = 2.0 * 1024**3 * products / (time.perf_counter() - start)
+    rate = peak * EFFICIENCY * min(1.0, count * replicas.num_cpus / cores)
+    return rate, f"measured here: {peak / 1e9:.0f} GFLOP/s for large products, half of it assumed"
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Tables: the data, each stage's work, what gradients cover."""
+    counts = plan.counts
+    console.print(
+        f"candidates: {counts['rows']:,} rows, {counts['tokens']:,} tokens "
+        f"({counts['response_tokens']:,} of responses); {counts['scored']:,} to be scored, "
+        f"{counts['duplicates']:,} duplicates, {counts['truncated']:,} truncated",
+        highlight=False,
+    )
+    for reason, count in counts["reasons"].items():
+        console.print(f"  not scored, {reason}: {count:,}", highlight=False, markup=False)
+    for name, target in counts["targets"].items():
+        console.print(
+            f"target {name}: {target['scored']:,} of {target['rows']:,} rows, "
+            f"{target['columns']:,} score column(s), {target['tokens']:,} tokens",
+            highlight=False,
+        )
+    console.print(f"selection: {plan.selected}", highlight=False)
+    if plan.stages:
+        console.print(_stage_table(plan))
+        console.print(f"rate of the estimate: {plan.rate_is}", highlight=False)
+    if plan.shape is not None:
+        console.print(coverage_table(plan.shape.coverage))
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _stage_table(plan: Plan) -> Table:
+    table = Table(title="work that is left" if any(s.cached for s in plan.stages) else "work")
+    gpus = plan.config.replicas.num_gpus * plan.config.replicas.max
+    headings = ("stage", "rows", "tokens", "shards", "cached", "TFLOP", "MB", "time")
+    for heading in (*headings, *(("GPU-hours",) if gpus else ())):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for stage in plan.stages:
+        cells = [
+            stage.name,
+            f"{stage.load.rows:,}",
+            f"{stage.load.tokens:,}",
+            f"{stage.shards:,}",
+            f"{stage.cached:,}",
+            f"{stage.cost.flops * stage.missing / 1e12:,.1f}",
+            f"{stage.cost.bytes * stage.missing / 1e6:,.1f}",
+            _duration(stage.seconds),
+        ]
+        table.add_row(*cells, *((f"{stage.seconds * gpus / 3600:,.2f}",) if gpus else ()))
+    return table
+
+
+def coverage_table(rows: list[dict[str, Any]]) -> Table:
+    """Which parameters the gradients cover; shares sum to 1."""
+    table = Table(title="parameters that gradients are taken of")
+    for heading in ("group", "parameters", "share", "rule", "attributed"):
+        table.add_column(heading, justify="right" if heading in ("parameters", "share") else "left")
+    for row in rows:
+        table.add_row(
+            row["group"],
+            f"{row['parameters']:,}",
+            f"{row['share']:.2%}",
+            row["rule"] or "-",
+            "yes" if row["attributed"] else f"no: {row['reason']}",
+        )
+    return table
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h"

@@ -62,6 +62,12 @@ class Judge:
 def load_judge(config: ModelConfig, recipe: Recipe, max_length: int) -> Judge:
     """Load the base once, in float32, and put the adapter on it."""
     replica = load_replica(config, "float32", config.device)
+    encode = make_encoder(load_tokenizer(config), max_length)
+    return Judge(add_adapter(replica.model, recipe), encode, replica.device)
+
+
+def add_adapter(model: Any, recipe: Recipe) -> nn.Module:
+    """The model with LoRA factors in its linear layers; everything else is frozen."""
     lora = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]
@@ -70,11 +76,10 @@ def load_judge(config: ModelConfig, recipe: Recipe, max_length: int) -> Judge:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    model: Any = get_peft_model(replica.model, lora)  # type: ignore[arg-type]
-    model.eval()  # no dropout anywhere: what differs between runs is the rows and the seed
-    encode = make_encoder(load_tokenizer(config), max_length)
+    wrapped: Any = get_peft_model(model, lora)
+    wrapped.eval()  # no dropout anywhere: what differs between runs is the rows and the seed
     # The inner model has get_output_embeddings; its linear layers carry the adapter.
-    return Judge(model.get_base_model(), encode, replica.device)
+    return wrapped.get_base_model()
 
 
 def learning_rates(steps: int, peak: float, warmup: float) -> Float[np.ndarray, " steps"]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float, Int
+from common import check_settings, named_paths, read_scores, spread, write_json
+from jaxtyping import Float
 from lora_training import Judge, Recipe, load_judge, row_losses, train
 from worth_report import markdown, read_results
 
@@ -47,26 +46,6 @@ class Rows:
     origin: str
 
 
-def named_paths(values: Sequence[str], flag: str) -> dict[str, str]:
-    """{NAME: PATH} of NAME=PATH values; InputError for anything else or a name given twice."""
-    found: dict[str, str] = {}
-    for value in values:
-        name, equals, path = value.partition("=")
-        if not (name and equals and path) or name in found or "/" in name:
-            raise InputError(f"{flag} {value!r}: expected NAME=PATH with a name of its own")
-        if not os.path.isfile(path):
-            raise InputError(f"{flag} {value!r}: there is no such file")
-        found[name] = path
-    return found
-
-
-def spread(count: int, limit: int) -> Int[np.ndarray, " k"]:
-    """At most `limit` indices out of `count`, evenly spread: floor(j count / limit)."""
-    if limit >= count:
-        return np.arange(count)
-    return np.arange(limit) * count // limit
-
-
 def draw_random(eligible: Sequence[int], count: int, seed: int) -> list[int]:
     """`count` of the eligible pool rows, uniformly without replacement, increasing."""
     if count > len(eligible):
@@ -80,19 +59,14 @@ def scored_rows(run: str, pool: str) -> list[int]:
 
     Raises InputError if the ids say that the run was made from other rows than the pool's first.
     """
-    parts = sorted(Path(run, "scores").glob("part-*.parquet"))
-    if not parts:
-        raise InputError(f"--scores {run}: no scores/part-*.parquet; expected a run directory")
-    scores = pa.concat_tables([pq.read_table(part, columns=["id", "score"]) for part in parts])
-    file = pq.ParquetFile(pool)
+    scores = read_scores(run, ["id", "score"])
+    file, count = pq.ParquetFile(pool), scores.num_rows
     if "id" in file.schema_arrow.names:
-        ids = file.read(columns=["id"]).column("id").to_pylist()[: scores.num_rows]
+        ids = file.read(columns=["id"]).column("id").to_pylist()[:count]
         if ids != scores.column("id").to_pylist():
-            raise InputError(
-                f"--pool {pool}: its first {scores.num_rows} ids are not those of {run}"
-            )
-    elif file.metadata.num_rows < scores.num_rows:
-        raise InputError(f"--pool {pool}: fewer rows than the {scores.num_rows} scores of {run}")
+            raise InputError(f"--pool {pool}: its first {count} ids are not those of {run}")
+    elif file.metadata.num_rows < count:
+        raise InputError(f"--pool {pool}: fewer rows than the {count} scores of {run}")
     return [i for i, score in enumerate(scores.column("score").to_pylist()) if score is not None]
 
 
@@ -131,27 +105,11 @@ def held_out_rows(judge: Judge, tests: dict[str, str], limit: int) -> dict[str, 
     return chosen
 
 
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Whole or not at all: a killed writer leaves a temporary file, never half a result."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def is_done(path: Path, settings: dict[str, Any]) -> bool:
     """Whether the result is there; InputError if it was made with other settings."""
     if not path.exists():
         return False
-    found = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    odd = sorted(
-        key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key)
-    )
-    if odd:
-        key = odd[0]
-        raise InputError(
-            f"{path}: made with {key}={found.get(key)!r}, not {settings.get(key)!r}; "
-            "use another --out, or remove it"
-        )
+    check_settings(path, json.loads(path.read_text(encoding="utf-8"))["settings"], settings)
     return True
 
 

@@ -210,7 +210,7 @@ def difference_table(results: Mapping[str, Mapping[int, Any]], tests: Sequence[s
             noise = f"| {found.seed_sd:.4f} | {found.seeds_needed:.1f}"
         interval = f"{found.low:+.4f} to {found.high:+.4f}"
         lines.append(f"| {a} | {b} | {len(seeds)} | {value} | {interval} {noise} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def judge_line(results: Mapping[str, Mapping[int, Any]], tests: Sequence[str]) -> str:

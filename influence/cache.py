@@ -110,7 +110,7 @@ def parse(data: bytes, key: str) -> Shard:
     """
     try:
         table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
-        meta = json.loads((table.schema.metadata or {})[_META])
+        meta = dict(json.loads((table.schema.metadata or {})[_META]))
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise DamagedShardError(
             f"{key}: not a whole shard ({type(error).__name__}: {error})"
@@ -119,8 +119,8 @@ def parse(data: bytes, key: str) -> Shard:
         raise DamagedShardError(
             f"{key}: holds {meta.get('key')!r}, format {meta.get('format_version')}"
         )
-    if meta["rows"] != table.num_rows:
-        raise DamagedShardError(f"{key}: {table.num_rows} rows, its footer says {meta['rows']}")
+    if meta.get("rows") != table.num_rows:
+        raise DamagedShardError(f"{key}: {table.num_rows} rows, its footer says {meta.get('rows')}")
     return Shard(table, meta)
 
 

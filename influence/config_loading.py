@@ -184,11 +184,11 @@ def _explain(error: ValidationError, name: str) -> str:
 
 
 def _key_parts(problem: Any) -> list[str]:
-    """The path of keys; pydantic adds the tried type of a union, and a mark for a bad key."""
+    """The path of keys, without the type of a union that pydantic tried or its `[key]` mark."""
     parts: list[str] = []
     annotation: Any = Config
     for part in problem["loc"]:
-        if part == "[key]" or (isinstance(annotation, types.UnionType) and isinstance(part, str)):
+        if part == "[key]" or isinstance(annotation, types.UnionType):
             break
         parts.append(str(part))
         annotation = _inside(annotation, part)
@@ -196,36 +196,27 @@ def _key_parts(problem: Any) -> list[str]:
 
 
 def _inside(annotation: Any, key: object) -> Any:
-    """The type of what stands under a key of a section or a mapping; None if unknown."""
-    section = _section_of(annotation) if typing.get_origin(annotation) is not dict else None
-    if section is not None:
-        field = section.model_fields.get(str(key))
-        return None if field is None else field.annotation
-    arguments = typing.get_args(annotation)
-    return arguments[-1] if arguments else None
+    """The type of what stands under a key of a section, mapping or list; None if unknown."""
+    if hasattr(annotation, "model_fields"):
+        field = annotation.model_fields.get(str(key))
+        inner = None if field is None else field.annotation
+    else:
+        inner = (typing.get_args(annotation) or (None,))[-1]
+    choices = [choice for choice in typing.get_args(inner) if choice is not type(None)]
+    # `X | None` is an X here: pydantic reports its problems as those of X.
+    return choices[0] if isinstance(inner, types.UnionType) and len(choices) == 1 else inner
 
 
 def _nearest(parts: list[str]) -> str:
     annotation: Any = Config
     for part in parts[:-1]:
         annotation = _inside(annotation, part)
-    names = list(getattr(_section_of(annotation), "model_fields", {}))
+    names = list(getattr(annotation, "model_fields", {}))
     near = difflib.get_close_matches(parts[-1], names, n=1)
     if near:
         prefix = ".".join([*parts[:-1], near[0]])
         return f"; did you mean {prefix!r}?"
     return f"; expected one of: {', '.join(names)}" if names else ""
-
-
-def _section_of(annotation: Any) -> Any:
-    """The model class inside `X`, `X | None` or `dict[str, X]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _section_of(inner)
-        if found is not None:
-            return found
-    return None
 
 
 def _near_value(problem: Any) -> str:

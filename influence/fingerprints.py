@@ -18,7 +18,9 @@ from influence.errors import ModelLoadError
 from influence.replica import resolve_dtype, resolve_name
 from influence.schemas import FORMAT_VERSION
 
-_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
+# What models load from. Not *.bin: weights never load from a pickle, and trainers leave
+# training_args.bin beside them.
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 _FILES_THAT_COUNT = ("config.json", "adapter_config.json", "generation_config.json")
 
 
@@ -104,18 +106,26 @@ def model_content(model: ModelConfig) -> str:
             )
         return _digest_files((path,))
     if os.path.isdir(name):
-        return folder_content(name)
+        return folder_content(name, code=model.trust_remote_code)
     return _hub_commit(model, name)
 
 
-def folder_content(folder: str) -> str:
-    """Digest of the weights and configs in a folder (names and bytes, not the path)."""
+def folder_content(folder: str, *, code: bool = False) -> str:
+    """Digest of the weights and configs in a folder (names and bytes, not the path).
+
+    `code`: also of its Python files, where the model runs them.
+
+    Raises:
+        ModelLoadError: a folder without weights.
+    """
     if not os.path.isdir(folder):
         return folder  # A hub name of an adapter: its name is all that is known here.
     names = sorted(
         name
         for name in os.listdir(folder)
-        if name.endswith(_WEIGHT_SUFFIXES) or name in _FILES_THAT_COUNT
+        if name.endswith(_WEIGHT_SUFFIXES)
+        or name in _FILES_THAT_COUNT
+        or (code and name.endswith(".py"))
     )
     if not any(name.endswith(_WEIGHT_SUFFIXES) for name in names):
         raise ModelLoadError(f"{folder!r} holds no weights (*.safetensors or *.gguf)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from influence.selection import Selection
 ROWS_PER_PART = 500_000
 SAMPLE_ROWS = 10
 SAMPLE_CHARACTERS = 1_500
+_PART = re.compile(r"part-\d+\.parquet")
 
 
 def write_scores(
@@ -149,14 +151,22 @@ def _concatenate(parts: list[pa.Table]) -> pa.Table:
         return pa.concat_tables(parts, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         # A column has types that do not meet (a list in one file, text in another): as JSON text.
-        kinds: dict[str, set[pa.DataType]] = {}
+        kinds: dict[str, list[pa.Schema]] = {}
         for part in parts:
             for field in part.schema:
-                kinds.setdefault(field.name, set()).add(field.type)
-        clashing = {name for name, types in kinds.items() if len(types) > 1}
+                kinds.setdefault(field.name, []).append(pa.schema([(field.name, field.type)]))
+        clashing = {name for name, schemas in kinds.items() if not _meet(schemas)}
         return pa.concat_tables(
             [_as_text(part, clashing) for part in parts], promote_options="permissive"
         )
+
+
+def _meet(schemas: Sequence[pa.Schema]) -> bool:
+    try:
+        pa.unify_schemas(schemas, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return False
+    return True
 
 
 def _as_text(table: pa.Table, names: set[str]) -> pa.Table:
@@ -175,7 +185,8 @@ def _write_parts(folder: str, parts: list[pa.Table]) -> None:
     for name, part in zip(names, parts, strict=True):
         storage.put(storage.join(folder, name), _parquet(part))
     for info in storage.list_objects(folder):
-        if info.url.rsplit("/", 1)[1] not in names:
+        name = info.url.rsplit("/", 1)[1]
+        if _PART.fullmatch(name) and name not in names:
             storage.delete(info.url)  # a part of an earlier, larger result of this run directory
 
 

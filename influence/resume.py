@@ -8,7 +8,7 @@ import yaml
 
 from influence import storage
 from influence.config import Config
-from influence.config_loading import dump_config
+from influence.config_loading import dump_config, parse_config
 from influence.errors import InputError
 
 # What changes no number: where things are, how many replicas, how work is cut and retried.
@@ -19,7 +19,11 @@ _RECOMPUTES = {
     "model": "everything but the catalogue",
     "data.max_length": "everything",
     "embedding": "the embeddings",
+    "landmarks.count": "the gradients of the landmarks",
+    "landmarks.choose": "the gradients of the landmarks",
     "gradients.parameters": "the gradients",
+    "gradients.projection": "the gradients",
+    "gradients.normalize": "the inner products, with projection: exact",
     "gradients.side": "the gradients",
     "gradients.dim": "the gradients",
     "gradients.reduction": "the gradients",
@@ -35,11 +39,26 @@ def claim_run(config: Config, *, replace: bool = False) -> None:
     """
     url = storage.join(config.run, "config.yaml")
     if storage.head(url) is not None and not replace:
-        before = yaml.safe_load(storage.read_bytes(url))
+        before = _earlier_config(url)
         changes = changed_values(before, yaml.safe_load(dump_config(config)))
         if changes:
             raise InputError(_explain(config.run, changes))
     storage.put(url, dump_config(config).encode())
+
+
+def _earlier_config(url: str) -> dict[str, Any]:
+    try:
+        before = yaml.safe_load(storage.read_bytes(url))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{url}: not valid YAML ({error}); pass --replace to put this run in its place"
+        ) from None
+    try:
+        # With this version's defaults: the file may be an input config, or an earlier version's.
+        return yaml.safe_load(dump_config(parse_config(before, name=url)))
+    except InputError:
+        # It names a value that this version does not know: compared as it stands, and shown.
+        return before if isinstance(before, dict) else {"(whole file)": before}
 
 
 def changed_values(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:

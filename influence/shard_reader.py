@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 
 import numpy as np
 import pyarrow as pa
@@ -83,9 +84,10 @@ def read_exact_scores(
         InputError: not one candidate, or a target row, has a usable gradient.
     """
     if exact.products:
-        parts = [_read_products(cache, units, pool, normalize) for units in exact.products.values()]
-        positions = parts[0][0]
-        P = np.concatenate([scores for _, scores in parts], axis=1)
+        names = dict.fromkeys(column.target for column in columns.columns)
+        positions, P = _side_by_side(
+            [_read_products(cache, exact.products[name], pool, normalize) for name in names]
+        )
         halves = None
     else:
         means = _target_sketches(cache, exact.targets, targets, columns, normalize)
@@ -125,6 +127,18 @@ def _read_products(
     if not parts:
         return np.empty(0, np.int64), np.empty((0, 0))
     return np.concatenate(positions), np.concatenate(parts)
+
+
+def _side_by_side(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of several targets, of the rows that have a usable gradient in every target's shards.
+
+    Shards of different targets can come from different runs, so a row may be usable in one only.
+    """
+    positions = reduce(np.intersect1d, [where for where, _ in parts])
+    rows = [scores[np.argsort(where)[np.isin(np.sort(where), positions)]] for where, scores in parts]
+    return positions, np.concatenate(rows, axis=1)
 
 
 def _read_sketches(

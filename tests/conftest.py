@@ -1,0 +1,48 @@
+"""Fixtures that the whole session shares: a tiny model, a tiny pool, one Ray, one S3 store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before any library that reads them is imported; worker processes inherit them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import pytest
+from s3 import s3_server, s3_url
+from tiny_run import Setup, save_model, write_pool, write_targets
+
+__all__ = ["s3_server", "s3_url"]
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A three-layer Llama with random weights and a byte-level tokenizer, saved."""
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def setup(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    """The model, a pool of two files and two targets."""
+    folder = tmp_path_factory.mktemp("inputs")
+    return Setup(tiny_model_folder, folder, write_pool(folder), write_targets(folder))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One embedded Ray for the session; `run_select` joins it."""
+    import ray
+
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        log_to_driver=False,
+        logging_level="WARNING",
+    )
+    yield
+    ray.shutdown()

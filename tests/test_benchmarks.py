@@ -1,0 +1,274 @@
+"""The benchmark scripts' own arithmetic: bootstrap, draws, training step, truth against claim."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from run_fixture import spearman, write_run
+from tiny_models import VOCAB, tiny_model
+
+from influence.errors import InputError
+from influence.gradients import attributed_layers
+from influence.projection import make_sketch
+from influence.tokenization import Encoded
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import common
+import lora_training
+import sketch_sides
+import true_fidelity
+import worth
+import worth_report
+
+
+def encoded(lengths: tuple[int, ...], seed: int = 0) -> list[Encoded]:
+    """Random rows whose last half is the response."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for i, length in enumerate(lengths):
+        ids = generator.integers(3, VOCAB, length).astype(np.int32)
+        mask = np.arange(length) >= length // 2
+        rows.append(
+            Encoded(i, f"r{i}", None, None, b"", ids, mask, length, int(mask.sum()), False, None)
+        )
+    return rows
+
+
+def row_loss(model: Any, row: Encoded) -> torch.Tensor:
+    """Mean response loss of one row alone, from full logits."""
+    ids = torch.as_tensor(row.input_ids, dtype=torch.int64)
+    logits = model(input_ids=ids[None]).logits[0]
+    token_losses = [
+        -torch.log_softmax(logits[t - 1], dim=0)[ids[t]]
+        for t in range(1, len(ids))
+        if row.response_mask[t]
+    ]
+    return torch.stack(token_losses).mean()
+
+
+def test_bootstrap_has_the_distribution_of_all_resamples():
+    generator = np.random.default_rng(1)
+    first, second = generator.normal(size=(2, 3)), generator.normal(size=(2, 2))
+    exact = []
+    for s in product(range(2), repeat=2):
+        for r in product(range(3), repeat=3):
+            for q in product(range(2), repeat=2):
+                cells = [first[i, j] for i in s for j in r]
+                others = [second[i, j] for i in s for j in q]
+                exact.append((np.mean(cells) + np.mean(others)) / 2)
+    draws = worth_report.paired_bootstrap([first, second], draws=40_000, seed=0)
+    levels = np.quantile(exact, np.linspace(0.05, 0.95, 10)) + 1e-9
+    found = np.mean(draws[:, None] <= levels, axis=0)
+    truth = np.mean(np.array(exact)[:, None] <= levels, axis=0)
+    np.testing.assert_allclose(
+        found, truth, rtol=0, atol=0.015, err_msg="are seeds resampled once for all test sets?"
+    )
+
+
+def test_difference_interval_covers_the_true_difference():
+    inside, generator = 0, np.random.default_rng(0)
+    for _ in range(200):
+        seeds = generator.normal(0.0, 0.3, (12, 1))
+        rows = generator.normal(0.0, 0.5, (1, 60))
+        b = {"t": generator.normal(3.0, 1.0, (12, 60))}
+        a = {"t": b["t"] - 0.2 + seeds + rows + generator.normal(0.0, 0.1, (12, 60))}
+        found = worth_report.difference(a, b, draws=1000)
+        inside += found.low <= -0.2 <= found.high
+    assert inside >= 0.88 * 200, f"covers {inside / 200:.2f}: are both seeds and rows resampled?"
+
+
+def test_difference_counts_the_seeds_that_are_needed():
+    a = {"t": np.array([[1.0, 3.0], [2.0, 4.0], [3.0, 5.0]])}
+    found = worth_report.difference(a, {"t": np.ones((3, 2))}, draws=10)
+    assert found.value == pytest.approx(2.0)
+    assert found.seed_sd == pytest.approx(1.0), "sd over seeds of the mean over rows"
+    standard_error = found.seed_sd / found.seeds_needed**0.5
+    assert found.value == pytest.approx(2 * standard_error), "two standard errors at that many"
+
+
+def test_variance_ratio_recovers_the_variances():
+    generator = np.random.default_rng(0)
+    means = generator.normal(0, 2.0, (4000, 1)) + generator.normal(0, 3.0, (4000, 5))
+    within, between = worth_report.variance_ratio(means)
+    assert within == pytest.approx(9.0, rel=0.1)
+    assert between == pytest.approx(4.0, rel=0.1), "seed noise left in the means' variance?"
+
+
+def test_spread_is_even_and_distinct():
+    for count, limit in product((1, 5, 16, 180), (1, 3, 16, 200)):
+        chosen = common.spread(count, limit)
+        assert len(set(chosen.tolist())) == min(count, limit)
+        assert chosen.max() < count
+        gaps = np.diff(np.append(chosen, count))
+        assert gaps.max() - gaps.min() <= 1, "gaps differ: rows sorted by task are not covered"
+
+
+def test_random_is_redrawn_for_each_seed_from_scored_rows_only():
+    eligible = [i for i in range(200) if i % 3]
+    draws = [worth.draw_random(eligible, 30, seed) for seed in range(200)]
+    assert draws[0] == worth.draw_random(eligible, 30, 0)
+    assert all(len(set(draw)) == 30 and set(draw) <= set(eligible) for draw in draws)
+    counts = np.bincount(np.concatenate(draws), minlength=200)[eligible]
+    expected = 200 * 30 / len(eligible)
+    assert np.abs(counts - expected).max() < 5 * expected**0.5, "draws are not uniform"
+    with pytest.raises(InputError, match="random-rows"):
+        worth.draw_random(eligible, 1000, 0)
+
+
+def test_every_seed_is_finished_before_the_next():
+    jobs = worth.jobs_of(["random", "id"], 2)
+    assert jobs == [("none", 0), ("random", 0), ("id", 0), ("random", 1), ("id", 1)]
+
+
+def test_a_result_with_other_settings_is_refused(tmp_path: Path):
+    path = tmp_path / "id-seed0.json"
+    assert not worth.is_done(path, {"rank": 8})
+    common.write_json(path, {"settings": {"rank": 8}})
+    assert worth.is_done(path, {"rank": 8})
+    with pytest.raises(InputError, match="rank=8, not 4"):
+        worth.is_done(path, {"rank": 4})
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 26])
+def test_learning_rates_rise_to_the_peak_and_fall_linearly(steps: int):
+    rates = lora_training.learning_rates(steps, 0.5, 0.1)
+    rising = -(-steps // 10)
+    expected = [0.5 * (s + 1) / rising for s in range(rising)]
+    expected += [0.5 * (1 - (s + 1) / (steps - rising + 1)) for s in range(steps - rising)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-12, atol=0)
+
+
+def judge_of_tiny_model() -> lora_training.Judge:
+    model = lora_training.add_adapter(tiny_model("llama", torch.float32), lora_training.Recipe())
+    return lora_training.Judge(model, lambda _examples: [], torch.device("cpu"))
+
+
+def test_training_is_adamw_on_the_mean_of_the_rows_losses():
+    rows = encoded((9, 14, 6, 11, 8))
+    weights = np.array([2.0, 0.5, 1.0, 1.0, 0.5])
+    recipe = lora_training.Recipe(batch_size=3, token_budget=12, learning_rate=0.01)
+    judge = judge_of_tiny_model()
+    judge.reset(3)
+    lora_training.train(judge, rows, weights, recipe, seed=3)
+    found = [p.detach().clone() for p in judge.parameters]
+
+    judge.reset(3)
+    optimizer = torch.optim.AdamW(judge.parameters, weight_decay=0.0)
+    generator = np.random.default_rng([3, 0x0DE4])
+    rates = iter(lora_training.learning_rates(4, 0.01, recipe.warmup))
+    for _epoch in range(2):
+        order = generator.permutation(5)
+        for batch in (order[:3], order[3:]):
+            optimizer.param_groups[0]["lr"] = float(next(rates))
+            optimizer.zero_grad()
+            losses = [weights[i] * row_loss(judge.model, rows[i]) for i in batch]
+            (torch.stack(losses).sum() / len(batch)).backward()
+            torch.nn.utils.clip_grad_norm_(judge.parameters, 1.0)
+            optimizer.step()
+    for one, other in zip(found, judge.parameters, strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=1e-3, atol=2e-5)
+
+
+def test_reset_undoes_training_and_depends_on_the_seed_alone():
+    rows = encoded((9, 14, 6))
+    judge = judge_of_tiny_model()
+    untrained = [float(row_loss(judge.model, row).detach()) for row in rows]
+    recipe = lora_training.Recipe(learning_rate=0.01)
+    results = []
+    for seed in (1, 2, 1):
+        judge.reset(seed)
+        losses = lora_training.row_losses(judge, rows, 20)
+        np.testing.assert_allclose(losses, untrained, rtol=1e-5, atol=0, err_msg="adapter is left")
+        lora_training.train(judge, rows, np.ones(3), recipe, seed)
+        results.append(lora_training.row_losses(judge, rows, 20))
+    assert results[0] == results[2], "a seed must fix the whole run"
+    assert results[0] != results[1]
+    assert np.mean(results[0]) < np.mean(untrained)
+
+
+def test_sketch_sides_passes_against_one_backward_a_row():
+    model = tiny_model("llama", torch.float32)
+    replica: Any = SimpleNamespace(model=model)
+    layers = attributed_layers(model, "all")
+    rows, goals = encoded((9, 14, 6, 11)), encoded((7, 12), seed=1)
+    flat = []
+    for row in [*rows, *goals]:
+        weights = [layer.module.weight for layer in layers]
+        parts = torch.autograd.grad(row_loss(model, row), weights)
+        flat.append(torch.cat([part.flatten() for part in parts]).double())
+    truth = torch.stack(flat[:4]) @ torch.stack(flat[4:]).T
+    exact = sketch_sides.product_pass(replica, layers, rows, goals, 20)
+    np.testing.assert_allclose(exact["products"], truth, rtol=1e-4, atol=1e-6)
+
+    # As many directions as features on each side and room for all: the sketch is the identity.
+    shapes = [(layer.name, layer.out_features, layer.in_features) for layer in layers]
+    whole = {"200": make_sketch(shapes, side=200, dim=1_000_000, seed=0)}
+    left, right = (sketch_sides.sketch_pass(replica, layers, r, whole, 20) for r in (rows, goals))
+    norms = torch.stack(flat).norm(dim=1)
+    np.testing.assert_allclose(np.append(left["norm"], right["norm"]), norms, rtol=1e-5, atol=0)
+    groups = ["a", "b"]
+    found = sketch_sides.compare(left, right, exact["products"], groups, [200], 2)
+    for name, row in found["200"]["scores"].items():
+        assert row["error_sd"] < 1e-6, f"{name}: rows in another order than the products?"
+        assert row["recall"] == 1.0
+
+
+def test_sketch_sides_claims_hold_for_independent_noise():
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=(4000, 2))
+    halves = truth + generator.normal(0, 0.7, size=(2, 4000, 2))
+    found = sketch_sides.judge(truth, halves, 200)
+    assert found["claimed_sd"] == pytest.approx(found["error_sd"], rel=0.05)
+    assert found["claimed_spearman"] == pytest.approx(found["spearman"], abs=0.02)
+
+
+def test_true_fidelity_against_plain_loops(tmp_path: Path):
+    run, exact = (write_run(tmp_path / name, names=("gsm8k",)) for name in ("id", "exact"))
+    table = true_fidelity.read_scores(str(exact))
+    noisy = true_fidelity.floats(table, "score.gsm8k")
+    noisy = noisy + np.random.default_rng(0).normal(0, 0.3 * np.nanstd(noisy), len(noisy))
+    where = table.schema.get_field_index("score.gsm8k")
+    column = pa.array(noisy, pa.float64(), mask=np.isnan(noisy))
+    changed = table.set_column(where, table.schema.field(where), column)
+    for part in (exact / "scores").glob("*.parquet"):
+        part.unlink()
+    pq.write_table(changed, exact / "scores" / "part-00000.parquet")
+
+    found = true_fidelity.compare(str(run), str(exact), 0.1)
+    scores = true_fidelity.read_scores(str(run)).to_pylist()
+    pairs = [
+        (row, value)
+        for row, value in zip(scores, noisy.tolist(), strict=True)
+        if row["score"] is not None
+    ]
+    rest = [(row, value) for row, value in pairs if not row["exact"]]
+    assert 0 < len(rest) < len(pairs) < len(scores)
+    result = found["targets"]["gsm8k"]
+    values = np.array([row["score.gsm8k"] for row, _ in rest])
+    actual = np.array([value for _, value in rest])
+    assert result["spearman_rest"] == pytest.approx(spearman(values, actual))
+    hits = [row["low.gsm8k"] <= value <= row["high.gsm8k"] for row, value in rest]
+    assert result["coverage_rest"] == pytest.approx(sum(hits) / len(hits))
+    k = round(0.1 * len(pairs))
+    best = sorted(range(len(pairs)), key=lambda i: -pairs[i][0]["score.gsm8k"])[:k]
+    wanted = sorted(range(len(pairs)), key=lambda i: -pairs[i][1])[:k]
+    assert result["recall"] == pytest.approx(len(set(best) & set(wanted)) / k)
+    claim = json.loads((run / "fidelity.json").read_text())["targets"]["gsm8k"]["spearman"]
+    assert result["spearman_inside"] == (claim["low"] <= result["spearman_rest"] <= claim["high"])
+
+
+def test_true_fidelity_refuses_runs_over_other_pools(tmp_path: Path):
+    run, other = write_run(tmp_path / "a", rows=400), write_run(tmp_path / "b", rows=300)
+    with pytest.raises(InputError, match="other ids"):
+        true_fidelity.compare(str(run), str(other))

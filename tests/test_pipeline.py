@@ -1,0 +1,363 @@
+"""The whole job in one process: every method, combination and quota, against slow oracles."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny_run import (
+    N_SCORED,
+    POOL_ROWS,
+    UNSCORABLE,
+    Setup,
+    manifest_of,
+    scores_of,
+    selection_of,
+    third_target,
+    tiny_config,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from influence.errors import InputError
+from influence.one_process import run_select
+
+METHODS: dict[str, dict[str, Any]] = {
+    "landmarks, kronecker": {},
+    "landmarks, exact products": {"gradients__projection": "exact"},
+    "exact, kronecker": {"method": "exact"},
+    "exact, exact products": {"method": "exact", "gradients__projection": "exact"},
+    "rds": {"method": "rds"},
+    "random": {"method": "random"},
+}
+Runner = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def run(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """run(**changes) -> the run directory; each config runs once, all share one cache."""
+    folder = tmp_path_factory.mktemp("runs")
+    made: dict[str, str] = {}
+
+    def once(**changes: Any) -> str:
+        key = json.dumps(changes, sort_keys=True)
+        if key not in made:
+            config = tiny_config(
+                setup, folder / f"run{len(made)}", cache=str(folder / "cache"), **changes
+            )
+            run_select(config, quiet=True)
+            made[key] = config.run
+        return made[key]
+
+    return once
+
+
+def grouped(setup: Setup) -> dict[str, Any]:
+    """The targets with `sums` as one column, so that every column of P is in the scores."""
+    return {"sums": {**setup.targets["sums"], "per": "group"}, "mixed": setup.targets["mixed"]}
+
+
+def column(run_directory: str, name: str) -> np.ndarray:
+    """A column of the scores, null as NaN."""
+    return scores_of(run_directory).column(name).to_numpy(zero_copy_only=False)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_outputs_are_complete_and_agree_with_each_other(run: Runner, name: str) -> None:
+    directory = run(**METHODS[name])
+    table = scores_of(directory)
+    rows = table.to_pylist()
+    selected = selection_of(directory)
+    assert len(rows) == POOL_ROWS, "a row of the pool has no row in the scores"
+    reasons = Counter(row["reason"] for row in rows if row["reason"] is not None)
+    assert reasons == UNSCORABLE, "rows that cannot be scored are miscounted or dropped"
+    for row in rows:
+        scored = row["reason"] is None
+        values = [row[c] for c in table.column_names if c.split(".")[0] in ("score", "low", "high")]
+        assert all((value is not None) == scored for value in values), f"nulls of row {row['id']}"
+        assert (row["target"] is not None) == scored
+        assert row["weight"] >= 0
+        assert scored or row["weight"] == 0, "an unscorable row has a weight"
+    total = sum(row["weight"] for row in rows)
+    np.testing.assert_allclose(total, N_SCORED, rtol=1e-12, err_msg="weights do not sum to n")
+    weighted = {row["id"]: row for row in rows if row["weight"] > 0}
+    assert len(selected) == 10, "the selection is not as large as the budget"
+    assert [row["influence_rank"] for row in selected] == list(range(1, 11))
+    mean = np.mean([row["influence_weight"] for row in selected])
+    np.testing.assert_allclose(mean, 1.0, rtol=1e-12, err_msg="the trainer's weights have mean 1")
+    for row in selected:
+        if row["id"] is not None:  # a JSONL row without an id keeps its input columns as they are
+            assert row["influence_score"] == weighted[row["id"]]["score"]
+    assert len(weighted) == 10, "a selected row has weight 0, or another has a weight"
+    assert len(pq.read_table(f"{directory}/selection")) == 10
+    manifest = manifest_of(directory)
+    assert manifest.state == "done"
+    for stage, record in manifest.stages.items():
+        assert record.computed + record.reused == record.shards, f"{stage} lost count of its shards"
+
+
+def test_a_duplicate_is_never_selected_twice(run: Runner) -> None:
+    directory = run(method="exact", selection__budget=1000)
+    texts = []
+    for row in selection_of(directory):
+        if row["messages"]:
+            texts.append(tuple((m["role"], m["content"]) for m in row["messages"]))
+        elif row["conversations"]:
+            roles = {"human": "user", "gpt": "assistant"}
+            texts.append(tuple((roles[m["from"]], m["value"]) for m in row["conversations"]))
+        else:
+            texts.append((("user", row["prompt"]), ("assistant", row["completion"])))
+    assert len(texts) == N_SCORED, "a budget larger than the pool takes every scored row once"
+    assert len(set(texts)) == len(texts), "two rows with the same messages were selected"
+
+
+@pytest.mark.parametrize("projection", ["kronecker", "exact"])
+def test_landmarks_keep_their_exact_scores(run: Runner, projection: str) -> None:
+    approximate = run(gradients__projection=projection)
+    truth = run(method="exact", gradients__projection=projection)
+    exact = np.asarray(scores_of(approximate).column("exact"))
+    assert exact.sum() == 24, "landmarks.count rows are exact, no more and no fewer"
+    for name in ("score.sums", "score.mixed", "score.mixed/x", "score.mixed/y"):
+        np.testing.assert_allclose(
+            column(approximate, name)[exact],
+            column(truth, name)[exact],
+            rtol=1e-4,
+            atol=1e-6,
+            err_msg=f"{name}: a landmark's score is not the one of its own gradient",
+        )
+    ids = scores_of(approximate).column("id").to_pylist()
+    written = pq.read_table(f"{approximate}/landmarks.parquet")
+    where = [ids.index(each) for each in written.column("id").to_pylist()]
+    np.testing.assert_allclose(
+        written.column("exact.sums").to_numpy(),
+        column(approximate, "score.sums")[where],
+        rtol=1e-12,
+        err_msg="landmarks.parquet and scores disagree: rows are out of order",
+    )
+
+
+# --- oracles: one row at a time, in float64, no code of the product ---
+
+
+def tokens_and_labels(messages: list[dict[str, str]], tokenizer: Any) -> tuple[Any, Any]:
+    """Ids of a ChatML conversation, turn by turn; labels on the assistant's words and its end."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for message in messages:
+        head = tokenizer(f"<|im_start|>{message['role']}\n")["input_ids"]
+        body = tokenizer(f"{message['content']}<|im_end|>")["input_ids"]
+        tail = tokenizer("\n")["input_ids"]
+        ids += head + body + tail
+        own = body if message["role"] == "assistant" else [-100] * len(body)
+        labels += [-100] * len(head) + own + [-100] * len(tail)
+    return torch.tensor([ids]), torch.tensor([labels])
+
+
+def messages_of(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The turns of a row of the tiny pool."""
+    if "messages" in row:
+        return row["messages"]
+    pair = (("user", row["prompt"]), ("assistant", row["completion"]))
+    return [{"role": role, "content": content} for role, content in pair]
+
+
+class Oracle:
+    """Rows of the pool and of the targets through the model, one by one."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(setup.model)
+        self.model = AutoModelForCausalLM.from_pretrained(setup.model, dtype=torch.float64).eval()
+        # Fourteen rows of both files, rows that can be scored.
+        pool = setup.folder / "pool"
+        parquet = pq.read_table(pool / "a.parquet").to_pylist()
+        self.rows = {f"a{i:02d}": parquet[i] for i in (0, 1, 2, 5, 16, 31, 38)}
+        lines = (pool / "b.jsonl").read_text().splitlines()
+        self.rows |= {f"b.jsonl:{i}": json.loads(lines[i]) for i in (0, 3, 8, 10, 15, 16, 26)}
+        self.targets = {
+            name: [json.loads(line) for line in Path(each["path"]).read_text().splitlines()]
+            for name, each in setup.targets.items()
+        }
+
+    def unit_gradient(self, row: dict[str, Any]) -> torch.Tensor:
+        ids, labels = tokens_and_labels(messages_of(row), self.tokenizer)
+        weights = [w for n, w in self.model.model.layers.named_parameters() if "_proj" in n]
+        loss = self.model(input_ids=ids, labels=labels).loss
+        flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+        return flat / flat.norm()
+
+    def unit_embedding(self, row: dict[str, Any]) -> torch.Tensor:
+        ids, _ = tokens_and_labels(messages_of(row), self.tokenizer)
+        with torch.no_grad():
+            hidden = self.model.model(input_ids=ids).last_hidden_state[0]
+        total = sum((t + 1) * hidden[t] for t in range(len(hidden)))
+        assert isinstance(total, torch.Tensor)
+        return total / total.norm()
+
+    def scores(self, vector: Callable[[dict[str, Any]], torch.Tensor]) -> dict[str, list[float]]:
+        rows = [vector(row) for row in self.rows.values()]
+        groups = {
+            "sums": self.targets["sums"],
+            "mixed/x": [row for row in self.targets["mixed"] if row["family"] == "x"],
+            "mixed/y": [row for row in self.targets["mixed"] if row["family"] == "y"],
+        }
+        found = {}
+        for name, members in groups.items():
+            mean = sum(vector(row) for row in members) / len(members)
+            found[name] = [float(row @ mean) for row in rows]
+        found["mixed"] = np.mean([found["mixed/x"], found["mixed/y"]], axis=0).tolist()
+        return found
+
+
+@pytest.fixture(scope="module")
+def oracle(setup: Setup) -> Oracle:
+    return Oracle(setup)
+
+
+def assert_scores(directory: str, oracle: Oracle, wanted: dict[str, list[float]], **near) -> None:
+    table = scores_of(directory)
+    where = [table.column("id").to_pylist().index(each) for each in oracle.rows]
+    for name, values in wanted.items():
+        np.testing.assert_allclose(
+            column(directory, f"score.{name}")[where],
+            values,
+            err_msg=f"score.{name} is not the cosine of the rows' own vectors",
+            **near,
+        )
+
+
+def test_exact_products_are_cosines_of_autograd_gradients(run: Runner, oracle: Oracle) -> None:
+    directory = run(method="exact", gradients__projection="exact")
+    assert_scores(directory, oracle, oracle.scores(oracle.unit_gradient), rtol=1e-4, atol=1e-5)
+
+
+def test_rds_scores_are_cosines_of_weighted_means(run: Runner, oracle: Oracle) -> None:
+    # Embeddings are kept in float16: 11 bits for each of 32 numbers.
+    wanted = oracle.scores(oracle.unit_embedding)
+    assert_scores(run(method="rds"), oracle, wanted, rtol=0, atol=1e-3)
+
+
+# --- combinations, quotas, budgets ---
+
+
+def best_first(score: np.ndarray, ids: list[str]) -> list[str]:
+    scored = [i for i in range(len(ids)) if not np.isnan(score[i])]
+    return [ids[i] for i in sorted(scored, key=lambda i: (-score[i], ids[i]))]
+
+
+def selected_ids(directory: str) -> list[str]:
+    """Ids in the order of the ranks, from score rows (JSONL rows carry none of their own)."""
+    by_score = {row["score"]: row["id"] for row in scores_of(directory).to_pylist()}
+    return [by_score[row["influence_score"]] for row in selection_of(directory)]
+
+
+@pytest.mark.parametrize("combine", ["mean", "max", "round_robin"])
+def test_combinations_of_targets(run: Runner, setup: Setup, combine: str) -> None:
+    exact = {"method": "exact", "gradients__projection": "exact", "targets": grouped(setup)}
+    directory = run(**exact, selection__combine=combine)
+    ids = scores_of(directory).column("id").to_pylist()
+    sums, x, y = (column(directory, f"score.{name}") for name in ("sums", "mixed/x", "mixed/y"))
+    if combine == "mean":
+        wanted = best_first((sums + (x + y) / 2) / 2, ids)[:10]
+    elif combine == "max":
+        wanted = best_first(np.max([sums, x, y], axis=0), ids)[:10]
+    else:
+        heads = [best_first(sums, ids), best_first(x, ids), best_first(y, ids)]
+        wanted = []
+        for turn in range(10):  # sums, mixed/x, sums, mixed/y, sums, ...
+            head = heads[0] if turn % 2 == 0 else heads[1 + turn // 2 % 2]
+            wanted.append(next(each for each in head if each not in wanted))
+    assert selected_ids(directory) == wanted, f"{combine} did not take the rows a loop takes"
+
+
+def test_quotas_bind_and_leave_the_best_of_each_source(run: Runner, setup: Setup) -> None:
+    exact = {"method": "exact", "gradients__projection": "exact", "targets": grouped(setup)}
+    quotas = {"maths": {"max": 0.2}, "code": {"min": 0.5}}
+    directory = run(**exact, selection__combine="mean", selection__per_source=quotas)
+    counts = Counter(row["source"] for row in selection_of(directory))
+    assert sum(counts.values()) == 10
+    assert counts["maths"] <= 2
+    assert counts["code"] >= 5
+    table = scores_of(directory)
+    chosen = set(selected_ids(directory))
+    for source, count in counts.items():
+        own = [row for row in table.to_pylist() if row["source"] == source and row["score"]]
+        own.sort(key=lambda row: -row["score"])
+        assert {row["id"] for row in own[:count]} <= chosen, f"not the best rows of {source}"
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_an_empty_pool_is_refused_by_name(setup: Setup, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "empty.jsonl", [])
+    config = tiny_config(setup, tmp_path / "run", data__candidates=[path])
+    with pytest.raises(InputError, match=r"empty\.jsonl") as caught:
+        run_select(config, quiet=True)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("method", ["influence_distillation", "exact", "rds", "random"])
+def test_a_pool_without_a_scorable_row_says_why(setup: Setup, tmp_path: Path, method: str) -> None:
+    path = write_jsonl(tmp_path / "bad.jsonl", [{"text": "x"}, {"prompt": "a", "completion": ""}])
+    config = tiny_config(setup, tmp_path / "run", data__candidates=[path], method=method)
+    with pytest.raises(InputError, match="none of the 2 rows can be scored.*no recognised columns"):
+        run_select(config, quiet=True)
+    assert manifest_of(config.run).state == "failed", "the manifest still says that it runs"
+
+
+# --- the cache ---
+
+
+def test_a_new_target_costs_its_own_rows_only(setup: Setup, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    targets = {**setup.targets, "third": third_target(tmp_path)}
+    for projection in ("kronecker", "exact"):
+        changes: dict[str, Any] = {"cache": cache, "gradients__projection": projection}
+        first = tiny_config(setup, tmp_path / f"{projection}-1", **changes)
+        run_select(first, quiet=True)
+        second = tiny_config(setup, tmp_path / f"{projection}-2", targets=targets, **changes)
+        run_select(second, quiet=True)
+        before, after = manifest_of(first.run).stages, manifest_of(second.run).stages
+        assert after["embedding"].computed == 0, "embeddings were computed again for a new target"
+        if projection == "kronecker":
+            assert after["gradients"].computed == 1, "only the third target's shard is new"
+            assert after["gradients"].reused == before["gradients"].shards
+        else:
+            assert after["target_vectors"].computed == 1, "old targets' gradients were made again"
+            assert after["inner_products"].computed == before["inner_products"].shards // 2
+            assert after["inner_products"].reused == before["inner_products"].shards
+        for name in ("score.sums", "score.mixed"):
+            np.testing.assert_array_equal(
+                column(first.run, name),
+                column(second.run, name),
+                err_msg=f"{name} changed although only another target came",
+            )
+        assert not np.isnan(column(second.run, "score.third")).all()
+
+
+def test_a_truncated_shard_is_found_and_computed_again(setup: Setup, tmp_path: Path) -> None:
+    config = tiny_config(setup, tmp_path / "run")
+    run_select(config, quiet=True)
+    before = {p.name: p.read_bytes() for p in Path(config.run).glob("scores/*.parquet")}
+    damaged = sorted(Path(config.cache_url).glob("embedding/*/*.parquet"))[2]
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    flipped = sorted(Path(config.cache_url).glob("gradients/*/*.parquet"))[0]
+    data = bytearray(flipped.read_bytes())
+    data[len(data) // 3] ^= 0xFF
+    flipped.write_bytes(bytes(data))
+    run_select(config, quiet=True)
+    stages = manifest_of(config.run).stages
+    assert stages["embedding"].computed == 1, "the truncated shard was believed"
+    assert stages["gradients"].computed == 1, "a shard with a flipped byte was believed"
+    assert any("replaced a damaged shard" in note for note in stages["embedding"].notes)
+    after = {p.name: p.read_bytes() for p in Path(config.run).glob("scores/*.parquet")}
+    assert after == before, "the mended shard holds other numbers"

@@ -6,6 +6,7 @@ if the object is a whole shard of this unit; a damaged one is replaced on its ET
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,7 @@ def serialise(unit: Unit, table: pa.Table, meta: dict[str, Any]) -> bytes:
         "key": unit.key,
         "rows": table.num_rows,
     }
+    document["digest"] = _footer_digest(table.schema, document)
     metadata = {**(table.schema.metadata or {}), _META: json.dumps(document).encode()}
     sink = pa.BufferOutputStream()
     pq.write_table(
@@ -121,7 +123,19 @@ def parse(data: bytes, key: str) -> Shard:
         )
     if meta.get("rows") != table.num_rows:
         raise DamagedShardError(f"{key}: {table.num_rows} rows, its footer says {meta.get('rows')}")
+    # Pages have checksums, the footer has none: a changed name, type or fact shows here only.
+    if meta.get("digest") != _footer_digest(table.schema, meta):
+        raise DamagedShardError(f"{key}: its footer is not the one that was written")
     return Shard(table, meta)
+
+
+def _footer_digest(schema: pa.Schema, meta: dict[str, Any]) -> str:
+    """Digest of the columns, the schema's other metadata and the facts."""
+    fields = [[field.name, str(field.type), field.nullable] for field in schema]
+    others = {str(k): str(v) for k, v in (schema.metadata or {}).items() if k != _META}
+    facts = {name: value for name, value in meta.items() if name != "digest"}
+    text = json.dumps([fields, others, facts], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class Cache:

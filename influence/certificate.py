@@ -29,7 +29,7 @@ def certificate_of(
     if scores.loo is None:
         return _exact_certificate(scores, columns, method)
     Y, loo = named_scores(scores, columns)
-    decides = _deciding_score(selection, columns, combine)
+    decides = deciding_score(selection, columns, combine)
     gradients = len(scores.exact_positions)
     share = min(1.0, len(selection.order) / selection.n_scored)
     halves = None if scores.halves is None else scores.halves @ columns.named()
@@ -88,7 +88,7 @@ def _target_fidelity(certificate: Any, gradients: int) -> TargetFidelity:
     )
 
 
-def _deciding_score(
+def deciding_score(
     selection: Selection, columns: TargetColumns, combine: str
 ) -> Callable[[np.ndarray], np.ndarray]:
     """What decides whether a row is selected, as one number per row.

@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from influence.selection import parse_budget
+
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -184,9 +186,17 @@ class Quota(Section):
 class SelectionConfig(Section):
     """How many rows, and how several targets share them."""
 
-    budget: int | str = Field("5%", description="rows (5000), a share (5%) or tokens (2M tokens)")
+    budget: int | float | str = Field(
+        "5%", description="rows (5000), a share (5%) or tokens (2M tokens)"
+    )
     combine: Literal["mean", "max", "round_robin"] = "round_robin"
     per_source: dict[str, Quota] = Field(default_factory=dict)
+
+    @field_validator("budget")
+    @classmethod
+    def _readable(cls, value: int | float | str) -> int | float | str:
+        parse_budget(value)  # its error says what is expected, and is the package's own
+        return value
 
 
 class EvaluationConfig(Section):

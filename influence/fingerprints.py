@@ -83,7 +83,7 @@ def model_values(config: Config) -> dict[str, Any]:
     model = config.model
     return {
         "model": model_content(model),
-        "adapter": folder_content(model.adapter) if model.adapter else None,
+        "adapter": adapter_content(model.adapter) if model.adapter else None,
         "dtype": resolve_dtype(model.dtype, config.replicas.num_gpus, model.device),
         "attention": model.attention,
     }
@@ -107,7 +107,18 @@ def model_content(model: ModelConfig) -> str:
         return _digest_files((path,))
     if os.path.isdir(name):
         return folder_content(name, code=model.trust_remote_code)
-    return _hub_commit(model, name)
+    return _hub_commit("model.name", name, model.revision, "config.json")
+
+
+def adapter_content(adapter: str) -> str:
+    """Digest of an adapter's folder, or the commit of one on the hub.
+
+    Raises:
+        ModelLoadError: neither.
+    """
+    if os.path.isdir(adapter):
+        return folder_content(adapter)
+    return _hub_commit("model.adapter", adapter, None, "adapter_config.json")
 
 
 def folder_content(folder: str, *, code: bool = False) -> str:
@@ -118,8 +129,6 @@ def folder_content(folder: str, *, code: bool = False) -> str:
     Raises:
         ModelLoadError: a folder without weights.
     """
-    if not os.path.isdir(folder):
-        return folder  # A hub name of an adapter: its name is all that is known here.
     names = sorted(
         name
         for name in os.listdir(folder)
@@ -147,19 +156,19 @@ def _digest_file(path: str, size: int, mtime: int) -> bytes:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
 
 
-def _hub_commit(model: ModelConfig, name: str) -> str:
+def _hub_commit(key: str, name: str, revision: str | None, file: str) -> str:
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, "config.json", revision=model.revision)
+    cached = try_to_load_from_cache(name, file, revision=revision)
     if isinstance(cached, str):
-        # .../snapshots/COMMIT/config.json
+        # .../snapshots/COMMIT/FILE
         return f"hub:{name}@{os.path.basename(os.path.dirname(cached))}"
     try:
-        info = HfApi().model_info(name, revision=model.revision)
+        info = HfApi().model_info(name, revision=revision)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise ModelLoadError(
-            f"model.name: {name!r} is no folder, and the hub does not know it or cannot be "
+            f"{key}: {name!r} is no folder, and the hub does not know it or cannot be "
             f"reached: {type(error).__name__}: {first}"
         ) from error
     return f"hub:{name}@{info.sha}"

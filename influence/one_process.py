@@ -6,7 +6,7 @@ from typing import Any
 
 from influence.config import Config
 from influence.local import local_execute
-from influence.pipeline import select
+from influence.pipeline import prepare, select
 from influence.progress import Progress
 from influence.reducer import Reducer
 from influence.report import build_report
@@ -18,6 +18,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     claim_run(config, replace=replace)
     progress = Progress(quiet=quiet)
     progress.replicas = 1
-    summary = select(config, local_execute(config), Reducer(config), progress)
+    job = prepare(config, progress)
+    summary = select(job, local_execute(config), Reducer(config))
     summary["report"] = build_report(config.run)
     return summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,7 +77,7 @@ def write_selection(
         table = table.append_column(field, pa.array(values, type=field.type))
     starts = range(0, max(1, table.num_rows), ROWS_PER_PART)
     _write_parts(storage.join(run, "selection"), [table.slice(s, ROWS_PER_PART) for s in starts])
-    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in table.to_pylist())
+    lines = (_json_line(row) for row in table.to_pylist())
     storage.put(storage.join(run, "selection.jsonl"), "".join(lines).encode())
     return table
 
@@ -144,6 +145,23 @@ def _input_rows(catalogue: Catalogue, order: np.ndarray) -> pa.Table:
     table = _concatenate(parts)
     where = {int(position): i for i, position in enumerate(np.concatenate(positions))}
     return table.take(pa.array([where[int(position)] for position in order]))
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    try:
+        text = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        # JSON has no NaN and no infinity, and strict readers refuse the file: null.
+        text = json.dumps(_finite(row), ensure_ascii=False, default=str, allow_nan=False)
+    return text + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _concatenate(parts: list[pa.Table]) -> pa.Table:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from influence import storage
@@ -53,20 +53,20 @@ class Job:
     cache: Cache
     log: RunLog
     progress: Progress
-    execute: Execute
+    execute: Execute | None = None
 
 
-def select(config: Config, execute: Execute, reduce: Any, progress: Progress) -> dict[str, Any]:
+def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
     """Run the whole job and write the run directory; returns the reducer's summary.
 
-    `reduce` is a `Reducer` or anything with its methods.
+    `job` is of `prepare`; `reduce` is a `Reducer` or anything with its methods.
 
     Raises:
         InputError: bad config or data.
         ShardsFailedError: some shards failed for good; everything else is committed.
     """
-    log = RunLog(config.run, config.method)
-    job = prepare(config, execute, log, progress)
+    config, log = job.config, job.log
+    job = replace(job, execute=execute)
     storage.probe_create_only(config.cache_url)
     if config.method in NEED_GRADIENTS:
         log.manifest.coverage = model_shape(config).coverage
@@ -92,15 +92,16 @@ def select(config: Config, execute: Execute, reduce: Any, progress: Progress) ->
     return summary
 
 
-def prepare(config: Config, execute: Execute, log: RunLog, progress: Progress) -> Job:
-    """Find the files and fingerprint every stage; no model is loaded."""
-    files = scan_files(config.data.candidates, config.data.limit)
+def prepare(config: Config, progress: Progress, log: RunLog | None = None) -> Job:
+    """Find the files and fingerprint every stage; loads the tokenizer, but no model.
+
+    Raises:
+        InputError: files or model that are not there; nothing has been written then.
+    """
+    files = _scan("data.candidates", config.data.candidates, config.data.limit)
     target_files = {}
     for name, target in config.targets.items():
-        try:
-            target_files[name] = scan_files([target.path], target.limit)
-        except InputError as error:
-            raise InputError(f"targets.{name}.path: {error}") from None
+        target_files[name] = _scan(f"targets.{name}.path", [target.path], target.limit)
     template = template_fingerprint(load_tokenizer(config.model))
     return Job(
         config,
@@ -108,10 +109,16 @@ def prepare(config: Config, execute: Execute, log: RunLog, progress: Progress) -
         files,
         target_files,
         Cache(config.cache_url),
-        log,
+        log if log is not None else RunLog(config.run, config.method),
         progress,
-        execute,
     )
+
+
+def _scan(key: str, patterns: Sequence[str], limit: int | None) -> list[SourceFile]:
+    try:
+        return scan_files(patterns, limit)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
 
 
 def catalogue(job: Job) -> tuple[list[Unit], dict[str, list[Unit]]]:
@@ -281,6 +288,8 @@ def run_units(job: Job, units: Sequence[Unit]) -> None:
             job.progress.failed(unit, error)
 
     if missing:
+        if job.execute is None:
+            raise RuntimeError("units to compute, but no executor: call select, or set job.execute")
         with job.progress.working({s: _of(missing, s) for s in by_stage}, len(whole)):
             job.execute(bundled(missing.values()), on_result, on_failure)
     wall, total = time.monotonic() - start, sum(spent.values())

@@ -66,9 +66,8 @@ def make_plan(config: Config) -> Plan:
     """Scan and tokenise (committing catalogue shards), then count every stage's work."""
     progress = Progress()
     budget = parse_budget(config.selection.budget)
-    job = prepare(
-        config, local_execute(config), RunLog.unsaved(config.run, config.method), progress
-    )
+    job = prepare(config, progress, RunLog.unsaved(config.run, config.method))
+    job.execute = local_execute(config)
     reducer = Reducer(config)
     counts = reducer.load_catalogue(*catalogue(job))
     if budget.tokens is not None:

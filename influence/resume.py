@@ -10,6 +10,7 @@ from influence import storage
 from influence.config import Config
 from influence.config_loading import dump_config, parse_config
 from influence.errors import InputError
+from influence.replica import resolve_dtype
 
 # What changes no number: where things are, how many replicas, how work is cut and retried.
 _FREE = ("run", "cache", "prices", "replicas")
@@ -38,12 +39,24 @@ def claim_run(config: Config, *, replace: bool = False) -> None:
         InputError: the directory belongs to a run with another config, and not `replace`.
     """
     url = storage.join(config.run, "config.yaml")
-    if storage.head(url) is not None and not replace:
+    # Without a manifest no stage has begun: an earlier attempt ended on its config or its data.
+    begun = storage.head(storage.join(config.run, "manifest.json")) is not None
+    if begun and storage.head(url) is not None and not replace:
         before = _earlier_config(url)
-        changes = changed_values(before, yaml.safe_load(dump_config(config)))
+        now = yaml.safe_load(dump_config(config))
+        changes = changed_values(_with_dtype(before), _with_dtype(now))
         if changes:
             raise InputError(_explain(config.run, changes))
     storage.put(url, dump_config(config).encode())
+
+
+def _with_dtype(values: dict[str, Any]) -> dict[str, Any]:
+    """`dtype: auto` as what it means with these replicas, whose number and size are free."""
+    if not {"model", "replicas"} <= values.keys():
+        return values  # no config of this version: it differs anyway
+    model, gpus = values["model"], values["replicas"]["num_gpus"]
+    dtype = resolve_dtype(model["dtype"], gpus, model["device"])
+    return {**values, "model": {**model, "dtype": dtype}}
 
 
 def _earlier_config(url: str) -> dict[str, Any]:

@@ -119,11 +119,10 @@ def _read_products(
 ) -> tuple[np.ndarray, np.ndarray]:
     positions, parts = [], []
     for unit, shard in zip(units, read_shards(cache, units), strict=True):
-        where, usable, norm = _usable_rows(unit, shard, pool)
-        if usable.any():
-            vectors = shard.vectors()[usable]
-            positions.append(where[usable])
-            parts.append(scoring.unit(vectors, norm[usable], normalize))
+        where, vectors, norm = _usable_rows(unit, shard, pool)
+        if len(where):
+            positions.append(where)
+            parts.append(scoring.unit(vectors, norm, normalize))
     if not parts:
         return np.empty(0, np.int64), np.empty((0, 0))
     return np.concatenate(positions), np.concatenate(parts)
@@ -137,7 +136,10 @@ def _side_by_side(
     Shards of different targets can come from different runs, so a row may be usable in one only.
     """
     positions = reduce(np.intersect1d, [where for where, _ in parts])
-    rows = [scores[np.argsort(where)[np.isin(np.sort(where), positions)]] for where, scores in parts]
+    rows = []
+    for where, scores in parts:
+        order = np.argsort(where)
+        rows.append(scores[order[np.searchsorted(where[order], positions)]])
     return positions, np.concatenate(rows, axis=1)
 
 
@@ -150,11 +152,10 @@ def _read_sketches(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     positions, halves = [], []
     for unit, shard in zip(units, read_shards(cache, units), strict=True):
-        where, usable, norm = _usable_rows(unit, shard, pool)
-        if usable.any():
-            vectors = shard.vectors()[usable]
-            positions.append(where[usable])
-            halves.append(scoring.sketched_halves(vectors, norm[usable], means, normalize))
+        where, vectors, norm = _usable_rows(unit, shard, pool)
+        if len(where):
+            positions.append(where)
+            halves.append(scoring.sketched_halves(vectors, norm, means, normalize))
     if not halves:
         return np.empty(0, np.int64), np.empty((0, len(means))), np.empty((2, 0, len(means)))
     both = np.concatenate(halves, axis=1)
@@ -164,11 +165,13 @@ def _read_sketches(
 def _usable_rows(
     unit: Unit, shard: Shard, pool: Catalogue
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    norm = shard.floats("norm")
+    """(positions, vectors, norms) of the rows with a gradient; the others get their reason."""
+    norm, vectors = shard.floats("norm"), shard.vectors()
     where = pool.positions(unit.file, shard.table.column("row").to_numpy())
-    usable = scoring.usable_norm(norm)
+    # A finite norm does not make finite entries: a product can overflow where a norm does not.
+    usable = scoring.usable_norm(norm) & np.isfinite(vectors).all(axis=1)
     pool.exclude(where[~usable].tolist(), NO_GRADIENT)
-    return where, usable, norm
+    return where[usable], vectors[usable], norm[usable]
 
 
 def _target_sketches(

@@ -23,7 +23,7 @@ def summary_tables(run: str, summary: dict[str, Any]) -> list[Table]:
 
 
 def source_table(sources: dict[str, tuple[int, int]]) -> Table:
-    """Share of each source in the pool and in the selection, most enriched first."""
+    """Share of each source in the pool and in the selection, most selected first."""
     table = Table(title="pool and selection by source")
     for heading in ("source", "pool", "share", "selected", "share", "enrichment"):
         table.add_column(heading, justify="left" if heading == "source" else "right")
@@ -33,7 +33,8 @@ def source_table(sources: dict[str, tuple[int, int]]) -> Table:
         (name, before, before / pool, after, after / chosen)
         for name, (before, after) in sources.items()
     ]
-    rows.sort(key=lambda row: (-row[4] / row[2], row[0]))
+    # By what was selected: among hundreds of sources the most enriched ones hold a row or two.
+    rows.sort(key=lambda row: (-row[3], -row[4] / row[2], row[0]))
     for name, before, share, after, part in rows[:MOST_SOURCES]:
         table.add_row(
             name, str(before), f"{share:.1%}", str(after), f"{part:.1%}", f"{part / share:.2f}"

@@ -28,6 +28,9 @@ class _Attempt:
     failures: int = 0
     # Its replica died while several units were in flight: it is tried alone, to find the culprit.
     suspect: bool = False
+    # When it came to the head of its replica's queue, as far as is known here: its time limit
+    # counts from here. Units behind it that finish do not turn its clock back.
+    since: float = 0.0
 
 
 @dataclass
@@ -36,8 +39,6 @@ class _Replica:
     ready_ref: Any
     ready: bool = False
     in_flight: dict[Any, _Attempt] = field(default_factory=dict)
-    # When the replica last had reason to show progress: the time limit counts from here.
-    since: float = field(default_factory=time.monotonic)
 
     @property
     def alone(self) -> bool:
@@ -115,7 +116,6 @@ class ReplicaPool:
 
     def _up(self, replica: _Replica) -> None:
         replica.ready = True
-        replica.since = time.monotonic()
         self._start_failures = 0
         self._on_replicas(sum(r.ready for r in self._replicas))
 
@@ -152,8 +152,7 @@ class ReplicaPool:
                 if self._pending[0].suspect and replica.in_flight:
                     continue
                 attempt = self._pending.popleft()
-                if not replica.in_flight:
-                    replica.since = time.monotonic()
+                attempt.since = time.monotonic()
                 replica.in_flight[replica.handle.run.remote(attempt.unit)] = attempt
 
     def _collect(self) -> None:
@@ -184,9 +183,7 @@ class ReplicaPool:
             cause = cause_of(error)
             if isinstance(cause, InfluenceError):
                 raise cause from error
-            attempt = replica.in_flight.pop(ref)
-            replica.since = time.monotonic()
-            self._retry(attempt, error)
+            self._retry(_finished(replica, ref), error)
             return
         except RayError as error:
             # An out-of-memory kill and the like: the replica's state is unknown, so it goes.
@@ -196,9 +193,7 @@ class ReplicaPool:
         if not replica.ready:
             self._up(replica)
             return
-        attempt = replica.in_flight.pop(ref)
-        replica.since = time.monotonic()
-        self._on_result(attempt.unit, value)
+        self._on_result(_finished(replica, ref).unit, value)
 
     def _retry(self, attempt: _Attempt, error: BaseException) -> None:
         attempt.failures += 1
@@ -210,14 +205,19 @@ class ReplicaPool:
     def _enforce_time_limit(self) -> None:
         now = time.monotonic()
         for replica in list(self._replicas):
-            if replica.in_flight and now - replica.since > self._shard_seconds:
+            late = [a for a in replica.in_flight.values() if now - a.since > self._shard_seconds]
+            if late:
                 ray.kill(replica.handle)
-                self._lost(
-                    replica,
-                    TimeoutError(
-                        f"no shard finished in {self._shard_seconds:g} s (replicas.shard_seconds)"
-                    ),
-                )
+                text = f"not finished in {self._shard_seconds:g} s (replicas.shard_seconds)"
+                self._lost(replica, TimeoutError(text))
+
+
+def _finished(replica: _Replica, ref: Any) -> _Attempt:
+    """Take a unit off its replica; the clocks of the units that waited behind it start anew."""
+    refs = list(replica.in_flight)
+    for behind in refs[refs.index(ref) + 1 :]:
+        replica.in_flight[behind].since = time.monotonic()
+    return replica.in_flight.pop(ref)
 
 
 def _text(error: BaseException) -> str:

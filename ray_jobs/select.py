@@ -6,7 +6,7 @@ from typing import Any
 
 from influence.config import Config
 from influence.errors import InterruptedRunError
-from influence.pipeline import select
+from influence.pipeline import prepare, select
 from influence.progress import Progress
 from influence.report import build_report
 from influence.resume import claim_run
@@ -26,6 +26,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     """
     claim_run(config, replace=replace)
     progress = Progress(quiet=quiet)
+    job = prepare(config, progress)
     with ray_session(config):
         pool = ReplicaPool(
             replica_factory(config),
@@ -36,7 +37,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
             on_replicas=lambda count: setattr(progress, "replicas", count),
         )
         try:
-            summary = select(config, pool, RemoteReducer(config), progress)
+            summary = select(job, pool, RemoteReducer(config))
         except InterruptedRunError:
             _mark_interrupted(config)
             raise

@@ -25,9 +25,10 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 WORDS = (
-    "add take seven nine apples river boat stone green light count under above twelve half "
-    "proof lemma green bread oven knife salt loop index array cache thread north south winter"
-).split()
+    *("add", "take", "seven", "nine", "apples", "river", "boat", "stone", "green", "light"),
+    *("count", "under", "above", "twelve", "half", "proof", "lemma", "bread", "oven", "knife"),
+    *("salt", "loop", "index", "array", "cache", "thread", "north", "south", "winter", "step"),
+)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SOURCES = ("maths", "prose", "code")
 
@@ -125,10 +126,12 @@ def write_pool(folder: Path, seed: int = 1) -> list[str]:
     ]
     lines += [
         lines[4],  # a duplicate within its file
-        {"conversations": [
-            {"from": "human" if turn["role"] == "user" else "gpt", "value": turn["content"]}
-            for turn in rows[5]["messages"]
-        ]},  # a duplicate across files and formats
+        {
+            "conversations": [
+                {"from": "human" if turn["role"] == "user" else "gpt", "value": turn["content"]}
+                for turn in rows[5]["messages"]
+            ]
+        },  # a duplicate across files and formats
         {"messages": [{"role": "user", "content": "no answer"}]},
         {"prompt": "nothing", "completion": "  "},
         {"text": "of no known form"},

@@ -1,0 +1,135 @@
+"""The command line: help that teaches, errors in one line, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import Setup, tiny_config, write_config
+
+from influence.cli import app, main
+
+COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands)  # type: ignore[union-attr]
+
+
+def run_cli(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    out, err = capsys.readouterr()
+    return int(caught.value.code or 0), out, err
+
+
+def test_help_names_every_command_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run_cli(["--help"], capsys)
+    text = " ".join(out.split())
+    assert code == 0
+    for word in (*COMMANDS, "influence plan CONFIG", "Exit codes", "130"):
+        assert word in text, f"--help does not teach {word!r}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run_cli([command, "--help"], capsys)
+    text = " ".join(out.split())
+    assert code == 0
+    argument = "RUN" if command in ("status", "report") else "CONFIG"
+    assert argument in text, f"{command} --help does not say what it takes"
+    assert "Exit codes" in text, f"{command} --help does not say how it ends"
+    if argument == "CONFIG":
+        assert "--set" in text
+        assert "YAML" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("selektion.budget=5%", "unknown key 'selektion'; did you mean 'selection'?"),
+        ("selection.buget=5%", "did you mean 'selection.budget'?"),
+        ("method=influence_destillation", "did you mean 'influence_distillation'?"),
+        ("replicas.max=many", "replicas.max:"),
+        ("method", "expected KEY=VALUE"),
+        ("method.name=x", "'method' holds"),
+        ("selection.budget=-3", "selection.budget: -3"),
+        ("selection.budget=5 apples", "selection.budget: '5 apples'"),
+        ("landmarks.kernel=[1", "landmarks.kernel:"),
+        ("model.api_key=abc", "credentials are never read from a config"),
+        ("model.name=nobody/nothing", "model.name: cannot load the tokenizer of 'nobody/nothing'"),
+        ("targets.sums.path=nowhere.jsonl", "targets.sums.path: "),
+        ("data.candidates=nowhere/*.parquet", "nowhere/*.parquet"),
+        ("targets.mixed.group_by=famly", "group_by column 'famly'"),
+        ("embedding.blocks=9", "embedding.blocks"),
+    ],
+)
+def test_bad_values_end_in_one_line(
+    setup: Setup,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: str,
+    expected: str,
+) -> None:
+    config = tiny_config(setup, tmp_path / "run")
+    path = write_config(tmp_path / "config.yaml", config)
+    code, _, err = run_cli(["select", path, "--in-process", "--set", change], capsys)
+    errors = err[err.index("error: ") :] if "error: " in err else err
+    assert code == 2, f"exit code of bad input; stderr: {err}"
+    assert expected in errors
+    assert "Traceback" not in err
+    assert len(errors.strip().splitlines()) == 1, f"not one line: {errors}"
+
+
+def test_a_missing_config_and_a_broken_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gsm8k.yaml").write_text("run: [1\n")
+    code, _, err = run_cli(["select", str(tmp_path / "gsm8.yaml")], capsys)
+    assert code == 2
+    assert "does not exist; did you mean" in err
+    assert "gsm8k.yaml" in err
+    code, _, err = run_cli(["select", str(tmp_path / "gsm8k.yaml")], capsys)
+    assert code == 2
+    assert "not valid YAML" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_a_folder_without_a_run(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run_cli([command, str(tmp_path)], capsys)
+    assert code == 2, f"{command} on a folder that is no run: {err}"
+    assert str(tmp_path) in err
+    assert "Traceback" not in err
+
+
+def test_plan_runs_no_model_and_status_follows_a_run(
+    setup: Setup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(setup, tmp_path / "run")
+    path = write_config(tmp_path / "config.yaml", config)
+    code, out, err = run_cli(["plan", path], capsys)
+    assert code == 0, err
+    assert "embedding" in out
+    assert not list((tmp_path / "run").glob("cache/embedding/*/*")), "plan computed embeddings"
+    code, out, err = run_cli(["select", path, "--in-process"], capsys)
+    assert code == 0, err
+    for word in ("maths", "certificate", "selection.jsonl", "report.html"):
+        assert word in out, f"the summary does not show {word}"
+    code, out, err = run_cli(["status", config.run], capsys)
+    assert code == 0, err
+    assert "done" in out
+
+
+def test_the_job_module_runs_as_a_script(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ray_jobs.select", str(tmp_path / "none.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: config file"), done.stderr
+    assert len(done.stderr.splitlines()) == 1

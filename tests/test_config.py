@@ -1,0 +1,279 @@
+"""The config: what is wrong is named, what is secret is never repeated, a dump loads back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import yaml
+
+from influence.config import Config
+from influence.config_loading import BUILT, dump_config, load_config, parse_config
+from influence.errors import InputError
+
+SMALLEST: dict[str, Any] = {
+    "run": "runs/x",
+    "model": {"name": "models/m"},
+    "data": {"candidates": ["pool/*.jsonl"]},
+    "targets": {"gsm8k": {"path": "t.jsonl"}},
+}
+FULL: dict[str, Any] = SMALLEST | {
+    "cache": "s3://bucket/cache",
+    "embedding": {"kind": "hidden", "blocks": 2},
+    "gradients": {"side": 8, "dim": 64, "reduction": "sqrt", "normalize": False},
+    "weights": {"eta": 1e-5},
+    "selection": {"budget": "2M tokens", "per_source": {"a.b/c": {"min": 0.1, "max": 0.5}}},
+    "targets": {"gsm8k": {"path": "t.jsonl", "group_by": "task"}, "bbh": {"path": "é.jsonl"}},
+    "prices": {"node_hour": None},
+}
+
+
+def _with(key: str, value: object, base: dict[str, Any] = SMALLEST) -> dict[str, Any]:
+    data = copy.deepcopy(base)
+    node = data
+    *sections, last = key.split(".")
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[last] = value
+    return data
+
+
+def _refusal(data: object, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        parse_config(data, overrides, name="my.yaml")
+    assert caught.value.exit_code == 2, "bad configs end with exit code 2"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("typo", "nearest"),
+    [
+        ("methd", "method"),
+        ("model.nmae", "model.name"),
+        ("data.max_lenght", "data.max_length"),
+        ("targets.gsm8k.group_bye", "targets.gsm8k.group_by"),
+        ("gradients.sides", "gradients.side"),
+        ("reference.finetune.epoch", "reference.finetune.epochs"),
+        ("selection.per_source.maths.mim", "selection.per_source.maths.min"),
+        ("replicas.row_per_shard", "replicas.rows_per_shard"),
+    ],
+)
+def test_an_unknown_key_at_any_depth_names_the_nearest_valid_one(typo: str, nearest: str):
+    text = _refusal(_with(typo, 1))
+    assert f"my.yaml: unknown key {typo!r}" in text, "the typo is not named in full"
+    assert f"did you mean {nearest!r}" in text, "the nearest name is missing or of another section"
+
+
+def test_names_chosen_by_the_user_are_not_taken_for_keys():
+    data = _with("targets", {"path": {"path": "t.jsonl", "pth": 1}})
+    assert "did you mean 'targets.path.path'" in _refusal(data), "a target's name was read as a key"
+    assert "expected one of: kind, blocks" in _refusal(_with("embedding.zzzzz", 1))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("seed", "many", "valid integer"),
+        ("seed", 1.5, "valid integer"),
+        ("seed", -1, "greater than or equal to 0"),
+        ("seed", True, "not true or false"),
+        ("weights.order", True, "not true or false"),
+        ("selection.budget", True, "not true or false"),
+        ("data.limit", 0, "greater than 0"),
+        ("gradients.side", 7, "even"),
+        ("gradients.normalize", "perhaps", "boolean"),
+        ("landmarks.recall", 1.5, "less than or equal to 1"),
+        ("landmarks.damping", float("nan"), "finite"),
+        ("weights.eta", float("inf"), "finite"),
+        ("embedding.kind", "jpv", "did you mean 'jvp'"),
+        ("method", "exakt", "did you mean 'exact'"),
+        ("model", "name-only", "dictionary"),
+        ("data.candidates", [], "at least 1"),
+        ("targets", {}, "at least 1"),
+        ("targets", {"a/b": {"path": "x"}}, "target name 'a/b'"),
+        ("targets", {"a:b": {"path": "x"}}, "target name 'a:b'"),
+        ("layers", 3, "valid string"),
+        ("selection.budget", [1], "valid integer"),
+        ("replicas", {"min": 3, "max": 2}, "min 3 is larger than max 2"),
+        ("gradients", None, "dictionary"),
+    ],
+)
+def test_a_wrong_value_names_the_key_what_was_expected_and_what_was_found(key, value, expected):
+    text = _refusal(_with(key, value))
+    assert expected in text
+    for line in text.splitlines():
+        assert line.startswith(f"my.yaml: {key}: "), "the key is not named as the user writes it"
+        assert f"found {value!r}" in line, "what was found is not shown"
+
+
+@pytest.mark.parametrize(
+    "key", ["run", "model", "data", "targets", "model.name", "data.candidates"]
+)
+def test_a_missing_key_is_named(key: str):
+    data = copy.deepcopy(SMALLEST)
+    *sections, last = key.split(".")
+    node = data
+    for section in sections:
+        node = node[section]
+    del node[last]
+    assert f"{key!r} is missing" in _refusal(data)
+
+
+def test_every_problem_is_listed_at_once():
+    text = _refusal(_with("gradients", {"sid": 4, "dim": "x"}, _with("seed", -1)))
+    assert text.count("\n") == 2, "a user should not have to run once per mistake"
+
+
+#: For each key with unbuilt neighbours, values that parse and that no code stands behind.
+UNBUILT: dict[str, list[Any]] = {
+    "method": ["in2core", "less", "perplexity", "semantic", "length"],
+    "embedding.kind": ["auto"],
+    "gradients.parameters": ["attention"],
+    "gradients.projection": ["srht", "rademacher", "countsketch", "none"],
+    "gradients.reduction": ["token_max"],
+    "landmarks.choose": ["kmeans++", "certified"],
+    "landmarks.audit": [10],
+    "optimizer.kind": ["adamw"],
+    "optimizer.state": ["state.pt"],
+    "warmup.fraction": [0.05],
+    "weights.order": [2],
+    "reference.adapter": ["adapters/a"],
+    "reference.finetune": [{"rank": 4}],
+    "layers": ["auto", ["model.layers.0"]],
+    "finetune.data": ["selection.jsonl"],
+    "evaluation.class_detection": [{"train": "a"}],
+    "prices.node_hour": [2.5],
+}
+
+
+def test_every_default_is_built_and_every_built_value_parses():
+    config = parse_config(SMALLEST)
+    for key, built in BUILT.items():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert value in built, f"the default of {key} is refused"
+        for choice in built:
+            assert parse_config(_with(key, choice)), f"{key}: {choice} is listed but refused"
+
+
+@pytest.mark.parametrize("key", sorted(BUILT))
+def test_what_is_not_built_is_refused_by_name(key: str):
+    values = [value for value in UNBUILT.get(key, []) if value not in BUILT[key]]
+    assert values, f"{key}: all its values are built now; take it out of BUILT"
+    for value in values:
+        text = _refusal(_with(key, value))
+        assert text.startswith(f"my.yaml: {key}: "), text
+        assert "not built yet in this version" in text, f"{key}: {value} was let through"
+
+
+SECRETS = [
+    ("aws_secret_access_key", "hunter2-key"),
+    ("model.api_key", "hunter2-key"),
+    ("model.password", "hunter2-key"),
+    ("model.hf_token", "hunter2-key"),
+    ("model.token", "hunter2-key"),
+    ("run", "s3://AKIAhunter2:hunter2/x@bucket/run"),
+    ("cache", "s3://user:hunter2@bucket/cache"),
+    ("model.name", "hf_hunter2hunter2hunter2hunter2"),
+    ("data.candidates", ["a.jsonl", "https://u:hunter2@host/a.jsonl"]),
+    ("data.candidates", ["https://b.host/a.parquet?X-Amz-Signature=hunter2"]),
+    ("model.revision", "AKIA" + "HUNTER2HUNTER2AB"),
+    ("targets.gsm8k.path", "gs://u:hunter2@b/t.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), SECRETS)
+def test_a_credential_anywhere_is_refused_and_not_repeated(key: str, value: Any):
+    shown = value if isinstance(value, str) else value[-1]
+    texts = [_refusal(_with(key, value))]
+    texts.append(_refusal(SMALLEST, f"{key}={yaml.safe_dump(value, default_flow_style=True)}"))
+    texts.append(_refusal(_with(key, value), "run.below=1", f"{key}.below=1"))
+    for text in texts:
+        assert "credential" in text, "let through, or refused for another reason"
+        assert "environment" in text, "the error does not say where credentials belong"
+        assert "hunter2" not in text.lower(), "the secret is echoed"
+        assert shown not in text
+
+
+def test_a_credential_without_a_key_is_not_repeated_either():
+    for override in ("hf_hunter2hunter2hunter2hunter2", "s3://u:hunter2@b=x"):
+        assert "hunter2" not in _refusal(SMALLEST, override)
+
+
+def test_what_only_looks_like_a_credential_passes():
+    data = _with("selection.per_source", {"password_reset": {"max": 0.5}})
+    data["targets"]["secrets"] = {"path": "t.jsonl"}
+    data["data"]["candidates"] = ["s3://bucket/a@b/c:d.jsonl", "https://host:8080/v1@2/x.jsonl"]
+    data["replicas"] = {"token_budget": 128}
+    assert parse_config(data).replicas.token_budget == 128
+
+
+def test_set_values_are_typed_like_yaml_and_override_the_file():
+    overrides = [
+        "data.limit=10",
+        "data.candidates=[a.jsonl, b.jsonl]",
+        "selection.budget=7%",
+        "weights.eta=1e-6",
+        "gradients.normalize=false",
+        "model.adapter=null",
+        "targets.new.path=n=1.jsonl",
+        "embedding={kind: hidden, blocks: 3}",
+        "seed=1",
+        "seed=2",
+    ]
+    data = copy.deepcopy(FULL)
+    config = parse_config(data, overrides)
+    assert data == FULL, "the caller's mapping was changed"
+    assert (config.data.limit, config.seed, config.weights.eta) == (10, 2, 1e-6)
+    assert config.data.candidates == ["a.jsonl", "b.jsonl"]
+    assert config.selection.budget == "7%"
+    assert (config.gradients.normalize, config.model.adapter) == (False, None)
+    assert config.targets["new"].path == "n=1.jsonl", "the value was cut at its second '='"
+    assert set(config.targets) == {"gsm8k", "bbh", "new"}, "an override dropped its neighbours"
+    assert (config.embedding.kind, config.embedding.blocks) == ("hidden", 3)
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "run.deeper=1"])
+def test_an_unusable_override_says_what_was_expected(override: str):
+    text = _refusal(SMALLEST, override)
+    assert "--set" in text
+    assert "KEY=VALUE" in text or "not a section" in text
+
+
+@pytest.mark.parametrize("data", [SMALLEST, FULL])
+def test_a_dumped_config_loads_back_equal(tmp_path, data):
+    config = parse_config(data)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(str(path)).model_dump() == config.model_dump()
+    assert set(yaml.safe_load(dump_config(config))) == set(Config.model_fields), "a key is missing"
+
+
+def test_group_by_alone_asks_for_groups():
+    assert parse_config(FULL).targets["gsm8k"].per == "group"
+    assert parse_config(SMALLEST).targets["gsm8k"].per == "row"
+    assert parse_config(_with("data.candidates", "one.jsonl")).data.candidates == ["one.jsonl"]
+
+
+def test_the_cache_is_below_the_run_unless_it_is_named():
+    assert parse_config(SMALLEST).cache_url == "runs/x/cache"
+    assert parse_config(FULL).cache_url == "s3://bucket/cache"
+
+
+def test_unreadable_files_are_named(tmp_path):
+    (tmp_path / "config.yaml").write_text("run: a\n")
+    with pytest.raises(InputError, match=r"confg\.yaml.*did you mean '.*/config\.yaml'"):
+        load_config(str(tmp_path / "confg.yaml"))
+    (tmp_path / "bad.yaml").write_text("run: a\nmodel: {name: [hunter2\n")
+    with pytest.raises(InputError, match=r"bad\.yaml: not valid YAML(.|\n)*line 3") as caught:
+        load_config(str(tmp_path / "bad.yaml"))
+    assert "hunter2" not in str(caught.value), "a line of the file, which may hold keys, is echoed"
+    (tmp_path / "latin.yaml").write_bytes(b"run: caf\xe9\n")
+    with pytest.raises(InputError, match=r"latin\.yaml: expected UTF-8"):
+        load_config(str(tmp_path / "latin.yaml"))
+    for text, found in [("", "NoneType"), ("- a\n", "list")]:
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(InputError, match=f"bad.yaml: expected a mapping.*{found}"):
+            load_config(str(tmp_path / "bad.yaml"))

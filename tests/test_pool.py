@@ -1,0 +1,185 @@
+"""The pool of replicas with toy actors: what fails, hangs or dies is found, the rest goes on."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from influence.errors import InputError, ModelLoadError
+from ray_jobs.pool import ReplicaPool
+
+
+def toy(folder: Path) -> Callable[[], Any]:
+    """A factory of actors whose units are (name, what happens): each attempt leaves a file.
+
+    The class is local so that it travels by value: no worker has to import this module.
+    """
+
+    class Toy:
+        def ready(self) -> int:
+            return os.getpid()
+
+        def run(self, unit: tuple[str, str]) -> str:
+            name, kind = unit
+            attempt = len(list(folder.glob(f"{name}.*"))) + 1
+            (folder / f"{name}.{attempt}").touch()
+            if kind == "raises":
+                raise ValueError(f"{name} cannot be read")
+            if kind == "raises once" and attempt == 1:
+                raise OSError("a moment's trouble")
+            if kind == "kills":
+                time.sleep(0.2)  # others are in flight with it
+                os._exit(1)
+            if kind == "hangs":
+                time.sleep(3600)
+            if kind == "no model":
+                raise ModelLoadError("model.name: cannot load the model of 'x'")
+            time.sleep(0.3 if kind == "slow" else 0.01)
+            return f"{name} done"
+
+    actor = ray.remote(max_restarts=0, max_task_retries=0)(Toy)
+    return lambda: actor.options(num_cpus=1, max_concurrency=4).remote()  # type: ignore[attr-defined]
+
+
+class Outcome:
+    """What the pool reported."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, str] = {}
+        self.failures: dict[str, tuple[int, str]] = {}
+
+    def result(self, unit: tuple[str, str], value: str) -> None:
+        assert unit[0] not in self.results | self.failures, f"{unit[0]} was reported twice"
+        self.results[unit[0]] = value
+
+    def failure(self, unit: tuple[str, str], attempts: int, error: str) -> None:
+        assert unit[0] not in self.results | self.failures, f"{unit[0]} was reported twice"
+        self.failures[unit[0]] = (attempts, error)
+
+
+def run_pool(folder: Path, units: Sequence[tuple[str, str]], **options: Any) -> Outcome:
+    """Run the units; one replica, two retries and a minute per unit unless `options` differ."""
+    settings = {"minimum": 1, "maximum": 1, "retries": 2, "shard_seconds": 60.0} | options
+    pool = ReplicaPool(settings.pop("start", toy(folder)), **settings)
+    outcome = Outcome()
+    try:
+        pool(units, outcome.result, outcome.failure)
+    finally:
+        pool.close()
+    return outcome
+
+
+def attempts(folder: Path, name: str) -> int:
+    return len(list(folder.glob(f"{name}.*")))
+
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def test_a_unit_that_raises_is_retried_then_reported(tmp_path: Path) -> None:
+    units = [("bad", "raises"), ("shaky", "raises once"), *((f"u{i}", "fine") for i in range(8))]
+    outcome = run_pool(tmp_path, units)
+    assert outcome.failures == {"bad": (3, "ValueError: bad cannot be read")}
+    assert attempts(tmp_path, "bad") == 3, "retries + 1 attempts, no more and no fewer"
+    assert outcome.results["shaky"] == "shaky done", "a failure that passes was not retried"
+    assert len(outcome.results) == 9, "other units did not go on"
+    assert all(attempts(tmp_path, f"u{i}") == 1 for i in range(8))
+
+
+def test_a_unit_that_kills_its_replica_is_found_and_the_innocent_are_not(tmp_path: Path) -> None:
+    units = [("u0", "slow"), ("killer", "kills"), *((f"u{i}", "slow") for i in range(1, 6))]
+    # No retry at all: an innocent unit that is charged for the killer's deed would be given up.
+    outcome = run_pool(tmp_path, units, retries=0)
+    assert list(outcome.failures) == ["killer"], "an innocent unit was charged with a death"
+    count, error = outcome.failures["killer"]
+    assert count == 1
+    assert "Died" in error, f"the record does not say that the replica died: {error}"
+    assert sorted(outcome.results) == [f"u{i}" for i in range(6)]
+
+
+def test_a_hung_unit_hits_its_time_limit(tmp_path: Path) -> None:
+    units = [("u0", "fine"), ("hung", "hangs"), *((f"u{i}", "fine") for i in range(1, 5))]
+    start = time.monotonic()
+    outcome = run_pool(tmp_path, units, retries=0, shard_seconds=2.0)
+    assert list(outcome.failures) == ["hung"], "the wrong unit was blamed for the hang"
+    assert "replicas.shard_seconds" in outcome.failures["hung"][1]
+    assert len(outcome.results) == 5
+    assert time.monotonic() - start < 40, "the limit of 2 s was not kept"
+
+
+def test_one_hung_unit_does_not_hide_behind_the_others(tmp_path: Path) -> None:
+    # Other units of the replica finish all the time; the limit is the hung unit's own.
+    units = [("hung", "hangs"), *((f"u{i}", "slow") for i in range(40))]
+    outcome = run_pool(tmp_path, units, retries=0, shard_seconds=2.0)
+    assert list(outcome.failures) == ["hung"]
+    assert len(outcome.results) == 40
+    again = (tmp_path / "hung.2").stat().st_mtime  # tried alone, after its replica was killed
+    after = [path for path in tmp_path.glob("u*.1") if path.stat().st_mtime > again]
+    assert after, "the hung unit was noticed only when nothing else was left to do"
+
+
+def test_a_model_that_does_not_load_stops_the_job(tmp_path: Path) -> None:
+    units = [("m", "no model"), *((f"u{i}", "slow") for i in range(30))]
+    with pytest.raises(ModelLoadError, match="cannot load the model of 'x'") as caught:
+        run_pool(tmp_path, units)
+    assert caught.value.exit_code == 2
+    assert attempts(tmp_path, "m") == 1, "what no retry can mend was retried"
+
+
+def test_replicas_that_never_come_up_end_the_job(tmp_path: Path) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            raise OSError("no driver on this node")
+
+        def ready(self) -> None: ...
+
+        def run(self, unit: Any) -> None: ...
+
+    actor = ray.remote(max_restarts=0)(Broken)
+    with pytest.raises(InputError, match="died before they were up"):
+        run_pool(tmp_path, [("u", "fine")], start=lambda: actor.options(num_cpus=1).remote())  # type: ignore[attr-defined]
+
+
+def test_every_unit_once_whatever_the_number_of_replicas(tmp_path: Path) -> None:
+    counts: list[int] = []
+    units = [(f"u{i}", "fine") for i in range(60)]
+    outcome = run_pool(tmp_path, units, maximum=3, on_replicas=counts.append)
+    assert outcome.results == {f"u{i}": f"u{i} done" for i in range(60)}
+    assert max(counts) > 1, "three replicas were allowed, one worked"
+    assert all(attempts(tmp_path, f"u{i}") == 1 for i in range(60)), "a unit ran twice"
+
+
+def test_replicas_killed_from_outside_cost_no_unit(tmp_path: Path) -> None:
+    handles: list[Any] = []
+    start = toy(tmp_path)
+
+    def recorded() -> Any:
+        handles.append(start())
+        return handles[-1]
+
+    deaths = 0
+
+    class Killing(Outcome):
+        def result(self, unit: tuple[str, str], value: str) -> None:
+            nonlocal deaths
+            super().result(unit, value)
+            if len(self.results) in (4, 11):
+                os.kill(ray.get(handles[-1].ready.remote()), 9)
+                deaths += 1
+
+    outcome = Killing()
+    pool = ReplicaPool(recorded, minimum=1, maximum=1, retries=1, shard_seconds=60.0)
+    units = [(f"u{i}", "slow") for i in range(16)]
+    try:
+        pool(units, outcome.result, outcome.failure)
+    finally:
+        pool.close()
+    assert deaths == 2
+    assert not outcome.failures, f"a unit was given up because its replica was killed: {outcome}"
+    assert len(outcome.results) == 16

@@ -1,0 +1,186 @@
+"""The job on Ray: the same bytes for any number of replicas, and whatever dies under way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from tiny_run import (
+    Setup,
+    assert_same_results,
+    manifest_of,
+    save_model,
+    shards_in,
+    tiny_config,
+    write_config,
+)
+
+from influence import one_process
+from influence.cli import main
+from influence.config import Config
+from influence.errors import ModelLoadError
+from influence.worker import Worker
+from ray_jobs import select as select_job
+from ray_jobs.actors import replica_factory
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def in_one_process(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The run that every other way of running must equal."""
+    config = tiny_config(setup, tmp_path_factory.mktemp("one") / "run")
+    one_process.run_select(config, quiet=True)
+    return config.run
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_results_do_not_depend_on_the_replicas(
+    setup: Setup, tmp_path: Path, in_one_process: str, replicas: int
+) -> None:
+    config = tiny_config(setup, tmp_path / "run", replicas__min=replicas, replicas__max=replicas)
+    select_job.run_select(config, quiet=True)
+    assert_same_results(
+        in_one_process, config.run, "a row's numbers depend on where it is computed"
+    )
+    assert (Path(config.run) / "report.html").stat().st_size > 10_000
+    stages = manifest_of(config.run).stages
+    assert all(stage.computed == stage.shards for stage in stages.values())
+
+
+class Recorded:
+    """Starts replicas and knows the process of each one that is up."""
+
+    def __init__(self, factory: Callable[[], Any]) -> None:
+        self._factory = factory
+        self.pids: list[int] = []
+
+    def __call__(self) -> Any:
+        handle = self._factory()
+
+        def note() -> None:
+            self.pids.append(ray.get(handle.ready.remote())[1])
+
+        threading.Thread(target=note, daemon=True).start()
+        return handle
+
+
+def kill_at(starts: list[Recorded], cache: str, thresholds: list[int], log: list[int]) -> None:
+    """SIGKILL every replica that is up whenever so many gradient shards are committed."""
+    killed: set[int] = set()
+    for threshold in thresholds:
+        folder = Path(cache) / "gradients"
+        while len(list(folder.glob("*/*.parquet"))) < threshold or not (
+            alive := set(starts[0].pids) - killed
+        ):
+            time.sleep(0.002)
+        for pid in alive:
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+            log.append(pid)
+
+
+def test_replicas_killed_in_mid_shard(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"method": "exact", "replicas__gradient_rows_per_shard": 1}
+    plain = tiny_config(setup, tmp_path / "plain", **changes)
+    one_process.run_select(plain, quiet=True)
+    config = tiny_config(setup, tmp_path / "killed", replicas__max=2, **changes)
+    starts: list[Recorded] = []
+
+    def recorded(given: Config) -> Recorded:
+        starts.append(Recorded(replica_factory(given)))
+        return starts[-1]
+
+    monkeypatch.setattr(select_job, "replica_factory", recorded)
+    deaths: list[int] = []
+
+    def killer() -> None:
+        while not starts:
+            time.sleep(0.01)
+        kill_at(starts, config.cache_url, [8, 25], deaths)
+
+    thread = threading.Thread(target=killer, daemon=True)
+    thread.start()
+    select_job.run_select(config, quiet=True)
+    thread.join(timeout=1)
+    assert len(deaths) >= 2, "the job was over before its replicas were killed: test too weak"
+    assert_same_results(plain.run, config.run, "a killed replica changed the result")
+    for name, stage in manifest_of(config.run).stages.items():
+        assert stage.computed + stage.reused == stage.shards, f"{name}: a shard is counted twice"
+        assert not stage.failed
+        # A shard whose replica died between its commit and its answer is found, not made anew.
+        assert stage.reused <= 3 * len(deaths)
+
+
+def test_a_poisoned_shard_is_named_and_the_rest_is_committed(
+    setup: Setup,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_one_process: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = tiny_config(setup, tmp_path / "run", replicas__retries=1)
+    path = write_config(tmp_path / "config.yaml", config)
+
+    def poisoned(given: Config) -> Callable[[], Any]:
+        class Poisoned:  # local, so that it travels by value
+            def __init__(self, document: dict[str, Any]) -> None:
+                self.worker = Worker(Config.model_validate(document))
+
+            def ready(self) -> None: ...
+
+            def run(self, bundle: Any) -> Any:
+                unit = bundle.units[0]
+                if unit.stage == "embedding" and unit.first == 16 and "a.parquet" in unit.file.url:
+                    raise FloatingPointError("this shard is poison")
+                return self.worker.run(bundle)
+
+        actor: Any = ray.remote(max_restarts=0)(Poisoned).options(num_cpus=1)
+        document = given.model_dump(mode="json")
+        return lambda: actor.remote(document)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(select_job, "replica_factory", poisoned)
+        with pytest.raises(SystemExit) as caught:
+            main(["select", path])
+    assert caught.value.code == 3, "exit code of a run with failed shards"
+    text = capsys.readouterr().err
+    assert "a.parquet rows 16-31 (2 attempts): FloatingPointError: this shard is poison" in text
+    assert "Traceback" not in text
+    manifest = manifest_of(config.run)
+    assert manifest.state == "failed"
+    (failed,) = manifest.stages["embedding"].failed
+    committed = shards_in(config.cache_url)
+    planned = {key for stage in manifest.stages.values() for key in stage.planned}
+    assert planned - committed == {failed.key}, "shards other than the poisoned one are missing"
+    with pytest.raises(SystemExit) as caught:
+        main(["select", path])  # mended: the same command goes on
+    assert caught.value.code == 0
+    stages = manifest_of(config.run).stages
+    assert {name: stage.computed for name, stage in stages.items() if stage.computed} == {
+        "embedding": 1
+    }, "the second run did more than the missing shard"
+    assert_same_results(in_one_process, config.run, "a run that went on after a failure differs")
+
+
+def test_a_model_that_does_not_load_stops_the_job_with_its_cause(
+    setup: Setup, tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    config = tiny_config(setup, tmp_path / "run", model__name=str(folder), method="rds")
+    with pytest.raises(ModelLoadError, match=r"model\.name: cannot load the model of") as caught:
+        select_job.run_select(config, quiet=True)
+    assert caught.value.exit_code == 2
+    assert str(folder) in str(caught.value)
+    assert manifest_of(config.run).state == "failed"

@@ -11,6 +11,12 @@ from rich.console import Console
 
 from influence.config_loading import load_config
 from influence.errors import InfluenceError
+from influence.signals import stop_signals
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 2 bad config or data; 3 some shards failed for good (the same command "
+    "goes on from there); 130 interrupted."
+)
 
 app = typer.Typer(
     name="influence",
@@ -20,8 +26,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Choose which candidate samples to fine-tune a language model on, with what weight, and "
     "how sure that is. Start with `influence plan CONFIG`, then `influence select CONFIG`.",
-    epilog="Exit codes: 0 done; 2 bad config or data; 3 some shards failed for good (the same "
-    "command goes on from there); 130 interrupted.",
+    epilog=EXIT_CODES,
 )
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML config of the run.")]
@@ -36,7 +41,7 @@ Overrides = Annotated[
 RunDirectory = Annotated[str, typer.Argument(metavar="RUN", help="Run directory (or s3://...).")]
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def select(
     config: ConfigPath,
     set_: Overrides = None,
@@ -56,11 +61,12 @@ def select(
         from influence.one_process import run_select
     else:
         from ray_jobs.select import run_select
-    summary = run_select(settings, replace=replace)
+    with stop_signals():
+        summary = run_select(settings, replace=replace)
     print_summary(settings.run, summary)
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def plan(config: ConfigPath, set_: Overrides = None) -> None:
     """Say what a run would cost: counts, tokens, cached shards, FLOPs, bytes, time. No model runs.
 
@@ -71,7 +77,7 @@ def plan(config: ConfigPath, set_: Overrides = None) -> None:
     print_plan(make_plan(load_config(config, set_ or ())), Console())
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def status(run: RunDirectory) -> None:
     """Say what of a run is committed, what is missing, and what failed."""
     from influence.status import print_status, read_status
@@ -79,7 +85,7 @@ def status(run: RunDirectory) -> None:
     print_status(read_status(run), Console())
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def report(run: RunDirectory) -> None:
     """Rebuild RUN/report.html from the run's files."""
     from influence.report import build_report

@@ -16,7 +16,7 @@ from influence import storage
 from influence.cache import Cache
 from influence.candidates import SourceFile, scan_files
 from influence.config import Config
-from influence.errors import InputError, ShardsFailedError
+from influence.errors import InputError, InterruptedRunError, ShardsFailedError
 from influence.fingerprints import Fingerprint, fingerprint, stage_fingerprints
 from influence.model_shape import model_shape
 from influence.progress import Progress
@@ -82,7 +82,7 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
     except ShardsFailedError:
         log.finish("failed")
         raise
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, InterruptedRunError):
         log.finish("interrupted")
         raise
     except Exception:

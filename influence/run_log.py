@@ -59,7 +59,8 @@ class RunLog:
         record.tokens += result.tokens
         record.model_seconds += result.model_seconds
         record.replica_seconds += result.seconds
-        record.devices = sorted({*record.devices, result.device})
+        if result.device is not None:
+            record.devices = sorted({*record.devices, result.device})
         record.notes = sorted({*record.notes, *result.notes})
         if result.outcome == "replaced":
             record.notes = sorted({*record.notes, f"replaced a damaged shard: {result.key}"})

@@ -49,7 +49,7 @@ class UnitResult:
     tokens: int
     seconds: float
     model_seconds: float
-    device: str
+    device: str | None
     notes: tuple[str, ...] = field(default=())
 
 
@@ -84,6 +84,12 @@ class Worker:
     def run(self, bundle: Bundle) -> list[UnitResult]:
         """Compute and commit the units of a bundle. Safe to call from several threads at once."""
         unit = bundle.units[0]
+        if all(self.cache.verified(member.key) for member in bundle.units):
+            # Committed since the job looked: by a replica that died before it could say so, or by
+            # another job on this cache.
+            return [
+                UnitResult(member.key, "exists", 0, 0, 0.0, 0.0, None) for member in bundle.units
+            ]
         encoded = self._io_thread.submit(self._read, unit).result()
         tokens = sum(row.n_tokens for row in encoded if row.reason is None)
         if unit.stage == "catalogue":

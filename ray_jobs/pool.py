@@ -130,7 +130,9 @@ class ReplicaPool:
                     f"replicas: {self._start_failures} replicas in a row died before they were up; "
                     f"the last one: {_text(error)}"
                 ) from error
-        attempts = list(replica.in_flight.values())
+        attempts = [
+            attempt for ref, attempt in replica.in_flight.items() if not self._arrived(attempt, ref)
+        ]
         preempted = isinstance(error, ActorDiedError) and bool(getattr(error, "preempted", False))
         for attempt in attempts:
             if len(attempts) == 1 and not preempted:
@@ -138,6 +140,17 @@ class ReplicaPool:
             else:
                 attempt.suspect = not preempted
                 self._pending.appendleft(attempt)
+
+    def _arrived(self, attempt: _Attempt, ref: Any) -> bool:
+        """Whether a unit's answer came before its replica went; it is reported then."""
+        if not ray.wait([ref], timeout=0)[0]:
+            return False
+        try:
+            value = ray.get(ref)
+        except RayError:
+            return False
+        self._on_result(attempt.unit, value)
+        return True
 
     # --- units ---
 

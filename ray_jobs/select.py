@@ -5,14 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from influence.config import Config
-from influence.errors import InterruptedRunError
 from influence.pipeline import prepare, select
 from influence.progress import Progress
 from influence.report import build_report
 from influence.resume import claim_run
-from influence.run_log import read_manifest
-from influence.schemas import to_json
-from influence.storage import join, put
 from ray_jobs.actors import RemoteReducer, replica_factory
 from ray_jobs.pool import ReplicaPool
 from ray_jobs.session import ray_session
@@ -38,20 +34,10 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
         )
         try:
             summary = select(job, pool, RemoteReducer(config))
-        except InterruptedRunError:
-            _mark_interrupted(config)
-            raise
         finally:
             pool.close()
     summary["report"] = build_report(config.run)
     return summary
-
-
-def _mark_interrupted(config: Config) -> None:
-    manifest = read_manifest(config.run)
-    if manifest is not None:
-        manifest.state = "interrupted"
-        put(join(config.run, "manifest.json"), to_json(manifest))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Connecting to Ray: a cluster where there is one, else an embedded one; and stop signals."""
+"""Connecting to Ray: a cluster where there is one, else an embedded one."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 import ray
 
 from influence.config import Config
-from influence.errors import InputError, InterruptedRunError
+from influence.errors import InputError
+from influence.signals import stop_signals
 
 
 @contextmanager
@@ -36,29 +36,11 @@ def ray_session(config: Config) -> Iterator[None]:
     try:
         if embedded:
             _check_room(config)
-        with stop_signals():
+        with stop_signals():  # again: ray.init has put its own SIGTERM handler in place
             yield
     finally:
         if not joined:
             ray.shutdown()
-
-
-@contextmanager
-def stop_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into `InterruptedRunError`; ray.init replaces earlier handlers."""
-
-    def stop(number: int, frame: object) -> None:
-        raise InterruptedRunError(
-            f"stopped by {signal.Signals(number).name}: what is committed stands; "
-            "the same command goes on from there"
-        )
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _check_room(config: Config) -> None:

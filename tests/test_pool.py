@@ -40,6 +40,11 @@ def toy(folder: Path) -> Callable[[], Any]:
                 time.sleep(3600)
             if kind == "no model":
                 raise ModelLoadError("model.name: cannot load the model of 'x'")
+            if kind == "meets":  # until two replicas hold such a unit
+                (folder / f"process-{os.getpid()}").touch()
+                until = time.monotonic() + 60
+                while len(list(folder.glob("process-*"))) < 2 and time.monotonic() < until:
+                    time.sleep(0.05)
             time.sleep(0.3 if kind == "slow" else 0.01)
             return f"{name} done"
 
@@ -147,11 +152,11 @@ def test_replicas_that_never_come_up_end_the_job(tmp_path: Path) -> None:
 
 
 def test_every_unit_once_whatever_the_number_of_replicas(tmp_path: Path) -> None:
-    counts: list[int] = []
-    units = [(f"u{i}", "fine") for i in range(60)]
-    outcome = run_pool(tmp_path, units, maximum=3, on_replicas=counts.append)
+    units = [(f"u{i}", "meets" if i < 4 else "fine") for i in range(60)]
+    outcome = run_pool(tmp_path, units, maximum=3)
     assert outcome.results == {f"u{i}": f"u{i} done" for i in range(60)}
-    assert max(counts) > 1, "three replicas were allowed, one worked"
+    processes = len(list(tmp_path.glob("process-*")))
+    assert processes > 1, "three replicas were allowed, one worked while units waited for it"
     assert all(attempts(tmp_path, f"u{i}") == 1 for i in range(60)), "a unit ran twice"
 
 

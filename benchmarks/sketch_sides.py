@@ -91,7 +91,7 @@ def squared_norms(
     layer: Layer, x: Float[Tensor, "b t in"], d: Float[Tensor, "b t out"]
 ) -> Float[Tensor, " b"]:
     """|D_i' X_i|^2 by the cheaper form, as the engine chooses it: the times are about the same."""
-    if cheaper_form(x.shape[1], layer.out_features, layer.in_features, 0) == "pair":
+    if cheaper_form(x.shape[1], layer.out_features, layer.in_features) == "pair":
         return pair_squared_norms(x, d)
     return torch.cat([formed_squared_norms(part) for _rows, part in formed_gradients(x, d)])
 

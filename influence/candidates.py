@@ -5,27 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from influence import storage
-from influence.content import SourceFile
+from influence.content import SourceFile, stamp_of
 from influence.errors import InputError
 from influence.json_lines import parse_line, read_lines, scan_lines
-from influence.parquet_rows import open_checked, read_rows, scan_parquet, take_rows
+from influence.parquet_rows import open_checked, scan_parquet, take_rows, values_of_rows
 from influence.row_formats import COLUMNS, Message, parse_row
 
 __all__ = [
     "Example",
     "Message",
     "SourceFile",
-    "default_id",
     "read_examples",
+    "read_rows",
     "read_table",
     "scan_files",
+    "short_names",
 ]
 
 _KINDS = "`.parquet`, or `.jsonl`/`.json` with one object per line, plain or `.gz`/`.zst`"
@@ -36,6 +38,7 @@ class Example:
     """One row of a file. `reason` says why it cannot be used, from a small fixed set, or None.
 
     `row` counts from 0 within the file; `group` is the `group_by` column's value (targets only).
+    `url` is the file's, for messages to the user; rows of another place may be equal.
     """
 
     id: str | None
@@ -44,6 +47,7 @@ class Example:
     source: str | None
     group: str | None
     reason: str | None
+    url: str = field(default="", compare=False)
 
     @property
     def digest(self) -> bytes:
@@ -71,11 +75,13 @@ def scan_files(patterns: Sequence[str], limit: int | None = None) -> list[Source
     for url in urls.values():
         if left == 0:
             break
+        # Taken first: a change while the file is hashed then shows.
+        stamp = stamp_of(url)
         content_hash, total = scan_parquet(url) if _is_parquet(url) else scan_lines(url)
         kept = total if left is None else min(total, left)
         left = None if left is None else left - kept
         if kept:
-            files.append(SourceFile(url, content_hash, kept, total))
+            files.append(SourceFile(url, content_hash, kept, total, stamp))
     if not files:
         raise InputError(
             f"no rows in {', '.join(urls.values()) or 'an empty list of files'}: "
@@ -96,18 +102,36 @@ def read_examples(
         IndexError: the range leaves the file.
         InputError: the file changed since it was scanned, or a row lacks the `group_by` column.
     """
-    _check_rows(file, (first, last))
+    return read_rows(file, range(first, last + 1), group_by) if first <= last else []
+
+
+def read_rows(file: SourceFile, rows: Sequence[int], group_by: str | None = None) -> list[Example]:
+    """These rows of a file (from 0), in the order given; a row may come twice.
+
+    Of a Parquet file only the row groups that hold them are read, one at a time; of JSONL only
+    their lines are parsed. A row that cannot be used is there with its `reason`.
+
+    Raises:
+        IndexError: a row that the file does not have.
+        InputError: the file changed since it was scanned, or a row lacks the `group_by` column.
+    """
+    _check_rows(file, rows)
+    if not len(rows):
+        return []
     if _is_parquet(file.url):
         wanted = (*COLUMNS, "id", "source", *([group_by] if group_by else []))
         with open_checked(file) as parquet:
             names = tuple(n for n in parquet.schema_arrow.names if n in wanted)
             if group_by is not None and group_by not in names:
-                raise _no_group(file.url, first, group_by, parquet.schema_arrow.names)
-            rows: list[Any] = read_rows(file, parquet, names, first, last)
+                raise _no_group(file.url, rows[0], group_by, parquet.schema_arrow.names)
+            values: list[Any] = values_of_rows(file, parquet, names, rows)
     else:
-        lines = read_lines(file.url, file.content_hash)[first : last + 1]
-        rows = [parse_line(line) for line in lines]
-    return [_example(file.url, first + i, row, group_by) for i, row in enumerate(rows)]
+        lines = read_lines(file.url, file.content_hash)
+        values = [parse_line(lines[row]) for row in rows]
+    return [
+        _example(file.url, int(row), value, group_by)
+        for row, value in zip(rows, values, strict=True)
+    ]
 
 
 def read_table(file: SourceFile, rows: Sequence[int]) -> pa.Table:
@@ -134,9 +158,23 @@ def read_table(file: SourceFile, rows: Sequence[int]) -> pa.Table:
     return _table_of(parsed)
 
 
-def default_id(url: str, row: int) -> str:
-    """The id of a row without an `id` column: file name and row. Not unique across folders."""
-    return f"{url.rstrip('/').rsplit('/', 1)[-1]}:{row}"
+def short_names(urls: Sequence[str]) -> dict[str, str]:
+    """A short name for each file, all different: its base name where no other file has it.
+
+    Else as many trailing parts of the path as no other file ends with, at least; the whole URL if
+    need be. Depends on the set of URLs alone. Rows without an `id` are called NAME:ROW.
+    """
+    parts = {url: url.rstrip("/").split("/") for url in urls}
+    names: dict[str, str] = {}
+    left, depth = list(parts), 0
+    while left:
+        depth += 1
+        count = Counter(tuple(each[-depth:]) for each in parts.values())
+        for url in left:
+            if count[tuple(parts[url][-depth:])] == 1 or depth >= len(parts[url]):
+                names[url] = "/".join(parts[url][-depth:])
+        left = [url for url in left if url not in names]
+    return names
 
 
 def _identity(url: str) -> str:
@@ -155,7 +193,7 @@ def _is_parquet(url: str) -> bool:
 
 def _example(url: str, row: int, values: Mapping[str, Any] | str, group_by: str | None) -> Example:
     if isinstance(values, str):
-        return Example(None, row, (), None, None, values)
+        return Example(None, row, (), None, None, values, url)
     if group_by is not None and values.get(group_by) is None:
         raise _no_group(url, row, group_by, [k for k, v in values.items() if v is not None])
     messages, reason = parse_row(values)
@@ -167,6 +205,7 @@ def _example(url: str, row: int, values: Mapping[str, Any] | str, group_by: str 
         source=None if source is None else str(source),
         group=None if group_by is None else str(values[group_by]),
         reason=reason,
+        url=url,
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int
 
-from influence.candidates import SourceFile, default_id
+from influence.candidates import SourceFile, short_names
 from influence.errors import InputError
 from influence.schemas import REASON_DUPLICATE
 
@@ -28,7 +28,7 @@ class Catalogue:
         files: the files, in order.
         file: index of each row's file.
         row: row within its file.
-        ids: the `id` column's value, or FILE:ROW.
+        ids: the `id` column's value, or FILE:ROW (FILE of `influence.candidates.short_names`).
         sources: the `source` column's value, or "(none)".
         groups: the `group_by` column's value of a target row, else None.
         n_tokens, n_response_tokens: after truncation.
@@ -106,8 +106,9 @@ def build_catalogue(
     whole = pa.concat_tables(parts)
     index = np.repeat(np.arange(len(files)), [file.rows for file in files])
     rows = whole.column("row").to_numpy()
+    names = short_names([file.url for file in files])
     ids = [
-        value if value is not None else default_id(files[index[position]].url, int(rows[position]))
+        value if value is not None else f"{names[files[index[position]].url]}:{rows[position]}"
         for position, value in enumerate(whole.column("id").to_pylist())
     ]
     reason = whole.column("reason").to_pylist()

@@ -24,8 +24,13 @@ def certificate_of(
     method: str,
     combine: str,
     seed: int,
+    landmark_choice: str | None = None,
 ) -> Fidelity:
-    """`fidelity.json` of a run. Where nothing was predicted, only the sketch's noise is stated."""
+    """`fidelity.json` of a run. Where nothing was predicted, only the sketch's noise is stated.
+
+    Every landmark counts alike, which is right for a choice in which every row is drawn with
+    (nearly) the same probability; `landmark_choice` says in words which one it was.
+    """
     if scores.loo is None:
         return _exact_certificate(scores, columns, method)
     Y, loo = named_scores(scores, columns)
@@ -47,6 +52,7 @@ def certificate_of(
         method=method,
         exact=False,
         landmarks=gradients,
+        landmark_choice=landmark_choice,
         recall=_target_fidelity(whole, gradients).recall,
         targets={
             name: _target_fidelity(certificate, gradients)

@@ -14,8 +14,8 @@ from influence.errors import InfluenceError
 from influence.signals import stop_signals
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 2 bad config or data; 3 some shards failed for good (the same command "
-    "goes on from there); 130 interrupted."
+    "Exit codes: 0 done; 2 bad config or data, or a store that fails; 3 some shards failed for "
+    "good, or the reducer was lost (the same command goes on from there); 130 interrupted."
 )
 
 app = typer.Typer(
@@ -61,8 +61,7 @@ def select(
         from influence.one_process import run_select
     else:
         from ray_jobs.select import run_select
-    with stop_signals():
-        summary = run_select(settings, replace=replace)
+    summary = run_select(settings, replace=replace)
     print_summary(settings.run, summary)
 
 
@@ -110,7 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a command; an error of the package ends with its message and exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(args=arguments, prog_name="influence")
+        with stop_signals():
+            app(args=arguments, prog_name="influence")
     except InfluenceError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)

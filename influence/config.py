@@ -49,7 +49,8 @@ class ModelConfig(Section):
     adapter: str | None = Field(None, description="PEFT adapter: folder or hub name")
     gguf_file: str | None = Field(None, description="GGUF file inside the model's folder")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    revision: str | None = None
+    revision: str | None = Field(None, description="commit, tag or branch of a hub model")
+    adapter_revision: str | None = Field(None, description="the same of a hub adapter")
     trust_remote_code: bool = Field(False, description="run code that the model's repository ships")
     attention: Literal["sdpa", "eager"] = "sdpa"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -119,7 +120,7 @@ class GradientsConfig(Section):
 class LandmarksConfig(Section):
     """Which candidates get exact gradients, and the regression on them."""
 
-    count: PositiveInt = Field(4096, description="all exact gradients together")
+    count: Annotated[int, Field(ge=4)] = Field(4096, description="all exact gradients together")
     choose: Literal["uniform", "stratified", "kmeans++", "certified"] = "uniform"
     recall: Share = 0.95
     audit: PositiveInt | None = None

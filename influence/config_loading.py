@@ -29,18 +29,23 @@ BUILT: dict[str, tuple[object, ...]] = {
     "gradients.projection": ("kronecker", "exact"),
     "gradients.reduction": ("mean", "sum", "sqrt"),
     "landmarks.choose": ("uniform", "stratified"),
-    "landmarks.audit": (None,),
     "optimizer.kind": ("sgd",),
     "optimizer.state": (None,),
-    "warmup.fraction": (0.0,),
     "weights.order": (1,),
-    "reference.adapter": (None,),
-    "reference.finetune": (None,),
     "layers": ("all",),
-    "finetune.data": (None,),
-    "evaluation.class_detection": (None,),
-    "prices.node_hour": (None,),
 }
+# Sections and fields that no code reads yet: any value but the default would change nothing.
+UNUSED = (
+    "landmarks.recall",
+    "landmarks.audit",
+    "warmup",
+    "weights.curvature",
+    "weights.eta",
+    "reference",
+    "finetune",
+    "evaluation",
+    "prices",
+)
 
 _SECRET_KEY = re.compile(
     r"(secret|password|passwd|credential|(api|access|account|private)_?key|(^|[._])(\w+_)?token$)",
@@ -107,11 +112,22 @@ def refuse_unbuilt(config: Config, name: str = "config") -> None:
         for part in key.split("."):
             value = getattr(value, part)
         if value not in built:
-            listing = ", ".join("null" if b is None else repr(b) for b in built)
-            shown = value.model_dump() if isinstance(value, BaseModel) else value
-            raise InputError(
-                f"{name}: {key}: {shown!r} is not built yet in this version; built: {listing}"
-            )
+            raise _unbuilt(name, key, value, built)
+    for key in UNUSED:
+        section, _, field = key.partition(".")
+        default, value = Config.model_fields[section].default, getattr(config, section)
+        for part in (field,) if field else type(value).model_fields:
+            expected, found = getattr(default, part), getattr(value, part)
+            if found != expected:
+                raise _unbuilt(name, f"{section}.{part}", found, (expected,))
+
+
+def _unbuilt(name: str, key: str, value: Any, built: tuple[object, ...]) -> InputError:
+    listing = ", ".join("null" if b is None else repr(b) for b in built)
+    shown = value.model_dump() if isinstance(value, BaseModel) else value
+    return InputError(
+        f"{name}: {key}: {shown!r} is not built yet in this version; built: {listing}"
+    )
 
 
 def dump_config(config: Config) -> str:

@@ -8,8 +8,11 @@ tokens they are small beside the linear layers.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
+from influence.config import Config
+from influence.errors import InputError
 from influence.model_shape import ModelShape
 
 
@@ -71,3 +74,45 @@ def target_vectors(shape: ModelShape, load: Load, columns: int) -> StageCost:
     """Two passes: exact norms first, then the sum of unit gradients."""
     once = inner_products(shape, load, 0).flops
     return StageCost(2 * once, 4 * columns * shape.attributed)
+
+
+# What the full gradients of a run's targets may take of a card; the model needs the rest.
+GPU_TARGET_BYTES = 40 * 10**9
+
+
+def target_bytes(shape: ModelShape, columns: int) -> int:
+    """Bytes of the targets' full gradients in every replica (float32)."""
+    return 4 * columns * shape.attributed
+
+
+def target_bytes_limit(config: Config) -> tuple[int, str]:
+    """(bytes that full target gradients may take in a replica, where the figure is from).
+
+    On CPUs half of this machine's memory, shared by the replicas that fit on it; on GPUs
+    GPU_TARGET_BYTES, or a replica's share of them.
+    """
+    replicas = config.replicas
+    if replicas.num_gpus > 0 and config.model.device != "cpu":
+        share = min(1.0, replicas.num_gpus)
+        return int(GPU_TARGET_BYTES * share), f"assumed for {share:g} GPU"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fit = max(1, min(replicas.max, (os.cpu_count() or 1) // replicas.num_cpus))
+    return memory // (
+        2 * fit
+    ), f"half of this machine's {memory / 1e9:.1f} GB over {fit} replica(s)"
+
+
+def check_target_bytes(config: Config, shape: ModelShape, columns: int) -> None:
+    """Refuse full target gradients that do not fit; from counts, before a model runs.
+
+    Raises:
+        InputError: states the bytes that are needed and those that there are.
+    """
+    needed, (limit, why) = target_bytes(shape, columns), target_bytes_limit(config)
+    if needed > limit:
+        raise InputError(
+            f"gradients.projection: exact keeps {columns} target columns x {shape.attributed:,} "
+            f"parameters x 4 bytes = {needed:,} bytes in every replica; expected at most "
+            f"{limit:,} ({why}): use targets.NAME.per: group, fewer target rows, or projection: "
+            "kronecker"
+        )

@@ -20,13 +20,25 @@ class ModelLoadError(InputError):
 
 
 class StorageError(InfluenceError):
-    """The store did not honour a promise that the job rests on (create-only puts, reads)."""
+    """The store failed (not reachable, timeouts, 5xx), or broke a promise the job rests on.
+
+    A unit that meets one is tried again; elsewhere it ends the job.
+    """
 
     exit_code = 2
 
 
 class ShardsFailedError(InfluenceError):
     """Some shards failed for good; everything else is committed and the same command goes on."""
+
+    exit_code = 3
+
+
+class ReducerLostError(InfluenceError):
+    """The process that holds the run's arrays was lost (killed, out of memory, its node gone).
+
+    Everything that was committed stands, and the same command goes on from there.
+    """
 
     exit_code = 3
 

@@ -7,6 +7,7 @@ and at no further cost, R^2, Spearman, the recall of the top share, and an inter
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from scipy.stats import norm, spearmanr
 from influence.errors import InputError
 from influence.intervals import (
     bootstrap_counts,
-    disattenuated,
     jackknife_quantile,
     loo_spearman_interval,
     recall_of_top,
@@ -89,6 +89,7 @@ def certify(
     n: int,
     share: float,
     halves: Float[np.ndarray, "2 l m"] | None = None,
+    loo_halves: Float[np.ndarray, "2 l m"] | None = None,
     calibration: Bool[np.ndarray, " l"] | None = None,
     seed: int = 0,
 ) -> list[TargetFidelity]:
@@ -96,18 +97,23 @@ def certify(
 
     Y are the landmarks' scores and `loo_predictions` what the regression without each says.
     `halves`: two independent unbiased estimates of the scores whose mean is Y, from the two
-    halves of a sketch. `share`: the budget over n, in (0, 1]. `calibration` marks the landmarks
+    halves of a sketch; `loo_halves`: the leave-one-out predictions of regressions fitted to either
+    half alone (both or neither). `share`: the budget over n, in (0, 1]. `calibration` marks the landmarks
     that were drawn uniformly; only they are used, and further exact rows (which can only
     raise the recall) are not counted, so the recall is a low estimate then.
     Raises InputError for fewer than four such landmarks, non-finite values, shapes or a share out
     of range.
     """
     Y, predicted = np.asarray(Y, np.float64), np.asarray(loo_predictions, np.float64)
-    both = None if halves is None else np.asarray(halves, np.float64)
+    if (halves is None) != (loo_halves is None):
+        raise InputError("fidelity: halves and loo_halves belong together; expected both or neither")
+    both = None
+    if halves is not None and loo_halves is not None:
+        both = np.concatenate([np.asarray(halves, np.float64), np.asarray(loo_halves, np.float64)])
     if Y.ndim != 2 or predicted.shape != Y.shape:
         raise InputError(f"fidelity: scores {Y.shape} and predictions {predicted.shape} differ")
-    if both is not None and both.shape != (2, *Y.shape):
-        raise InputError(f"fidelity: halves {both.shape} for scores {Y.shape}")
+    if both is not None and both.shape != (4, *Y.shape):
+        raise InputError(f"fidelity: halves and predictions {both.shape} for scores {Y.shape}")
     if not 0 < share <= 1:
         raise InputError(f"selection.budget: a share of {share} of the pool; expected (0, 1]")
     if calibration is not None:
@@ -132,11 +138,12 @@ def certify(
 def _certify_one(
     y: Float[np.ndarray, " l"],
     predicted: Float[np.ndarray, " l"],
-    halves: Float[np.ndarray, "2 l"] | None,
+    both: Float[np.ndarray, "4 l"] | None,
     n: int,
     share: float,
     counts: Float[np.ndarray, "b l"],
 ) -> TargetFidelity:
+    halves, loo_halves = (None, None) if both is None else (both[:2], both[2:])
     residuals = y - predicted
     sd = None if halves is None else sketch_sd(halves)
     reliability = None if halves is None else reliability_of(halves)
@@ -144,7 +151,7 @@ def _certify_one(
     spearman, corrected = Spearman(None, None, None), False
     recall = Recall(None, None, None)
     if not constant:
-        spearman, corrected = spearman_of_rest(y, predicted, n, halves)
+        spearman, corrected = spearman_of_rest(y, predicted, n, halves, loo_halves)
         recall = expected_recall(y, predicted, n, share, counts)
     return TargetFidelity(
         r2=loo_r2(y, predicted),
@@ -195,31 +202,61 @@ def spearman_of_rest(
     predicted: Float[np.ndarray, " l"],
     n: int,
     halves: Float[np.ndarray, "2 l"] | None = None,
+    loo_halves: Float[np.ndarray, "2 l"] | None = None,
 ) -> tuple[Spearman, bool]:
     """Spearman of predictions with noise-free scores over the n - L rows that are no landmarks.
 
-    The second value says whether the sketch noise was corrected for: noisy scores correlate less
-    with anything, by the root of their reliability (Spearman 1904; exact for normal scores up to
-    the difference of rank and product-moment correlation), so the correlation is divided by it and
-    capped at 1. This holds for noise that is independent from row to row. Where the halves do not
-    agree beyond chance the reliability is unknown: the uncorrected value and low limit stand,
-    and the high limit is 1. Intervals: `influence.intervals` (Fisher's z, not a bootstrap: a
-    bootstrap of the pairs cannot see that leave-one-out pairs depend on each other).
+    The second value says whether the sketch's noise was corrected for. The noise acts in two ways:
+    scores with noise correlate less with anything, and a regression fitted to them learns the part
+    of the noise that similar rows share (a sketch is linear in the gradient), which makes its
+    predictions look better against the same noisy scores than they are. `crossed_correlation` has
+    neither effect; its ratio to the plain product-moment correlation is applied to the Spearman.
+    Where the halves do not agree beyond chance, nothing is known of the noise: the uncorrected
+    value and low limit stand, and the high limit is 1. Intervals: `influence.intervals` (Fisher's
+    z, not a bootstrap: a bootstrap of the pairs cannot see that leave-one-out pairs depend on each
+    other), widened by the root of the reliability.
     """
     rho = _spearman(y, predicted)
     interval = loo_spearman_interval(rho, len(y), n - len(y))
-    if halves is None:
+    if halves is None or loo_halves is None:
         return Spearman(rho, *interval), False
     if np.array_equal(halves[0], halves[1]):
         return Spearman(rho, *interval), True
     if _constant(halves[0]) or _constant(halves[1]):
         return Spearman(rho, interval[0], 1.0), False
     agreement = _spearman(halves[0], halves[1])
-    low, high = spearman_interval(agreement, len(y))
-    if low <= 0:
+    plain = float(np.corrcoef(y, predicted)[0, 1])
+    if spearman_interval(agreement, len(y))[0] <= 0 or plain == 0:
         return Spearman(rho, interval[0], 1.0), False
-    limits = (_spearman_brown(low), _spearman_brown(high))
-    return Spearman(*disattenuated(rho, interval, _spearman_brown(agreement), limits)), True
+    ratio = crossed_correlation(predicted, halves, loo_halves) / plain
+    value = min(1.0, max(-1.0, rho * ratio))
+    low, high = loo_spearman_interval(value, len(y), n - len(y))
+    root = math.sqrt(_spearman_brown(agreement))
+    low, high = value - (value - low) / root, value + (high - value) / root
+    return Spearman(value, max(-1.0, low), min(1.0, high)), True
+
+
+def crossed_correlation(
+    predicted: Float[np.ndarray, " l"],
+    halves: Float[np.ndarray, "2 l"],
+    loo_halves: Float[np.ndarray, "2 l"],
+) -> float:
+    """Correlation of predictions with noise-free scores, free of the sketch's noise.
+
+    Halves a = y + e_a and b = y + e_b have independent noise, and the prediction is linear in the
+    scores: p = (p_a + p_b) / 2 with p_a fitted to a alone. So cov(p_a, b) = cov(p_a, y), whatever
+    p_a has learnt of e_a, cov(a, b) = var(y), and
+
+        corr(p, y) = (cov(p_a, b) + cov(p_b, a)) / 2 / sqrt(var(p) cov(a, b)).
+
+    Meaningful where cov(a, b) > 0 (0 is returned otherwise); not capped at 1.
+    """
+    agreement = float(np.cov(halves)[0, 1])
+    spread = float(np.var(predicted, ddof=1))
+    if agreement <= 0 or spread <= 0:
+        return 0.0
+    crossed = np.cov(loo_halves[0], halves[1])[0, 1] + np.cov(loo_halves[1], halves[0])[0, 1]
+    return float(crossed / 2.0 / math.sqrt(spread * agreement))
 
 
 def expected_recall(

@@ -15,13 +15,14 @@ from typing import Any
 
 from influence.config import Config, ModelConfig
 from influence.errors import ModelLoadError
-from influence.replica import resolve_dtype, resolve_name
+from influence.hub import hub_commit
+from influence.replica import check_adapter, load_description, resolve_dtype, resolve_name
 from influence.schemas import FORMAT_VERSION
 
 # What models load from. Not *.bin: weights never load from a pickle, and trainers leave
 # training_args.bin beside them.
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf")
-_FILES_THAT_COUNT = ("config.json", "adapter_config.json", "generation_config.json")
+_FILES_THAT_COUNT = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def stage_fingerprints(config: Config, template: str) -> dict[str, Fingerprint]:
     model = {**tokens, **model_values(config)}
     gradients = config.gradients
     exact = {"reduction": gradients.reduction, "parameters": gradients.parameters}
-    stages["embedding"] = fingerprint({**model, **embedding_values(config)})
+    stages["embedding"] = fingerprint({**model, **_values_that_count(config)})
     stages["gradients"] = fingerprint(
         {
             **model,
@@ -67,7 +68,7 @@ def stage_fingerprints(config: Config, template: str) -> dict[str, Fingerprint]:
 
 
 def embedding_values(config: Config) -> dict[str, Any]:
-    """The embedding settings that count for the kind in use."""
+    """The embedding settings that the kind in use reads."""
     embedding = config.embedding
     kind = "rds" if config.method == "rds" else embedding.kind
     values: dict[str, Any] = {"embedding": kind, "dim": embedding.dim, "seed": config.seed}
@@ -78,19 +79,33 @@ def embedding_values(config: Config) -> dict[str, Any]:
     return values
 
 
+def _values_that_count(config: Config) -> dict[str, Any]:
+    """Without `dim` and `seed` where the kind draws nothing and `dim` cuts nothing.
+
+    `hidden` and `rds` give one value per feature of the hidden state; only a smaller `dim` calls
+    for a (seeded) projection. For `jvp` both always count: the tangents are drawn.
+    """
+    values = embedding_values(config)
+    if values["embedding"] in ("hidden", "rds"):
+        width = load_description(config.model).get_text_config().hidden_size
+        if values["dim"] >= width:
+            del values["dim"], values["seed"]
+    return values
+
+
 def model_values(config: Config) -> dict[str, Any]:
     """Content of model and adapter, the dtype that is used, and the attention's form."""
     model = config.model
     return {
         "model": model_content(model),
-        "adapter": adapter_content(model.adapter) if model.adapter else None,
+        "adapter": adapter_content(model) if model.adapter else None,
         "dtype": resolve_dtype(model.dtype, config.replicas.num_gpus, model.device),
         "attention": model.attention,
     }
 
 
 def model_content(model: ModelConfig) -> str:
-    """Digest of a model's files, or the commit of a hub model.
+    """Digest of a model's files, or the commit (and the GGUF file) of a hub model.
 
     Raises:
         ModelLoadError: neither a folder nor a hub model that can be resolved.
@@ -106,19 +121,44 @@ def model_content(model: ModelConfig) -> str:
             )
         return _digest_files((path,))
     if os.path.isdir(name):
+        if os.path.isfile(os.path.join(name, "adapter_config.json")):
+            # transformers would load whatever base model that file names, unseen by a digest.
+            raise ModelLoadError(
+                f"model.name: {model.name!r} holds an adapter (adapter_config.json); name its "
+                "base model in model.name and this folder in model.adapter"
+            )
         return folder_content(name, code=model.trust_remote_code)
-    return _hub_commit("model.name", name, model.revision, "config.json")
+    commit = f"hub:{name}@{model_commit(model)}"
+    return commit if model.gguf_file is None else f"{commit}:{model.gguf_file}"
 
 
-def adapter_content(adapter: str) -> str:
-    """Digest of an adapter's folder, or the commit of one on the hub.
+def model_commit(model: ModelConfig) -> str | None:
+    """The commit of a hub model, None for a folder; raises `ModelLoadError` if there is neither."""
+    name = resolve_name(model)
+    if os.path.isdir(name):
+        return None
+    return hub_commit("model.name", name, model.revision, model.gguf_file or "config.json")
+
+
+def adapter_content(model: ModelConfig) -> str:
+    """Digest of the folder of a model's adapter, or the commit of one on the hub.
 
     Raises:
-        ModelLoadError: neither.
+        ModelLoadError: neither, or an adapter without safetensors.
     """
+    check_adapter(model)
+    commit = adapter_commit(model)
+    return (
+        folder_content(model.adapter or "") if commit is None else f"hub:{model.adapter}@{commit}"
+    )
+
+
+def adapter_commit(model: ModelConfig) -> str | None:
+    """The commit of a hub adapter, None for a folder; raises `ModelLoadError` for neither."""
+    adapter = model.adapter or ""
     if os.path.isdir(adapter):
-        return folder_content(adapter)
-    return _hub_commit("model.adapter", adapter, None, "adapter_config.json")
+        return None
+    return hub_commit("model.adapter", adapter, model.adapter_revision, "adapter_config.json")
 
 
 def folder_content(folder: str, *, code: bool = False) -> str:
@@ -154,21 +194,3 @@ def _digest_files(paths: tuple[str, ...]) -> str:
 def _digest_file(path: str, size: int, mtime: int) -> bytes:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
-
-
-def _hub_commit(key: str, name: str, revision: str | None, file: str) -> str:
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, file, revision=revision)
-    if isinstance(cached, str):
-        # .../snapshots/COMMIT/FILE
-        return f"hub:{name}@{os.path.basename(os.path.dirname(cached))}"
-    try:
-        info = HfApi().model_info(name, revision=revision)
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise ModelLoadError(
-            f"{key}: {name!r} is no folder, and the hub does not know it or cannot be "
-            f"reached: {type(error).__name__}: {first}"
-        ) from error
-    return f"hub:{name}@{info.sha}"

@@ -46,29 +46,6 @@ def _fisher(rho: float, size: float) -> tuple[float, float]:
     return math.tanh(z - half), math.tanh(z + half)
 
 
-def disattenuated(
-    rho: float, rho_interval: tuple[float, float], rel: float, rel_interval: tuple[float, float]
-) -> tuple[float, float, float]:
-    """(value, low, high) of rho / sqrt(reliability), capped at -1 and 1 (Spearman 1904).
-
-    The two intervals are put together by the method of variance estimates recovery (Zou and Donner,
-    Statistics in Medicine 27, 2008): squared distances from the value to each limit add up.
-    """
-    root = math.sqrt(rel)
-    value = rho / root
-    down = abs(value) * 0.5 * math.log(rel_interval[1] / rel)
-    up = abs(value) * 0.5 * math.log(rel / rel_interval[0])
-    # A higher reliability moves the value towards 0, a lower one away from it.
-    toward_low, toward_high = (down, up) if value >= 0 else (up, down)
-    low = value - math.hypot((rho - rho_interval[0]) / root, toward_low)
-    high = value + math.hypot((rho_interval[1] - rho) / root, toward_high)
-    return _unit(value), _unit(low), _unit(high)
-
-
-def _unit(value: float) -> float:
-    return min(1.0, max(-1.0, value))
-
-
 def wilson_interval(share: float, count: float) -> tuple[float, float]:
     """95 % score interval of a proportion (Wilson 1927); `count` need not be whole."""
     spread = Z95**2 / count

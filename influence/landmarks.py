@@ -7,20 +7,23 @@ come from the same factorisation, so the quality of the approximation costs noth
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt64
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
 from influence.errors import InputError
 from influence.kernels import KERNELS, median_distance
 
-Chooser = Callable[[Sequence[str], int, int], np.ndarray]
+Chooser = Callable[[np.ndarray, Sequence[str], int], np.ndarray]
 
 # Entries of one block of the kernel matrix in `predict`: 2^24 float64 are 128 MiB.
 _BLOCK_ENTRIES = 1 << 24
+# Landmarks per source from which on every source gets one.
+_FLOOR_FROM = 4
 
 
 @dataclass(frozen=True)
@@ -45,36 +48,52 @@ class LandmarkRegression:
     calibration: Bool[np.ndarray, " l"]
 
 
-def choose_uniform(count: int, n: int, seed: int) -> Int[np.ndarray, " count"]:
-    """`count` of the rows 0..n-1, uniformly without replacement, sorted; all if count >= n."""
-    if count >= n:
-        return np.arange(n)
-    rng = np.random.Generator(np.random.PCG64(seed))
-    return np.sort(rng.choice(n, size=count, replace=False))
+def row_keys(seed: int, digests: Sequence[bytes]) -> UInt64[np.ndarray, " n"]:
+    """One number per row, uniform on 64 bits, from the seed and the row's messages alone.
+
+    A row keeps its key when rows are added or moved, so the rows with the smallest keys stay the
+    same but for new ones that fall among them: their gradients are there already.
+    """
+    key = seed.to_bytes(8, "little")
+    drawn = [
+        hashlib.blake2b(digest, digest_size=8, key=key, person=b"landmark").digest()
+        for digest in digests
+    ]
+    return np.frombuffer(b"".join(drawn), dtype="<u8").astype(np.uint64)
 
 
-def choose_stratified(sources: Sequence[str], count: int, seed: int) -> Int[np.ndarray, " count"]:
-    """`count` of the rows, each source in proportion to its rows, uniform within it, sorted.
+def choose_uniform(keys: UInt64[np.ndarray, " n"], count: int) -> Int[np.ndarray, " count"]:
+    """The `count` rows with the smallest keys, sorted by row; all rows if count >= n.
 
-    Shares are rounded by largest remainder; every source gets one row at least as long as
-    `count` is no smaller than the number of sources. All rows if count >= len(sources).
+    Uniform without replacement over seeds. A smaller count chooses a subset.
+    """
+    return np.sort(np.argsort(keys, kind="stable")[:count])
+
+
+def choose_stratified(
+    keys: UInt64[np.ndarray, " n"], sources: Sequence[str], count: int
+) -> Int[np.ndarray, " count"]:
+    """`count` of the rows, each source in proportion, its smallest keys first, sorted by row.
+
+    Shares are rounded by largest remainder. With four landmarks per source or more, every source
+    gets one row at least; with fewer that would take a good part of the landmarks away from where
+    the pool's rows are, and the certificate weighs all landmarks alike. All rows if count >= n.
     """
     if count >= len(sources):
         return np.arange(len(sources))
     labels, codes = np.unique(np.asarray(sources, dtype=str), return_inverse=True)
     sizes = np.bincount(codes, minlength=len(labels))
-    rng = np.random.Generator(np.random.PCG64(seed))
-    chosen = [
-        rng.choice(np.flatnonzero(codes == code), size=take, replace=False)
-        for code, take in enumerate(_allocate(sizes, count))
-    ]
+    chosen = []
+    for code, take in enumerate(_allocate(sizes, count)):
+        members = np.flatnonzero(codes == code)
+        chosen.append(members[choose_uniform(keys[members], int(take))])
     return np.sort(np.concatenate(chosen))
 
 
 def _allocate(sizes: Int[np.ndarray, " s"], count: int) -> Int[np.ndarray, " s"]:
     """Whole rows per source that sum to `count` (< sizes.sum()), near their proportional shares."""
     shares = count * sizes / sizes.sum()
-    floor = 1 if count >= len(sizes) else 0
+    floor = 1 if count >= _FLOOR_FROM * len(sizes) else 0
     taken = np.maximum(np.floor(shares).astype(np.int64), floor)
     while taken.sum() > count:  # the sources raised to one row are paid for by the others
         taken[np.argmax(np.where(taken > floor, taken - shares, -np.inf))] -= 1
@@ -83,12 +102,21 @@ def _allocate(sizes: Int[np.ndarray, " s"], count: int) -> Int[np.ndarray, " s"]
     return taken
 
 
-def _choose_uniform_of(sources: Sequence[str], count: int, seed: int) -> Int[np.ndarray, " count"]:
-    return choose_uniform(count, len(sources), seed)
+def _choose_uniform_of(
+    keys: UInt64[np.ndarray, " n"], sources: Sequence[str], count: int
+) -> Int[np.ndarray, " count"]:
+    del sources
+    return choose_uniform(keys, count)
 
 
-# name -> function of (the source of every eligible row, count, seed)
+# name -> function of (the key and the source of every eligible row, count)
 CHOOSERS: dict[str, Chooser] = {"uniform": _choose_uniform_of, "stratified": choose_stratified}
+
+# name -> how the certificate says it
+CHOICES = {
+    "uniform": "uniform: every row with the same probability",
+    "stratified": "stratified: every source in proportion to its rows, uniform within it",
+}
 
 
 def fit(
@@ -100,6 +128,9 @@ def fit(
     calibration: Bool[np.ndarray, " l"] | None = None,
 ) -> LandmarkRegression:
     """Kernel ridge regression of the scores Y on the embeddings X, one factorisation for all m.
+
+    `linear` means the embeddings as they are, with their lengths; `rbf` is meant for unit rows,
+    as it takes one bandwidth for all, and `cosine` makes them itself.
 
         alpha = M (Y - mean(Y)),   M = (K + damping mean(diag K) I)^-1
 

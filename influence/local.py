@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from influence.config import Config
-from influence.errors import InfluenceError
+from influence.errors import InputError, StorageError
 from influence.pipeline import Execute
 from influence.units import Bundle
 from influence.worker import UnitResult, Worker
+
+PAUSE_SECONDS = 2.0
+LONGEST_PAUSE_SECONDS = 30.0
+
+
+@dataclass
+class _Attempt:
+    bundle: Bundle
+    failures: int = 0
+    not_before: float = 0.0
+
+
+def retry_pause(failures: int) -> float:
+    """Seconds before a unit is tried again that the store has failed `failures` times: 2, 4, 8...
+
+    The store's client has retried for some 20 s by then; see `influence.storage`.
+    """
+    return min(LONGEST_PAUSE_SECONDS, PAUSE_SECONDS * 2.0 ** (failures - 1))
 
 
 def local_execute(config: Config) -> Execute:
     """An executor for `influence.pipeline.select` that runs everything here.
 
-    Errors of the package (bad data, a model that does not load) end the job; anything else is
-    retried as often as the config says and then recorded as a failed shard.
+    Bad input (`InputError`, a model that does not load among it) ends the job. Anything else is
+    retried as often as the config says, after all that waits by then, and then recorded as a failed
+    shard; a unit that the store failed waits `retry_pause` seconds at least.
     """
     worker = Worker(config)
 
@@ -24,18 +46,34 @@ def local_execute(config: Config) -> Execute:
         on_result: Callable[[Bundle, list[UnitResult]], None],
         on_failure: Callable[[Bundle, int, str], None],
     ) -> None:
-        for bundle in bundles:
-            attempts = config.replicas.retries + 1
-            for attempt in range(1, attempts + 1):
-                try:
-                    results = worker.run(bundle)
-                except InfluenceError:
-                    raise
-                except Exception as error:
-                    if attempt == attempts:
-                        on_failure(bundle, attempts, f"{type(error).__name__}: {error}")
-                else:
-                    on_result(bundle, results)
-                    break
+        waiting = deque(_Attempt(bundle) for bundle in bundles)
+        while waiting:
+            attempt = _take(waiting)
+            try:
+                results = worker.run(attempt.bundle)
+            except InputError:
+                raise
+            except Exception as error:
+                attempt.failures += 1
+                if attempt.failures > config.replicas.retries:
+                    text = f"{type(error).__name__}: {error}"
+                    on_failure(attempt.bundle, attempt.failures, text)
+                    continue
+                if isinstance(error, StorageError):
+                    attempt.not_before = time.monotonic() + retry_pause(attempt.failures)
+                waiting.append(attempt)
+            else:
+                on_result(attempt.bundle, results)
 
     return execute
+
+
+def _take(waiting: deque[_Attempt]) -> _Attempt:
+    """The first one whose pause is over; sleeps until there is one."""
+    now = time.monotonic()
+    attempt = next((each for each in waiting if each.not_before <= now), None)
+    if attempt is None:
+        attempt = min(waiting, key=lambda each: each.not_before)
+        time.sleep(attempt.not_before - now)
+    waiting.remove(attempt)
+    return attempt

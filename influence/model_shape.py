@@ -11,7 +11,7 @@ from influence.blocks import find_decoder
 from influence.config import Config
 from influence.errors import ModelLoadError
 from influence.gradients import Parameters, attributed_layers, coverage
-from influence.replica import resolve_name
+from influence.replica import adapter_arguments, load_description
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,10 @@ def model_shape(config: Config) -> ModelShape:
     Raises:
         ModelLoadError: the model's or the adapter's config cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    arguments: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
-    if config.model.gguf_file is not None:
-        arguments["gguf_file"] = config.model.gguf_file
-    if config.model.revision is not None:
-        arguments["revision"] = config.model.revision
+    described = load_description(config.model)
     try:
-        described = AutoConfig.from_pretrained(resolve_name(config.model), **arguments)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 described, trust_remote_code=config.model.trust_remote_code
@@ -62,7 +57,9 @@ def model_shape(config: Config) -> ModelShape:
         if config.model.adapter is not None:
             from peft import PeftConfig, get_peft_model
 
-            adapter = PeftConfig.from_pretrained(config.model.adapter)
+            adapter = PeftConfig.from_pretrained(
+                config.model.adapter, **adapter_arguments(config.model)
+            )
             with torch.device("meta"):
                 model = get_peft_model(model, adapter)
     except ModelLoadError:
@@ -70,7 +67,7 @@ def model_shape(config: Config) -> ModelShape:
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise ModelLoadError(
-            f"model.name: cannot read the config of {config.model.name!r}: "
+            f"model.name: cannot build {config.model.name!r} from its config: "
             f"{type(error).__name__}: {first}"
         ) from error
     layers = attributed_layers(model, cast(Parameters, config.gradients.parameters))

@@ -5,16 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from influence.config import Config
+from influence.hub import resolve_revision
 from influence.local import local_execute
 from influence.pipeline import prepare, select
 from influence.progress import Progress
 from influence.reducer import Reducer
+from influence.replica import choose_device
 from influence.report import build_report
 from influence.resume import claim_run
 
 
 def run_select(config: Config, *, replace: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Select in this process and write the report; returns the reducer's summary."""
+    """Select in this process and write the report; returns the reducer's summary.
+
+    Raises:
+        InputError: among others, `replicas.num_gpus` above 0 and no CUDA device here.
+    """
+    if config.method != "random":
+        choose_device(config.model.device, config.replicas.num_gpus)
+    config = resolve_revision(config)
     claim_run(config, replace=replace)
     progress = Progress(quiet=quiet)
     progress.replicas = 1

@@ -21,7 +21,30 @@ from influence.selection import Selection
 ROWS_PER_PART = 500_000
 SAMPLE_ROWS = 10
 SAMPLE_CHARACTERS = 1_500
+# Besides the parts of scores/ and selection/. The manifest is last: it says that a run began here.
+RESULTS = (
+    "selection.jsonl",
+    "fidelity.json",
+    "landmarks.parquet",
+    "samples.json",
+    "evaluation.json",
+    "report.html",
+    "manifest.json",
+)
 _PART = re.compile(r"part-\d+\.parquet")
+
+
+def remove_results(run: str) -> None:
+    """Remove everything that a run wrote about its config, the manifest last; not the cache.
+
+    Of the folders only the parts that runs write: others' files in them stay.
+    """
+    for folder in ("scores", "selection"):
+        for info in storage.list_objects(storage.join(run, folder)):
+            if _PART.fullmatch(info.url.rsplit("/", 1)[1]):
+                storage.delete(info.url)
+    for name in RESULTS:
+        storage.delete(storage.join(run, name))
 
 
 def write_scores(

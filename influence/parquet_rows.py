@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from influence import storage
-from influence.content import Hashing, SourceFile, changed
+from influence.content import Hashing, SourceFile, changed, check_unchanged
 from influence.errors import InputError
 
 
@@ -33,7 +34,8 @@ def _parquet_file(url: str) -> pq.ParquetFile:
 
 
 def open_checked(file: SourceFile) -> pq.ParquetFile:
-    """The open file, if it still has the rows that were counted."""
+    """The open file, if it still is the one that was scanned."""
+    check_unchanged(file)
     parquet = _parquet_file(file.url)
     if parquet.metadata.num_rows != file.total_rows:
         raise changed(file.url)
@@ -60,29 +62,36 @@ def _row_group(url: str, content_hash: str, group: int, names: tuple[str, ...]) 
         raise InputError(f"{url}: row group {group} cannot be read ({error})") from error
 
 
-def read_rows(
-    file: SourceFile, parquet: pq.ParquetFile, names: tuple[str, ...], first: int, last: int
+def values_of_rows(
+    file: SourceFile, parquet: pq.ParquetFile, names: tuple[str, ...], rows: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Rows `first` to `last` (both included) with the columns `names`."""
-    rows: list[dict[str, Any]] = []
+    """The columns `names` of these rows, in the order given; one row group in memory at a time."""
+    if not names:
+        return [{} for _ in rows]
+    found: dict[int, dict[str, Any]] = {}
+    for group, local, start in _rows_by_group(parquet, rows):
+        table = _row_group(file.url, file.content_hash, group, names).take(local)
+        found.update(zip((start + row for row in local), table.to_pylist(), strict=True))
+    return [found[int(row)] for row in rows]
+
+
+def _rows_by_group(
+    parquet: pq.ParquetFile, rows: Sequence[int]
+) -> Iterator[tuple[int, list[int], int]]:
+    """For each row group that holds some of the rows: its index, theirs in it, its first row."""
+    wanted = np.unique(np.asarray(rows, dtype=np.int64))
     for group, (start, stop) in enumerate(_group_bounds(parquet)):
-        low, high = max(first, start), min(last + 1, stop)
-        if low < high and names:
-            table = _row_group(file.url, file.content_hash, group, names)
-            rows += table.slice(low - start, high - low).to_pylist()
-        elif low < high:
-            rows += [{} for _ in range(low, high)]
-    return rows
+        low, high = np.searchsorted(wanted, (start, stop))
+        if low < high:
+            yield group, (wanted[low:high] - start).tolist(), start
 
 
 def take_rows(file: SourceFile, parquet: pq.ParquetFile, rows: Sequence[int]) -> pa.Table:
     """All columns of these rows, in the order given."""
     names = tuple(parquet.schema_arrow.names)
-    wanted = sorted(set(rows))
+    wanted = sorted({int(row) for row in rows})
     tables = [parquet.schema_arrow.empty_table()]
-    for group, (start, stop) in enumerate(_group_bounds(parquet)):
-        local = [row - start for row in wanted if start <= row < stop]
-        if local:
-            tables.append(_row_group(file.url, file.content_hash, group, names).take(local))
+    for group, local, _ in _rows_by_group(parquet, wanted):
+        tables.append(_row_group(file.url, file.content_hash, group, names).take(local))
     place = {row: i for i, row in enumerate(wanted)}
-    return pa.concat_tables(tables).take(pa.array([place[r] for r in rows], pa.int64()))
+    return pa.concat_tables(tables).take(pa.array([place[int(r)] for r in rows], pa.int64()))

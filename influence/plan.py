@@ -10,20 +10,24 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from influence import cost
 from influence.catalogue import Catalogue
 from influence.config import Config
 from influence.cost import Load, StageCost
+from influence.errors import InputError
+from influence.exact_work import ExactWork, plan_exact
 from influence.fingerprints import embedding_values
+from influence.hub import resolve_revision
 from influence.local import local_execute
 from influence.model_shape import ModelShape, model_shape
-from influence.pipeline import MAX_EXACT_COLUMNS, Job, catalogue, embedding_units, prepare
+from influence.pipeline import Job, catalogue, embedding_units, prepare
 from influence.progress import Progress
 from influence.reducer import Reducer
 from influence.run_log import RunLog
 from influence.selection import parse_budget
-from influence.units import Unit, range_units, sparse_units
+from influence.units import Unit, range_units
 
 # What matrix products of this kind reach of a machine's rate for large ones: measured on
 # SmolLM2-135M, whose matrices are small.
@@ -33,19 +37,18 @@ GPU_FLOPS = 400e12
 
 @dataclass
 class StagePlan:
-    """One stage: its work, and how much of it the cache holds already."""
+    """One stage: its work, and how much of it the cache holds already.
+
+    `missing` is the share of the rows that has to be computed; `shards` and `cached` count shards.
+    """
 
     name: str
     load: Load
     shards: int
     cached: int
     cost: StageCost
-    seconds: float
-
-    @property
-    def missing(self) -> float:
-        """Share of the shards that has to be computed."""
-        return 1 - self.cached / self.shards if self.shards else 0.0
+    missing: float
+    seconds: float = 0.0
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Plan:
 def make_plan(config: Config) -> Plan:
     """Scan and tokenise (committing catalogue shards), then count every stage's work."""
     progress = Progress()
+    config = resolve_revision(config)
     budget = parse_budget(config.selection.budget)
     job = prepare(config, progress, RunLog.unsaved(config.run, config.method))
     job.execute = local_execute(config)
@@ -88,18 +92,10 @@ def _add_stages(plan: Plan, job: Job, reducer: Reducer, shape: ModelShape) -> No
     config, pool = plan.config, reducer.pool
     assert pool is not None  # load_catalogue has run
     everything = _load(pool, pool.eligible)
-    embedding = config.embedding
-    kind = embedding_values(config)["embedding"]
+    targets = _sum([_load(c, c.eligible) for c in reducer.targets.values()])
     if config.method in ("influence_distillation", "rds"):
-        load = everything
-        units = embedding_units(job)
-        if config.method == "rds":
-            load = _sum([load, *(_load(c, c.eligible) for c in reducer.targets.values())])
-            units += _target_units(job, "embedding", config.replicas.rows_per_shard)
-        spent = cost.embedding(
-            shape, load, kind, embedding.blocks, embedding.tangents, embedding.dim
-        )
-        _add(plan, job, "embedding", load, units, spent)
+        load = everything if config.method != "rds" else _sum([everything, targets])
+        _add(plan, job, "embedding", load, _embedding_units(job), _embedding_cost(plan, load))
     if config.method == "rds":
         return
     rows, chosen = everything, None
@@ -107,60 +103,64 @@ def _add_stages(plan: Plan, job: Job, reducer: Reducer, shape: ModelShape) -> No
         chosen = reducer.choose_landmarks()
         positions = [p for file, members in chosen for p in pool.positions(file, members)]
         rows = _load(pool, np.asarray(positions))
-    targets = _sum([_load(c, c.eligible) for c in reducer.targets.values()])
-    size, gradients = config.replicas.gradient_rows_per_shard, config.gradients
-    if gradients.projection == "kronecker":
-        digest = job.fingerprints["gradients"].hex
-        units = _target_units(job, "gradients", size)
-        units += (
-            range_units("gradients", digest, job.files, size)
-            if chosen is None
-            else [u for f, m in chosen for u in sparse_units("gradients", digest, f, m, size)]
-        )
+    work = plan_exact(job, reducer, chosen)
+    if config.gradients.projection == "kronecker":
         load = _sum([rows, targets])
-        spent = cost.gradients(shape, load, gradients.side, gradients.dim)
-        _add(plan, job, "gradients", load, units, spent)
-        return
-    columns = len(reducer.columns.columns)
-    if columns > MAX_EXACT_COLUMNS:
+        spent = cost.gradients(shape, load, config.gradients.side, config.gradients.dim)
+        _add(plan, job, "gradients", load, work.units.all, spent, work)
+    else:
+        vectors = [unit for members in work.vectors.values() for unit in members]
+        try:
+            cost.check_target_bytes(config, shape, len(vectors))
+        except InputError as error:
+            plan.notes.append(str(error))
+        spent = cost.target_vectors(shape, targets, len(vectors))
+        _add(plan, job, "target_vectors", targets, vectors, spent)
+        spent = cost.inner_products(shape, rows, len(vectors))
+        _add(plan, job, "inner_products", rows, work.units.all, spent, work)
+    if work.borrowed:
         plan.notes.append(
-            f"gradients.projection: exact allows {MAX_EXACT_COLUMNS} target rows or groups; "
-            f"this config has {columns}: use targets.NAME.per: group, or projection: kronecker"
+            f"{work.stage}: {work.borrowed:,} rows are read from {len(work.lenders):,} shards "
+            "that were made for another choice of rows"
         )
-    digest = job.fingerprints["target_vectors"].hex
-    vectors = [
-        unit
-        for members in reducer.target_rows().values()
-        for file, wanted in members
-        for unit in sparse_units("target_vectors", digest, file, wanted, len(wanted))
-    ]
-    _add(
-        plan, job, "target_vectors", targets, vectors, cost.target_vectors(shape, targets, columns)
-    )
-    plan.notes.append(
-        "inner products depend on the targets' gradients: cached shards are known once those are"
-    )
-    shards = range_units("inner_products", "", job.files, size) if chosen is None else chosen
-    spent = cost.inner_products(shape, rows, columns)
-    plan.stages.append(
-        StagePlan("inner_products", rows, len(shards), 0, spent, spent.flops / plan.rate)
+
+
+def _embedding_units(job: Job) -> list[Unit]:
+    units = embedding_units(job)
+    if job.config.method == "rds":
+        rows = job.config.replicas.rows_per_shard
+        digest = job.fingerprints["embedding"].hex
+        for files in job.target_files.values():
+            units += range_units("embedding", digest, files, rows)
+    return units
+
+
+def _embedding_cost(plan: Plan, load: Load) -> StageCost:
+    assert plan.shape is not None  # this method has a model
+    kind, embedding = embedding_values(plan.config)["embedding"], plan.config.embedding
+    return cost.embedding(
+        plan.shape, load, kind, embedding.blocks, embedding.tangents, embedding.dim
     )
 
 
-def _add(plan: Plan, job: Job, name: str, load: Load, units: list[Unit], spent: StageCost) -> None:
-    cached = len(job.cache.present([unit.key for unit in units]))
-    stage = StagePlan(name, load, len(units), cached, spent, 0.0)
+def _add(
+    plan: Plan,
+    job: Job,
+    name: str,
+    load: Load,
+    units: list[Unit],
+    spent: StageCost,
+    work: ExactWork | None = None,
+) -> None:
+    """Add a stage; of shards that lend rows to this choice, only those rows count as done."""
+    present = job.cache.present([unit.key for unit in units])
+    lenders = frozenset() if work is None else work.lenders
+    to_do = sum(unit.count for unit in units if unit.key not in present)
+    done = sum(unit.count for unit in units if unit.key in present and unit.key not in lenders)
+    done += 0 if work is None else work.borrowed
+    stage = StagePlan(name, load, len(units), len(present), spent, to_do / max(1, to_do + done))
     stage.seconds = spent.flops * stage.missing / plan.rate
     plan.stages.append(stage)
-
-
-def _target_units(job: Job, stage: str, rows: int) -> list[Unit]:
-    digest = job.fingerprints[stage].hex
-    return [
-        unit
-        for files in job.target_files.values()
-        for unit in range_units(stage, digest, files, rows)
-    ]
 
 
 def _load(catalogue: Catalogue, positions: np.ndarray) -> Load:
@@ -208,12 +208,13 @@ def print_plan(plan: Plan, console: Console) -> None:
         highlight=False,
     )
     for reason, count in counts["reasons"].items():
-        console.print(f"  not scored, {reason}: {count:,}", highlight=False, markup=False)
+        console.print(Text(f"  not scored, {reason}: {count:,}"))
     for name, target in counts["targets"].items():
         console.print(
-            f"target {name}: {target['scored']:,} of {target['rows']:,} rows, "
-            f"{target['columns']:,} score column(s), {target['tokens']:,} tokens",
-            highlight=False,
+            Text(
+                f"target {name}: {target['scored']:,} of {target['rows']:,} rows, "
+                f"{target['columns']:,} score column(s), {target['tokens']:,} tokens"
+            )
         )
     console.print(f"selection: {plan.selected}", highlight=False)
     if plan.stages:
@@ -253,11 +254,11 @@ def coverage_table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right" if heading in ("parameters", "share") else "left")
     for row in rows:
         table.add_row(
-            row["group"],
+            Text(row["group"]),
             f"{row['parameters']:,}",
             f"{row['share']:.2%}",
             row["rule"] or "-",
-            "yes" if row["attributed"] else f"no: {row['reason']}",
+            Text("yes" if row["attributed"] else f"no: {row['reason']}"),
         )
     return table
 

@@ -33,6 +33,7 @@ class Progress:
         self._total: dict[str, int] = {}
         self._tokens: dict[str, int] = {}
         self._failed = 0
+        self._working = False
         self._start = self._last_line = time.monotonic()
 
     def note(self, text: str) -> None:
@@ -53,6 +54,16 @@ class Progress:
         self._total = {stage: count for stage, count in stages.items() if count}
         listing = ", ".join(f"{stage} {count}" for stage, count in self._total.items())
         self.note(f"shards to compute: {listing}" + (f" (reused: {reused})" if reused else ""))
+        self._working = True
+        try:
+            with self._display():
+                yield
+        finally:
+            self._working = False
+
+    @contextmanager
+    def _display(self) -> Iterator[None]:
+        """The bars of the stages, on a terminal."""
         if not self._live:
             yield
             return
@@ -82,7 +93,12 @@ class Progress:
         if self._bars is not None:
             rate = f"{self._rate(unit.stage):,.0f} tokens/s, {self.replicas} replica(s)"
             self._bars.update(self._tasks[unit.stage], advance=1, rate=rate)
-        elif time.monotonic() - self._last_line > LINE_EVERY_SECONDS:
+        self.tick()
+
+    def tick(self) -> None:
+        """Called now and then while units are computed: a line is due even if none finishes."""
+        overdue = time.monotonic() - self._last_line > LINE_EVERY_SECONDS
+        if self._working and self._bars is None and overdue:
             self._line()
 
     def failed(self, unit: Unit, error: str) -> None:

@@ -75,17 +75,20 @@ def open_quotas(
     """
     _check_shares(per_source)
     names = (*per_source, "")
-    labels, codes = np.unique(np.asarray(sources, dtype=str), return_inverse=True)
+    # Not through an array of strings: numpy gives every one of them the room of the longest.
+    labels = sorted(set(sources))
+    code = {label: index for index, label in enumerate(labels)}
+    codes = np.fromiter((code[source] for source in sources), np.int64, len(sources))
     matches = [
         next((g for g, key in enumerate(per_source) if fnmatchcase(label, key)), len(per_source))
-        for label in labels.tolist()
+        for label in labels
     ]
     group = np.asarray(matches, dtype=np.int64)[codes]
     rows = np.bincount(group[scored], minlength=len(names))
     owed, room = np.zeros(len(names), dtype=np.int64), rows.copy()
     for g, (key, quota) in enumerate(per_source.items()):
         if g not in matches:
-            shown = ", ".join(labels[:8].tolist())
+            shown = ", ".join(labels[:8])
             raise InputError(
                 f"selection.per_source.{key}: matches no source (or only sources of an earlier "
                 f"pattern); expected a pattern for one of: {shown}"

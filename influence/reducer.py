@@ -7,7 +7,7 @@ is called directly. Every method returns a small summary, never the arrays.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +26,9 @@ from influence.schemas import Fidelity, to_json
 from influence.scores import Scores
 from influence.selection import Selection, combined_score, parse_budget, select
 from influence.shard_reader import (
+    NO_EMBEDDING,
     check_target_rows,
-    exclude_unembedded,
+    embedding_blocks,
     read_catalogue,
     read_embeddings,
     read_exact_scores,
@@ -104,7 +105,9 @@ class Reducer:
                 f"found {len(eligible)}: use method: exact"
             )
         sources = [pool.sources[position] for position in eligible]
-        chosen = landmarks.CHOOSERS[config.choose](sources, config.count, self.config.seed)
+        digests = [pool.digests[position] for position in eligible]
+        keys = landmarks.row_keys(self.config.seed, digests)
+        chosen = landmarks.CHOOSERS[config.choose](keys, sources, config.count)
         return pool.by_file(eligible[chosen])
 
     def target_rows(self) -> dict[str, list[tuple[SourceFile, list[int]]]]:
@@ -122,20 +125,22 @@ class Reducer:
         return found
 
     def score_landmarks(self, embedding: Sequence[Unit], exact: ExactUnits) -> None:
-        """Fit on the landmarks' exact scores and predict every other candidate."""
+        """Fit on the landmarks' exact scores and predict every other candidate, shard by shard.
+
+        The kernel `linear` sees the embeddings with their lengths, the others unit rows. A
+        prediction depends on the regression and on the rows of its own shard alone.
+        """
         pool, config = self._pool, self.config.landmarks
-        embeddings = read_embeddings(self.cache, embedding, pool)
-        exclude_unembedded(pool, embeddings)
+        lengths = config.kernel == "linear"
         positions, scores = self._exact_scores(exact)
-        usable = np.isfinite(embeddings[positions]).all(axis=1)
+        X = read_embeddings(self.cache, embedding, pool, positions, lengths=lengths)
+        usable = np.isfinite(X).all(axis=1)
         positions, Y = positions[usable], scores.P[usable]
         halves = None if scores.halves is None else scores.halves[:, usable]
-        model = landmarks.fit(
-            embeddings[positions], Y, kernel=config.kernel, damping=config.damping
+        model = landmarks.fit(X[usable], Y, kernel=config.kernel, damping=config.damping)
+        P = self._embedded_scores(
+            embedding, lambda rows: landmarks.predict(model, rows), lengths=lengths
         )
-        P = np.full((len(pool), len(self.columns.columns)), np.nan)
-        eligible = pool.eligible
-        P[eligible] = landmarks.predict(model, embeddings[eligible])
         P[positions] = Y
         exact_rows = np.zeros(len(pool), dtype=bool)
         exact_rows[positions] = True
@@ -158,13 +163,13 @@ class Reducer:
         rows = {}
         for name, units in targets.items():
             catalogue = self.targets[name]
-            rows[name] = read_embeddings(self.cache, units, catalogue)
+            everything = np.arange(len(catalogue))
+            rows[name] = read_embeddings(self.cache, units, catalogue, everything)
             check_target_rows(name, catalogue, rows[name])
         means = mean_vectors(self.columns, rows)
-        embeddings = read_embeddings(self.cache, embedding, pool)
-        exclude_unembedded(pool, embeddings)
+        P = self._embedded_scores(embedding, lambda rows: scoring.cosine_scores(rows, means))
         eligible = pool.eligible
-        self._all_exact(eligible, scoring.cosine_scores(embeddings[eligible], means))
+        self._all_exact(eligible, P[eligible])
 
     def score_random(self) -> None:
         """Uniform random numbers, the same in every column."""
@@ -197,6 +202,7 @@ class Reducer:
             method=self.config.method,
             combine=config.combine,
             seed=self.config.seed,
+            landmark_choice=landmarks.CHOICES[self.config.landmarks.choose],
         )
         columns = self._score_columns(selection, fidelity)
         run = self.config.run
@@ -223,6 +229,26 @@ class Reducer:
             self.columns,
             self.config.gradients.normalize,
         )
+
+    def _embedded_scores(
+        self,
+        embedding: Sequence[Unit],
+        score: Callable[[np.ndarray], np.ndarray],
+        *,
+        lengths: bool = False,
+    ) -> np.ndarray:
+        """Scores (n x m) of every row by its embedding; a row without one gets its reason."""
+        pool = self._pool
+        P = np.full((len(pool), len(self.columns.columns)), np.nan)
+        embedded = np.zeros(len(pool), dtype=bool)
+        for where, rows in embedding_blocks(self.cache, embedding, pool, lengths=lengths):
+            P[where] = score(rows)
+            embedded[where] = True
+        pool.exclude(np.flatnonzero(~embedded).tolist(), NO_EMBEDDING)
+        if not len(pool.eligible):
+            raise InputError(f"not one row could be embedded; reasons: {pool.reasons()}")
+        P[[reason is not None for reason in pool.reason]] = np.nan
+        return P
 
     def _all_exact(self, positions: np.ndarray, values: np.ndarray) -> None:
         P = np.full((len(self._pool), values.shape[1]), np.nan)
@@ -256,8 +282,12 @@ class Reducer:
             self.columns.names, (scores.P @ self.columns.named()).T, strict=True
         ):
             certificate = fidelity.targets[name]
+            # With too few landmarks the interval of a prediction is unknown: null, not zero.
+            predicted = certificate.score_halfwidth
             half = np.where(
-                scores.exact, certificate.landmark_halfwidth, certificate.score_halfwidth or 0.0
+                scores.exact,
+                certificate.landmark_halfwidth,
+                np.nan if predicted is None else predicted,
             )
             columns[f"score.{name}"] = values
             columns[f"low.{name}"] = values - half

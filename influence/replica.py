@@ -16,6 +16,7 @@ from torch import nn
 
 from influence.config import ModelConfig
 from influence.errors import ModelLoadError
+from influence.hub import hub_has
 
 _DTYPES = {
     "float64": torch.float64,
@@ -23,6 +24,9 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,42 @@ def load_tokenizer(config: ModelConfig) -> Any:
         raise ModelLoadError(_explain(config, "tokenizer", error)) from error
 
 
+def load_description(config: ModelConfig) -> Any:
+    """The model's own config (layer sizes and so on), without its weights.
+
+    Raises:
+        ModelLoadError: it cannot be found or read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve_name(config), **_load_arguments(config))
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(_explain(config, "config", error)) from error
+
+
+def check_adapter(config: ModelConfig) -> None:
+    """Refuse an adapter without safetensors, in whose place PEFT would load a pickle.
+
+    Raises:
+        ModelLoadError: there is no adapter_model.safetensors.
+    """
+    adapter = config.adapter
+    if adapter is None:
+        return
+    if os.path.isdir(adapter):
+        there = os.path.isfile(os.path.join(adapter, ADAPTER_WEIGHTS))
+    else:
+        there = hub_has("model.adapter", adapter, config.adapter_revision, ADAPTER_WEIGHTS)
+    if not there:
+        raise ModelLoadError(
+            f"model.adapter: {adapter!r} has no {ADAPTER_WEIGHTS}; weights never load from a "
+            "pickle (adapter_model.bin): save the adapter again with safe_serialization=True"
+        )
+
+
 def load_replica(config: ModelConfig, dtype: str, device: str = "auto") -> Replica:
     """Load model and adapter in evaluation mode; `dtype` is a resolved name such as "float32".
 
@@ -98,7 +138,8 @@ def load_replica(config: ModelConfig, dtype: str, device: str = "auto") -> Repli
         if config.adapter is not None:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, config.adapter, use_safetensors=True)
+            check_adapter(config)
+            model = PeftModel.from_pretrained(model, config.adapter, **adapter_arguments(config))
         model.to(where)  # pyright: ignore[reportArgumentType]
     except ModelLoadError:
         raise
@@ -110,6 +151,26 @@ def load_replica(config: ModelConfig, dtype: str, device: str = "auto") -> Repli
     model.eval()
     model.config.use_cache = False
     return Replica(model, where, _DTYPES[dtype], tuple(notes))
+
+
+def choose_device(device: str, num_gpus: float) -> str:
+    """The device of a worker with `num_gpus`: "auto" is cuda with some, and cpu without.
+
+    What `resolve_dtype` says of a config so holds of the worker, too: bfloat16 stands for
+    `dtype: auto` only where the device is cuda.
+
+    Raises:
+        ModelLoadError: GPUs were asked for, and this machine has no CUDA device.
+    """
+    if device != "auto":
+        return resolve_device(device)
+    if num_gpus > 0 and not torch.cuda.is_available():
+        raise ModelLoadError(
+            f"replicas.num_gpus: {num_gpus:g}, but this machine has no CUDA device; set "
+            "replicas.num_gpus=0 (--set replicas.num_gpus=0) to run on its CPU, or correct the "
+            "driver or torch build"
+        )
+    return "cuda" if num_gpus > 0 else "cpu"
 
 
 def resolve_device(device: str) -> str:
@@ -128,6 +189,11 @@ def resolve_dtype(dtype: str, num_gpus: float, device: str) -> str:
     if dtype != "auto":
         return dtype
     return "bfloat16" if num_gpus > 0 and device != "cpu" else "float32"
+
+
+def adapter_arguments(config: ModelConfig) -> dict[str, Any]:
+    """What PEFT needs besides the adapter's name to find the very one."""
+    return {} if config.adapter_revision is None else {"revision": config.adapter_revision}
 
 
 def _load_arguments(config: ModelConfig) -> dict[str, Any]:

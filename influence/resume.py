@@ -10,6 +10,7 @@ from influence import storage
 from influence.config import Config
 from influence.config_loading import dump_config, parse_config
 from influence.errors import InputError
+from influence.outputs import remove_results
 from influence.replica import resolve_dtype
 
 # What changes no number: where things are, how many replicas, how work is cut and retried.
@@ -35,19 +36,33 @@ _RECOMPUTES = {
 def claim_run(config: Config, *, replace: bool = False) -> None:
     """Take a run directory for this config, writing `config.yaml` into it.
 
+    With `replace`, the results of another config are removed first, so that none of them stands
+    beside this one's; those of the same config stay until new ones take their place.
+
     Raises:
         InputError: the directory belongs to a run with another config, and not `replace`.
     """
     url = storage.join(config.run, "config.yaml")
     # Without a manifest no stage has begun: an earlier attempt ended on its config or its data.
     begun = storage.head(storage.join(config.run, "manifest.json")) is not None
-    if begun and storage.head(url) is not None and not replace:
-        before = _earlier_config(url)
-        now = yaml.safe_load(dump_config(config))
-        changes = changed_values(_with_dtype(before), _with_dtype(now))
-        if changes:
+    if begun and storage.head(url) is not None:
+        changes = _changes(url, config, replace)
+        if changes and not replace:
             raise InputError(_explain(config.run, changes))
+        if changes:
+            remove_results(config.run)
     storage.put(url, dump_config(config).encode())
+
+
+def _changes(url: str, config: Config, replace: bool) -> list[tuple[str, Any, Any]]:
+    try:
+        before = _earlier_config(url)
+    except InputError:
+        if not replace:
+            raise
+        before = {"(whole file)": "not readable"}
+    now = yaml.safe_load(dump_config(config))
+    return changed_values(_with_dtype(before), _with_dtype(now))
 
 
 def _with_dtype(values: dict[str, Any]) -> dict[str, Any]:

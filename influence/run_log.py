@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 
 from pydantic import ValidationError
 
 from influence import storage
-from influence.errors import InputError
+from influence.errors import InfluenceError, InputError
 from influence.fingerprints import Fingerprint
 from influence.schemas import FailedShard, Manifest, StageRecord, to_json
 from influence.units import Unit
@@ -21,12 +21,26 @@ _SAVE_EVERY_SECONDS = 5.0
 
 
 class RunLog:
-    """Collects what happens to every stage and writes it to RUN/manifest.json."""
+    """Collects what happens to every stage and writes it to RUN/manifest.json.
 
-    def __init__(self, run: str, method: str) -> None:
+    Args:
+        run: the run directory.
+        method: the selection method.
+        note: prints a line that the user should see.
+
+    Attributes:
+        failed_writes: writes that the store failed since the job began; see `save`.
+    """
+
+    def __init__(
+        self, run: str, method: str, note: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.url = storage.join(run, "manifest.json")
         self.manifest = Manifest(method=method, versions=_versions())
-        self._saved = 0.0
+        self.failed_writes = 0
+        self._note = note
+        self._tried = 0.0
+        self._on_disk = False
         self._writes = True
 
     @classmethod
@@ -90,21 +104,47 @@ class RunLog:
         return [failed for record in self.manifest.stages.values() for failed in record.failed]
 
     def finish(self, state: str) -> None:
-        """Write the final state: done, failed or interrupted."""
+        """Write the final state: done, failed or interrupted.
+
+        Raises:
+            InfluenceError: the store failed or refused the write.
+        """
         self.manifest.state = state
-        self.save()
+        self._write()
 
     def save(self) -> None:
-        """Write the manifest now."""
-        if not self._writes:
-            return
-        storage.put(self.url, to_json(self.manifest))
-        self._saved = time.monotonic()
+        """Write the manifest now.
+
+        A write that fails is counted and shown, and made good at the next occasion: the shards are
+        what a job cannot do without, its record is whole again with the final write.
+
+        Raises:
+            InfluenceError: the first write of the job failed: it could not record anything.
+        """
+        try:
+            self._write()
+        except InfluenceError as error:
+            if not self._on_disk:
+                raise
+            self.failed_writes += 1
+            self._note(
+                f"manifest.json was not written ({self.failed_writes} failed so far), "
+                f"trying again later: {error}"
+            )
 
     def save_sometimes(self) -> None:
-        """Write the manifest if the last write is some seconds old."""
-        if time.monotonic() - self._saved > _SAVE_EVERY_SECONDS:
+        """Write the manifest if the last attempt is some seconds old."""
+        if time.monotonic() - self._tried > _SAVE_EVERY_SECONDS:
             self.save()
+
+    def _write(self) -> None:
+        if not self._writes:
+            return
+        try:
+            storage.put(self.url, to_json(self.manifest))
+        finally:
+            self._tried = time.monotonic()
+        self._on_disk = True
 
 
 def read_manifest(run: str) -> Manifest | None:

@@ -144,6 +144,7 @@ class Fidelity(BaseModel):
     method: str
     exact: bool
     landmarks: int = 0
+    landmark_choice: str | None = Field(default=None, description="how landmarks were drawn")
     recall: Recall = Field(default_factory=Recall)
     targets: dict[str, TargetFidelity] = Field(default_factory=dict)
 
@@ -168,6 +169,7 @@ class StageRecord(BaseModel):
     shards: int = 0
     reused: int = 0
     computed: int = 0
+    borrowed_rows: int = Field(default=0, description="in shards made for other choices of rows")
     rows: int = 0
     tokens: int = 0
     seconds: float = Field(default=0.0, description="wall time (share of a common phase)")

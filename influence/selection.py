@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from influence.errors import InputError
 from influence.quotas import Quota, QuotaState, open_quotas
@@ -143,16 +143,7 @@ def select(
     if not n_scored:
         raise InputError("selection: no candidate has a score; see the reasons in the report")
     k, exceeds = _row_limit(budget, scored, n_tokens)
-    quotas = None
-    if per_source:
-        if budget.tokens is not None:
-            raise InputError(
-                "selection.per_source: quotas are shares of rows and do not go with a token "
-                "budget; write selection.budget in rows or as a percentage"
-            )
-        if sources is None:
-            raise InputError("selection.per_source: the candidates carry no source; drop the quota")
-        quotas = open_quotas(per_source, sources, scored, k)
+    quotas = _quotas(per_source, sources, scored, k, budget) if per_source else None
     best = None
     scores = P
     turns = _turns(column_target)
@@ -177,6 +168,23 @@ def select(
         n_scored=n_scored,
         budget_exceeds_pool=exceeds,
     )
+
+
+def _quotas(
+    per_source: Mapping[str, Quota],
+    sources: Sequence[str] | None,
+    scored: Bool[np.ndarray, " n"],
+    k: int,
+    budget: Budget,
+) -> QuotaState:
+    if budget.tokens is not None:
+        raise InputError(
+            "selection.per_source: quotas are shares of rows and do not go with a token "
+            "budget; write selection.budget in rows or as a percentage"
+        )
+    if sources is None:
+        raise InputError("selection.per_source: the candidates carry no source; drop the quota")
+    return open_quotas(per_source, sources, scored, k)
 
 
 def _check_scores(

@@ -1,8 +1,12 @@
-"""Committed shards -> arrays by catalogue position: embeddings, exact scores, target gradients."""
+"""Committed shards -> arrays by catalogue position: embeddings, exact scores, target gradients.
+
+Shards go by one after the other, a few being read ahead: nothing here holds the vectors of a pool.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 
@@ -23,49 +27,88 @@ NO_EMBEDDING = "embedding is zero or not finite"
 NO_GRADIENT = "gradient is zero or not finite"
 
 
-def read_shards(cache: Cache, units: Sequence[Unit]) -> list[Shard]:
-    """Read and verify the shards of these units, in their order."""
+def read_shards(cache: Cache, units: Sequence[Unit]) -> Iterator[tuple[Unit, Shard]]:
+    """Read and verify the shards of these units, in their order; at most READERS are held ahead."""
     with ThreadPoolExecutor(READERS) as readers:
-        return list(readers.map(lambda unit: cache.read(unit.key), units))
+        ahead: deque = deque()
+        for unit in units:
+            if len(ahead) == READERS:
+                first, shard = ahead.popleft()
+                yield first, shard.result()
+                del shard  # or the consumer's shard would live on beside the next ones
+            ahead.append((unit, readers.submit(cache.read, unit.key)))
+        while ahead:
+            first, shard = ahead.popleft()
+            yield first, shard.result()
+            del shard
 
 
 def read_catalogue(cache: Cache, units: Sequence[Unit], *, drop_duplicates: bool) -> Catalogue:
     """Put the catalogue shards of some files together."""
     files: dict[str, SourceFile] = {}
     tables: dict[str, list[pa.Table]] = {}
-    for unit, shard in zip(units, read_shards(cache, units), strict=True):
+    for unit, shard in read_shards(cache, units):
         files[unit.file.url] = unit.file
         tables.setdefault(unit.file.url, []).append(shard.table)
     return build_catalogue(list(files.values()), tables, drop_duplicates=drop_duplicates)
 
 
+def embedding_blocks(
+    cache: Cache, units: Sequence[Unit], catalogue: Catalogue, *, lengths: bool = False
+) -> Iterator[tuple[Int[np.ndarray, " b"], Float[np.ndarray, "b e"]]]:
+    """(positions, float32 embeddings) of every shard's rows with a usable one, shard by shard.
+
+    Unit rows, or with `lengths` the embeddings as they were before they were brought to length 1.
+    A shard without a usable row is passed over. Rows that are duplicates are there, too.
+    """
+    for unit, shard in read_shards(cache, units):
+        norm = shard.floats("norm")
+        usable = scoring.usable_norm(norm)
+        if not usable.any():
+            continue  # its vectors have no width
+        vectors = shard.vectors()
+        usable &= np.isfinite(vectors).all(axis=1)
+        kept = vectors[usable].astype(np.float32)
+        if lengths:
+            kept *= norm[usable, None].astype(np.float32)
+        rows = shard.table.column("row").to_numpy()[usable]
+        yield catalogue.positions(unit.file, rows), kept
+
+
 def read_embeddings(
-    cache: Cache, units: Sequence[Unit], catalogue: Catalogue
-) -> Float[np.ndarray, "n e"]:
-    """Unit embeddings by catalogue position, float32; rows without a usable one are NaN.
+    cache: Cache,
+    units: Sequence[Unit],
+    catalogue: Catalogue,
+    positions: Int[np.ndarray, " r"],
+    *,
+    lengths: bool = False,
+) -> Float[np.ndarray, "r e"]:
+    """Embeddings of a few rows (see `embedding_blocks`), float32; NaN for one without.
+
+    Only the shards that hold one of the rows are read.
 
     Raises:
-        InputError: not one row has an embedding.
+        InputError: not one of the rows has an embedding.
     """
-    whole: np.ndarray | None = None
-    for unit, shard in zip(units, read_shards(cache, units), strict=True):
-        usable = scoring.usable_norm(shard.floats("norm"))
-        if not usable.any():
-            continue
-        vectors = shard.vectors()[usable]
-        if whole is None:
-            whole = np.full((len(catalogue), vectors.shape[1]), np.nan, dtype=np.float32)
-        rows = shard.table.column("row").to_numpy()
-        whole[catalogue.positions(unit.file, rows[usable])] = vectors
-    if whole is None:
-        raise InputError(f"not one row could be embedded; reasons: {catalogue.reasons()}")
-    return whole
-
-
-def exclude_unembedded(catalogue: Catalogue, embeddings: Float[np.ndarray, "n e"]) -> None:
-    """Give rows without a usable embedding their reason in the catalogue."""
-    missing = ~np.isfinite(embeddings).all(axis=1)
-    catalogue.exclude(np.flatnonzero(missing).tolist(), NO_EMBEDDING)
+    slot = np.full(len(catalogue), -1)
+    slot[positions] = np.arange(len(positions))
+    holding = [
+        unit
+        for unit in units
+        if (slot[catalogue.positions(unit.file, range(unit.first, unit.last + 1))] >= 0).any()
+    ]
+    found: np.ndarray | None = None
+    for where, vectors in embedding_blocks(cache, holding, catalogue, lengths=lengths):
+        if found is None:
+            found = np.full((len(positions), vectors.shape[1]), np.nan, dtype=np.float32)
+        wanted = slot[where] >= 0
+        found[slot[where[wanted]]] = vectors[wanted]
+    if found is None or not np.isfinite(found).all(axis=1).any():
+        raise InputError(
+            f"not one of {len(positions)} rows could be embedded (zero or not finite); reasons of "
+            f"rows without a score: {catalogue.reasons()}"
+        )
+    return found
 
 
 def read_exact_scores(
@@ -76,9 +119,10 @@ def read_exact_scores(
     columns: TargetColumns,
     normalize: bool,
 ) -> tuple[Int[np.ndarray, "r"], scoring.ExactScores]:
-    """(positions, scores) of the rows with a usable gradient, in pool order.
+    """(positions, scores) of the rows with a usable gradient that can be scored, in pool order.
 
-    Rows without one get their reason in the catalogue.
+    Rows without one get their reason in the catalogue. Of a row that several shards hold, the
+    first one counts.
 
     Raises:
         InputError: not one candidate, or a target row, has a usable gradient.
@@ -86,12 +130,19 @@ def read_exact_scores(
     if exact.products:
         names = dict.fromkeys(column.target for column in columns.columns)
         positions, P = _side_by_side(
-            [_read_products(cache, exact.products[name], pool, normalize) for name in names]
+            [
+                _read_products(cache, exact.products[name], pool, exact.wanted, normalize)
+                for name in names
+            ]
         )
         halves = None
     else:
         means = _target_sketches(cache, exact.targets, targets, columns, normalize)
-        positions, P, halves = _read_sketches(cache, exact.sketches, pool, means, normalize)
+        positions, P, halves = _read_sketches(cache, exact, pool, means, normalize)
+    # A row may be a duplicate of one in another shard; it is scored through that one.
+    kept = np.isin(positions, pool.eligible)
+    positions, P = positions[kept], P[kept]
+    halves = None if halves is None else halves[:, kept]
     if not len(positions):
         raise InputError(f"not one candidate has a usable gradient; reasons: {pool.reasons()}")
     order = np.argsort(positions, kind="stable")
@@ -115,14 +166,16 @@ def check_target_rows(name: str, catalogue: Catalogue, rows: Float[np.ndarray, "
 
 
 def _read_products(
-    cache: Cache, units: Sequence[Unit], pool: Catalogue, normalize: bool
+    cache: Cache,
+    units: Sequence[Unit],
+    pool: Catalogue,
+    wanted: Mapping[str, Sequence[int]] | None,
+    normalize: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     positions, parts = [], []
-    for unit, shard in zip(units, read_shards(cache, units), strict=True):
-        where, vectors, norm = _usable_rows(unit, shard, pool)
-        if len(where):
-            positions.append(where)
-            parts.append(scoring.unit(vectors, norm, normalize))
+    for where, kept, vectors, norm in _usable_rows(cache, units, pool, wanted):
+        positions.append(where)
+        parts.append(scoring.unit(vectors, norm, normalize)[kept])
     if not parts:
         return np.empty(0, np.int64), np.empty((0, 0))
     return np.concatenate(positions), np.concatenate(parts)
@@ -145,17 +198,15 @@ def _side_by_side(
 
 def _read_sketches(
     cache: Cache,
-    units: Sequence[Unit],
+    exact: ExactUnits,
     pool: Catalogue,
     means: Float[np.ndarray, "m d"],
     normalize: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     positions, halves = [], []
-    for unit, shard in zip(units, read_shards(cache, units), strict=True):
-        where, vectors, norm = _usable_rows(unit, shard, pool)
-        if len(where):
-            positions.append(where)
-            halves.append(scoring.sketched_halves(vectors, norm, means, normalize))
+    for where, kept, vectors, norm in _usable_rows(cache, exact.sketches, pool, exact.wanted):
+        positions.append(where)
+        halves.append(scoring.sketched_halves(vectors, norm, means, normalize)[:, kept])
     if not halves:
         return np.empty(0, np.int64), np.empty((0, len(means))), np.empty((2, 0, len(means)))
     both = np.concatenate(halves, axis=1)
@@ -163,15 +214,32 @@ def _read_sketches(
 
 
 def _usable_rows(
-    unit: Unit, shard: Shard, pool: Catalogue
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(positions, vectors, norms) of the rows with a gradient; the others get their reason."""
-    norm, vectors = shard.floats("norm"), shard.vectors()
-    where = pool.positions(unit.file, shard.table.column("row").to_numpy())
-    # A finite norm does not make finite entries: a product can overflow where a norm does not.
-    usable = scoring.usable_norm(norm) & np.isfinite(vectors).all(axis=1)
-    pool.exclude(where[~usable].tolist(), NO_GRADIENT)
-    return where[usable], vectors[usable], norm[usable]
+    cache: Cache,
+    units: Sequence[Unit],
+    pool: Catalogue,
+    wanted: Mapping[str, Sequence[int]] | None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """(positions, kept, vectors, norms), shard by shard: the rows to keep among the usable ones.
+
+    Vectors and norms are of all rows with a gradient, `kept` (a mask over them) are the wanted ones
+    that no shard before held: so a score's last bits depend on its shard, not on what is wanted of
+    it. `positions` are the kept ones'. Wanted rows without a gradient get their reason.
+    """
+    left = np.full(len(pool), wanted is None)
+    if wanted is not None:
+        files = {file.url: file for file in pool.files}
+        for url, rows in wanted.items():
+            left[pool.positions(files[url], rows)] = True
+    for unit, shard in read_shards(cache, units):
+        where = pool.positions(unit.file, shard.table.column("row").to_numpy())
+        new = left[where]
+        left[where] = False
+        norm, vectors = shard.floats("norm"), shard.vectors()
+        # A finite norm does not make finite entries: a product can overflow where a norm does not.
+        usable = scoring.usable_norm(norm) & np.isfinite(vectors).all(axis=1)
+        pool.exclude(where[new & ~usable].tolist(), NO_GRADIENT)
+        if (new & usable).any():
+            yield where[new & usable], new[usable], vectors[usable], norm[usable]
 
 
 def _target_sketches(
@@ -186,7 +254,7 @@ def _target_sketches(
     for name, members in units.items():
         catalogue = targets[name]
         whole: np.ndarray | None = None
-        for unit, shard in zip(members, read_shards(cache, members), strict=True):
+        for unit, shard in read_shards(cache, members):
             norm = shard.floats("norm")
             usable = scoring.usable_norm(norm)
             if not usable.any():

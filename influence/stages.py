@@ -61,7 +61,7 @@ class Toolbox:
         self.replica = replica
         self.settings = settings
         self._built: dict[str, Any] = {}
-        self._products: tuple[tuple[str, ...], Any] | None = None
+        self._products: tuple[tuple[tuple[str, ...], ...], Any] | None = None
 
     def _once(self, name: str, build: Callable[[], Any]) -> Any:
         if name not in self._built:
@@ -103,11 +103,13 @@ class Toolbox:
 
         return self._once("sketch", build)
 
-    def product_engine(self, keys: tuple[str, ...], read: Callable[[], dict[str, Tensor]]) -> Any:
-        """Exact inner products with target gradients {layer: (m, out, in)}.
+    def product_engine(
+        self, keys: tuple[tuple[str, ...], ...], read: Callable[[], dict[str, list[Tensor]]]
+    ) -> Any:
+        """Exact inner products with target gradients {layer: (m, out, in) for each target}.
 
-        `keys` names them; the engine of the last keys is kept, and an earlier one is dropped first:
-        full target gradients are the largest thing that a replica holds.
+        `keys` names each target's; the engine of the last keys is kept, and an earlier one is
+        dropped first: full target gradients are the largest thing that a replica holds.
         """
         if self._products is None or self._products[0] != keys:
             self._products = None
@@ -154,8 +156,13 @@ def split_columns(whole: Vectors, widths: Sequence[int]) -> list[Vectors]:
     ]
 
 
-def target_vector(tools: Toolbox, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], int]:
-    """Mean over the rows of the (unit) gradients: {layer: (out, in)}, and the number of rows."""
+def target_vector(
+    tools: Toolbox, batches: Sequence[Batch], names: Sequence[Sequence[str]]
+) -> tuple[dict[str, Tensor], int]:
+    """Mean over the rows of the (unit) gradients: {layer: (out, in)}, and the number of rows.
+
+    `names` are the rows of every batch. Raises InputError for one without a usable gradient.
+    """
     moved = [batch.to(tools.replica.device) for batch in batches]
     total, count = mean_gradient(
         tools.replica.model,
@@ -163,6 +170,7 @@ def target_vector(tools: Toolbox, batches: Sequence[Batch]) -> tuple[dict[str, T
         moved,
         reduction=tools.settings.reduction,
         normalize=tools.settings.normalize,
+        names=names,
     )
     return {name: value / count for name, value in total.items()}, count
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from influence import storage
 from influence.cache import Cache
@@ -55,9 +56,8 @@ def read_status(run: str) -> Status:
 def print_status(status: Status, console: Console) -> None:
     """The state, a table of stages, failures, and which results are there."""
     manifest = status.manifest
-    console.print(
-        f"{status.run}: {manifest.method}, {manifest.state}", highlight=False, markup=False
-    )
+    # As Text, in which rich looks for neither markup nor emoji codes: names come out of the data.
+    console.print(Text(f"{status.run}: {manifest.method}, {manifest.state}"))
     table = Table()
     for heading in ("stage", "shards", "committed", "missing", "failed", "reused", "seconds"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
@@ -65,7 +65,7 @@ def print_status(status: Status, console: Console) -> None:
         planned = len(set(record.planned))
         committed = status.committed.get(name, 0)
         table.add_row(
-            name,
+            Text(name),
             str(planned or ""),
             str(committed) if planned else "",
             str(planned - committed) if planned else "",
@@ -77,10 +77,10 @@ def print_status(status: Status, console: Console) -> None:
     for record in manifest.stages.values():
         for failed in record.failed:
             console.print(
-                f"failed: {failed.file} rows {failed.first}-{failed.last} after "
-                f"{failed.attempts} attempts: {failed.error}",
-                highlight=False,
-                markup=False,
+                Text(
+                    f"failed: {failed.file} rows {failed.first}-{failed.last} after "
+                    f"{failed.attempts} attempts: {failed.error}"
+                ),
                 soft_wrap=True,
             )
     there = [name for name, present in status.results.items() if present]

@@ -104,7 +104,8 @@ def read_bytes(url: str) -> bytes:
     """The whole object.
 
     Raises:
-        InputError: there is no such object, or the store refuses or cannot be reached.
+        InputError: there is no such object, or the store refuses.
+        StorageError: the store cannot be reached, or keeps failing.
     """
     where = _locate(url)
     with translated(where, url):
@@ -119,7 +120,8 @@ def open_input(url: str) -> Any:
     A local file is memory-mapped, so pyarrow reads it without a copy.
 
     Raises:
-        InputError: there is no such object, or the store refuses or cannot be reached.
+        InputError: there is no such object, or the store refuses.
+        StorageError: the store cannot be reached, or keeps failing.
     """
     where = _locate(url)
     with translated(where, url):
@@ -188,7 +190,8 @@ def list_objects(prefix_url: str) -> list[ObjectInfo]:
     """All objects below a folder, at any depth, sorted by URL; a folder that is not there is empty.
 
     Raises:
-        InputError: the bucket does not exist, or the store refuses or cannot be reached.
+        InputError: the bucket does not exist, or the store refuses.
+        StorageError: the store cannot be reached, or keeps failing.
     """
     where = _locate(prefix_url, key_needed=False)
     base = where.key.strip("/")
@@ -241,12 +244,13 @@ def probe_create_only(base_url: str) -> None:
     """Check that the store refuses a second create of the same object, on which commits rest.
 
     Raises:
-        StorageError: the second create was not refused.
+        StorageError: the second create was not refused, or the store cannot be reached.
         InputError: the store cannot be written at all.
     """
     url = join(base_url, f".probe-{uuid.uuid4().hex}")
+    first = put_new(url, b"first")
     try:
-        first, second = put_new(url, b"first"), put_new(url, b"second")
+        second = put_new(url, b"second")
         kept = read_bytes(url)
     finally:
         delete(url)

@@ -44,6 +44,10 @@ def translated(where: Location, url: str | None = None) -> Iterator[None]:
     """Turn the store's exceptions into errors a user can act on.
 
     The store's own text is not passed on: it may hold signed requests and key ids.
+
+    Raises:
+        InputError: what no retry can mend: nothing there, refused, wrongly configured.
+        StorageError: it cannot be reached, times out or fails (5xx), after the client's retries.
     """
     name = url or where.describe()
     try:
@@ -56,13 +60,17 @@ def translated(where: Location, url: str | None = None) -> Iterator[None]:
         raise InputError(f"{name}: permission denied") from None
     except BaseError as error:
         raise _explained(where, name, error) from None
+    except OSError as error:
+        if not where.scheme:
+            raise
+        raise _explained(where, name, error) from None  # a reader's own class of error
 
 
 def _no_bucket(where: Location) -> InputError:
     return InputError(f"{where.describe()} does not exist; create it, or correct its name")
 
 
-def _explained(where: Location, name: str, error: BaseError) -> Exception:
+def _explained(where: Location, name: str, error: Exception) -> Exception:
     text = str(error)
     status = re.search(r"status code: (\d{3})", text)
     code = re.search(r"<Code>(\w+)</Code>", text)
@@ -78,10 +86,15 @@ def _explained(where: Location, name: str, error: BaseError) -> Exception:
             f"{where.describe()} refused access ({short}); check AWS_ACCESS_KEY_ID, "
             "AWS_SECRET_ACCESS_KEY and AWS_REGION, or the node's role and its policy"
         )
-    if isinstance(error, GenericError) and status is None:
+    if "builder error" in text:
         return InputError(
-            f"{where.describe()} cannot be reached or used; check AWS_ENDPOINT_URL, AWS_REGION, "
-            "AWS_ALLOW_HTTP (an http:// endpoint needs it), the credentials and the network"
+            f"{where.describe()} cannot be used as it is configured; check AWS_ENDPOINT_URL and "
+            "AWS_ALLOW_HTTP (an http:// endpoint needs it)"
+        )
+    if isinstance(error, GenericError | OSError) and status is None:
+        return StorageError(
+            f"{where.describe()} cannot be reached; check AWS_ENDPOINT_URL, AWS_REGION, the "
+            "credentials and the network"
         )
     if status and status.group(1) in ("301", "307", "400"):
         return InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from influence.errors import InputError
 from influence.run_log import read_manifest
@@ -14,7 +15,7 @@ MOST_SOURCES = 30
 
 
 def summary_tables(run: str, summary: dict[str, Any]) -> list[Table]:
-    """Sources, certificate, seconds per stage."""
+    """Sources, certificate, seconds per stage. Names out of the data stand as they are."""
     return [
         source_table(summary["sources"]),
         certificate_table(Fidelity.model_validate(summary["fidelity"])),
@@ -37,7 +38,12 @@ def source_table(sources: dict[str, tuple[int, int]]) -> Table:
     rows.sort(key=lambda row: (-row[3], -row[4] / row[2], row[0]))
     for name, before, share, after, part in rows[:MOST_SOURCES]:
         table.add_row(
-            name, str(before), f"{share:.1%}", str(after), f"{part:.1%}", f"{part / share:.2f}"
+            Text(name),
+            str(before),
+            f"{share:.1%}",
+            str(after),
+            f"{part:.1%}",
+            f"{part / share:.2f}",
         )
     if len(rows) > MOST_SOURCES:
         rest = rows[MOST_SOURCES:]
@@ -60,7 +66,7 @@ def certificate_table(fidelity: Fidelity) -> Table:
         table.add_column("sd of the sketch's noise", justify="right")
         for name, target in fidelity.targets.items():
             noise = "none" if target.sketch_sd is None else f"{target.sketch_sd:.4f}"
-            table.add_row(name, noise)
+            table.add_row(Text(name), noise)
         return table
     table = Table(
         title=f"certificate ({fidelity.landmarks} landmarks; leave-one-out, 95 % intervals)"
@@ -72,7 +78,7 @@ def certificate_table(fidelity: Fidelity) -> Table:
             value=target.recall.expected, low=target.recall.low, high=target.recall.high
         )
         table.add_row(
-            name,
+            Text(name),
             _interval(target.spearman),
             _number(target.r2),
             _interval(recall),
@@ -100,7 +106,7 @@ def stage_table(run: str) -> Table:
     for name, stage in manifest.stages.items():
         rate = f"{stage.tokens / stage.seconds:,.0f}" if stage.tokens and stage.seconds else ""
         table.add_row(
-            name,
+            Text(name),
             str(stage.shards or ""),
             str(stage.reused or ""),
             str(stage.rows or ""),

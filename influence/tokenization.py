@@ -178,7 +178,7 @@ def _spans(example: Example, render: Render) -> tuple[str, list[Span]] | None:
     except jinja2.TemplateError:
         return None
     except InputError as error:
-        raise InputError(f"row {example.row}: {error}") from error
+        raise InputError(f"{example.url} row {example.row}: {error}") from error
 
 
 def _by_offsets(tokenizer: Any, rendered: list[tuple[str, list[Span]]]) -> list[_Tokens]:

@@ -66,15 +66,20 @@ class Bundle:
 class ExactUnits:
     """Where exact scores come from: sketches of candidates and targets, or inner products.
 
+    Shards of candidates may hold more rows than are wanted, and a row may be in several: they were
+    made for another choice of rows. The first one in the order of the units counts.
+
     Attributes:
         sketches: gradient shards of candidates (projection: kronecker).
         targets: gradient shards of each target, likewise.
         products: inner products of candidates with each target's columns (projection: exact).
+        wanted: the candidates' rows by the URL of their file; None for every row.
     """
 
     sketches: list[Unit]
     targets: dict[str, list[Unit]]
     products: dict[str, list[Unit]]
+    wanted: dict[str, tuple[int, ...]] | None = None
 
     @property
     def all(self) -> list[Unit]:

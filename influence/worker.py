@@ -20,13 +20,13 @@ import torch
 from influence import stages
 from influence.batching import make_batches
 from influence.cache import Cache, vector_column
-from influence.candidates import read_examples
+from influence.candidates import read_examples, read_rows
 from influence.config import Config
 from influence.errors import InputError, ModelLoadError
 from influence.fingerprints import embedding_values
 from influence.gradients import Parameters
 from influence.loss import Reduction
-from influence.replica import load_replica, load_tokenizer, resolve_dtype
+from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
 from influence.schemas import (
     ROW_FIELDS,
     VectorLayout,
@@ -131,11 +131,9 @@ class Worker:
         if self._encode is None:
             tokenizer = load_tokenizer(self.config.model)
             self._encode = make_encoder(tokenizer, self.config.data.max_length)
-        examples = read_examples(unit.file, unit.first, unit.last, unit.group_by)
         if unit.rows is not None:
-            wanted = set(unit.rows)
-            examples = [example for example in examples if example.row in wanted]
-        return self._encode(examples)
+            return self._encode(read_rows(unit.file, unit.rows, unit.group_by))
+        return self._encode(read_examples(unit.file, unit.first, unit.last, unit.group_by))
 
     def _tools(self) -> Toolbox:
         if self._load_error is not None:
@@ -143,9 +141,7 @@ class Worker:
         if self._toolbox is None:
             config = self.config
             dtype = resolve_dtype(config.model.dtype, config.replicas.num_gpus, config.model.device)
-            device = config.model.device
-            if device == "auto" and config.replicas.num_gpus == 0:
-                device = "cpu"
+            device = choose_device(config.model.device, config.replicas.num_gpus)
             if device != "cuda":
                 # The number of threads decides the order of sums: fixed by the config alone.
                 torch.set_num_threads(config.replicas.num_cpus)
@@ -165,7 +161,7 @@ class Worker:
         unit = bundle.units[0]
         if unit.stage == "target_vectors":
             # A target row that is there twice counts twice in the mean, as it does in a sketch.
-            tables = [self._target_vector_table(unit, tools, make_batches(encoded, budget))]
+            tables = [self._target_vector_table(unit, tools, encoded)]
         else:
             first_of, unique = _unique(encoded)
             batches = make_batches(unique, budget)
@@ -184,19 +180,26 @@ class Worker:
         if stage == "gradients":
             return [stages.sketch_gradients(tools, batches)]
         if stage == "inner_products":
-            keys = tuple(key for unit in bundle.units for key in unit.needs)
+            keys = tuple(unit.needs for unit in bundle.units)
             engine = tools.product_engine(keys, lambda: self._target_vectors(keys, tools))
             whole = stages.inner_products(tools, batches, engine)
             return stages.split_columns(whole, [len(unit.needs) for unit in bundle.units])
         raise InputError(f"no such stage: {stage!r}")
 
-    def _target_vector_table(self, unit: Unit, tools: Toolbox, batches: list[Any]) -> pa.Table:
+    def _target_vector_table(
+        self, unit: Unit, tools: Toolbox, encoded: Sequence[Encoded]
+    ) -> pa.Table:
+        batches = make_batches(encoded, self.config.replicas.token_budget)
         if not batches:
             raise InputError(
                 f"{unit.file.url}: none of the rows {unit.first}..{unit.last} of this target can "
                 "be scored; see the reasons in the catalogue or drop the group"
             )
-        vector, _count = stages.target_vector(tools, batches)
+        names = [
+            [f"{unit.file.url} row {encoded[position].row}" for position in batch.positions]
+            for batch in batches
+        ]
+        vector, _count = stages.target_vector(tools, batches, names)
         rows = {
             "layer": list(vector),
             "out_features": [value.shape[0] for value in vector.values()],
@@ -205,24 +208,27 @@ class Worker:
         }
         return pa.table(rows, schema=target_vector_schema())
 
-    def _target_vectors(self, keys: Sequence[str], tools: Toolbox) -> dict[str, torch.Tensor]:
-        """Read target vectors {layer: (m, out, in)} from the cache."""
-        stacked: dict[str, torch.Tensor] = {}
-        for column, key in enumerate(keys):
-            table = self.cache.read(key).table
-            for position in range(table.num_rows):
-                name = table.column("layer")[position].as_py()
-                shape = (
-                    table.column("out_features")[position].as_py(),
-                    table.column("in_features")[position].as_py(),
-                )
-                data = np.frombuffer(table.column("vector")[position].as_buffer(), np.float32)
-                if name not in stacked:
-                    stacked[name] = torch.empty(
-                        (len(keys), *shape), dtype=torch.float32, device=tools.replica.device
+    def _target_vectors(
+        self, targets: Sequence[Sequence[str]], tools: Toolbox
+    ) -> dict[str, list[torch.Tensor]]:
+        """Read target vectors {layer: (m, out, in) for each target} from the cache."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for index, keys in enumerate(targets):
+            for column, key in enumerate(keys):
+                table = self.cache.read(key).table
+                for position, name in enumerate(table.column("layer").to_pylist()):
+                    shape = tuple(
+                        table.column(size)[position].as_py()
+                        for size in ("out_features", "in_features")
                     )
-                stacked[name][column] = torch.from_numpy(data.copy()).view(shape)
-        return stacked
+                    data = np.frombuffer(table.column("vector")[position].as_buffer(), np.float32)
+                    blocks = found.setdefault(name, [])
+                    if index == len(blocks):
+                        device = tools.replica.device
+                        empty = torch.empty((len(keys), *shape), dtype=torch.float32, device=device)
+                        blocks.append(empty)
+                    blocks[index][column] = torch.from_numpy(data.copy()).view(shape)
+        return found
 
 
 def stage_settings(config: Config) -> StageSettings:

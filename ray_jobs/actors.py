@@ -6,10 +6,11 @@ import os
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from influence.config import Config
-from influence.errors import InfluenceError
+from influence.errors import InfluenceError, ReducerLostError
 from influence.reducer import Reducer
 from influence.units import Bundle
 from influence.worker import UnitResult, Worker
@@ -47,11 +48,21 @@ class ReducerActor:
 
 
 class RemoteReducer:
-    """A reducer in an actor, with the methods of `Reducer`; its errors arrive as they were."""
+    """A reducer in an actor, with the methods of `Reducer`; its errors arrive as they were.
+
+    It lives on the driver's node, which the job depends on anyway: a node that the cluster gives
+    back takes replicas along, which can be replaced, but never the run's arrays.
+
+    Raises:
+        ReducerLostError: by every method, once the actor is lost.
+    """
 
     def __init__(self, config: Config) -> None:
+        node = ray.get_runtime_context().get_node_id()
         # No CPU is reserved: the reducer works when the replicas have nothing to do.
-        actor = ReducerActor.options(num_cpus=0)  # pyright: ignore[reportAttributeAccessIssue]
+        actor = ReducerActor.options(  # pyright: ignore[reportAttributeAccessIssue]
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        )
         self._actor = actor.remote(config.model_dump(mode="json"))
 
     def __getattr__(self, method: str) -> Any:
@@ -63,6 +74,12 @@ class RemoteReducer:
                 return ray.get(self._actor.call.remote(method, *arguments))
             except RayTaskError as error:
                 raise cause_of(error) from error
+            except RayError as error:
+                raise ReducerLostError(
+                    f"the reducer was lost ({text_of(error)}); if it ran out of memory, use a "
+                    "larger machine for the driver. Everything that was committed stands: the same "
+                    "command goes on from there"
+                ) from error
 
         return call
 
@@ -83,3 +100,10 @@ def cause_of(error: RayTaskError) -> BaseException:
     """The package's own error inside a task error, else the task error itself."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, InfluenceError) else error
+
+
+def text_of(error: BaseException) -> str:
+    """One line for a record: class and first line of what a task raised, or of the error."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0] if lines else ''}"

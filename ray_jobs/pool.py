@@ -16,13 +16,18 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from influence.errors import InfluenceError, InputError
-from ray_jobs.actors import IN_FLIGHT, cause_of
+from influence.local import retry_pause
+from ray_jobs.actors import IN_FLIGHT, cause_of, text_of
 
 _POLL_SECONDS = 1.0
 _START_FAILURES = 5
+#: Units that a replica may fail in a row before it is taken for broken.
+_FAILURES_IN_A_ROW = 2
+#: A replica idle for so long is given back; shorter than that, a next phase may well need it.
+_IDLE_SECONDS = 5.0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Attempt:
     unit: Any
     failures: int = 0
@@ -31,13 +36,19 @@ class _Attempt:
     # When it came to the head of its replica's queue, as far as is known here: its time limit
     # counts from here. Units behind it that finish do not turn its clock back.
     since: float = 0.0
+    # It pauses until then: the store failed it, and needs a moment.
+    not_before: float = 0.0
+    # Replicas on which it raised: another one is tried next, if there is one.
+    failed_on: set[_Replica] = field(default_factory=set)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Replica:
     handle: Any
     ready_ref: Any
     ready: bool = False
+    failures_in_a_row: int = 0
+    idle_since: float = 0.0
     in_flight: dict[Any, _Attempt] = field(default_factory=dict)
 
     @property
@@ -52,7 +63,7 @@ class ReplicaPool:
         start: starts one replica actor.
         retries: attempts of a unit after its first one.
         shard_seconds: time limit of one unit; a replica that exceeds it is killed.
-        on_replicas: told the number of replicas that are up whenever it changes.
+        on_poll: called about once a second with the replicas that are up, and that are awaited.
     """
 
     def __init__(
@@ -63,14 +74,15 @@ class ReplicaPool:
         maximum: int,
         retries: int,
         shard_seconds: float,
-        on_replicas: Callable[[int], None] = lambda count: None,
+        on_poll: Callable[[int, int], None] = lambda up, starting: None,
     ) -> None:
         self._start = start
         self._minimum, self._maximum = minimum, maximum
         self._retries, self._shard_seconds = retries, shard_seconds
-        self._on_replicas = on_replicas
+        self._on_poll = on_poll
         self._replicas: list[_Replica] = []
         self._start_failures = 0
+        self._replaced = 0  # broken replicas replaced since a unit last succeeded
 
     def __call__(
         self,
@@ -81,8 +93,8 @@ class ReplicaPool:
         """Run all units; every unit is reported exactly once, as a result or as a failure.
 
         Raises:
-            InfluenceError: what no retry can mend (bad data, a model that does not load).
-            InputError: replicas keep dying before they are up.
+            InputError: what no retry can mend (bad data, a model that does not load), or replicas
+                that keep dying before they are up.
         """
         self._pending = deque(_Attempt(unit) for unit in units)
         self._on_result, self._on_failure = on_result, on_failure
@@ -91,6 +103,8 @@ class ReplicaPool:
             self._hand_out()
             self._collect()
             self._enforce_time_limit()
+            up = sum(replica.ready for replica in self._replicas)
+            self._on_poll(up, len(self._replicas) - up)
 
     def close(self) -> None:
         """Stop every replica; what they committed stands."""
@@ -101,38 +115,50 @@ class ReplicaPool:
     # --- replicas ---
 
     def _scale(self) -> None:
-        work = len(self._pending) + sum(len(replica.in_flight) for replica in self._replicas)
-        wanted = max(self._minimum, min(self._maximum, work))
+        busy = sum(bool(replica.in_flight) for replica in self._replicas)
+        wanted = max(self._minimum, min(self._maximum, busy + len(self._pending)))
         while len(self._replicas) < wanted:
             handle = self._start()
             self._replicas.append(_Replica(handle, handle.ready.remote()))
-        if len(self._replicas) > wanted:
-            # Demand that was never met is withdrawn, so that the cluster can shrink.
-            for replica in [r for r in self._replicas if not r.ready][
-                : len(self._replicas) - wanted
-            ]:
-                ray.kill(replica.handle)
-                self._replicas.remove(replica)
+        # Demand that was never met is withdrawn first, so that the cluster can shrink; then what
+        # has nothing to do. A replica at work is never stopped.
+        late = time.monotonic() - _IDLE_SECONDS
+        starting = [r for r in self._replicas if not r.ready]
+        idle = [r for r in self._replicas if r.ready and not r.in_flight and r.idle_since < late]
+        for replica in [*starting, *idle][: max(0, len(self._replicas) - wanted)]:
+            ray.kill(replica.handle)
+            self._replicas.remove(replica)
 
     def _up(self, replica: _Replica) -> None:
         replica.ready = True
+        replica.idle_since = time.monotonic()
         self._start_failures = 0
-        self._on_replicas(sum(r.ready for r in self._replicas))
+
+    def _doubt(self, replica: _Replica) -> None:
+        """A unit raised on this replica; one that fails every unit is replaced."""
+        replica.failures_in_a_row += 1
+        if replica.failures_in_a_row < _FAILURES_IN_A_ROW:
+            return
+        # Replicas that fail one after the other, without any success, are not what is broken.
+        if self._replaced >= self._maximum:
+            return
+        self._replaced += 1
+        ray.kill(replica.handle)
+        self._replicas.remove(replica)
+        for attempt in self._unfinished(replica):
+            self._pending.appendleft(attempt)
 
     def _lost(self, replica: _Replica, error: BaseException) -> None:
         """A replica is gone: its units go back, and the culprit is looked for."""
         self._replicas.remove(replica)
-        self._on_replicas(sum(r.ready for r in self._replicas))
         if not replica.ready:
             self._start_failures += 1
             if self._start_failures >= _START_FAILURES:
                 raise InputError(
                     f"replicas: {self._start_failures} replicas in a row died before they were up; "
-                    f"the last one: {_text(error)}"
+                    f"the last one: {text_of(error)}"
                 ) from error
-        attempts = [
-            attempt for ref, attempt in replica.in_flight.items() if not self._arrived(attempt, ref)
-        ]
+        attempts = self._unfinished(replica)
         preempted = isinstance(error, ActorDiedError) and bool(getattr(error, "preempted", False))
         for attempt in attempts:
             if len(attempts) == 1 and not preempted:
@@ -140,6 +166,11 @@ class ReplicaPool:
             else:
                 attempt.suspect = not preempted
                 self._pending.appendleft(attempt)
+
+    def _unfinished(self, replica: _Replica) -> list[_Attempt]:
+        """Units of a replica that is gone, without those whose answer came before."""
+        flying = replica.in_flight.items()
+        return [attempt for ref, attempt in flying if not self._arrived(attempt, ref)]
 
     def _arrived(self, attempt: _Attempt, ref: Any) -> bool:
         """Whether a unit's answer came before its replica went; it is reported then."""
@@ -158,15 +189,29 @@ class ReplicaPool:
         for _ in range(IN_FLIGHT):
             # Round by round, so that units spread over the replicas before they queue up.
             for replica in self._replicas:
-                if not self._pending:
-                    return
                 if not replica.ready or replica.alone or len(replica.in_flight) >= IN_FLIGHT:
                     continue
-                if self._pending[0].suspect and replica.in_flight:
+                attempt = self._next(replica)
+                if attempt is None:
                     continue
-                attempt = self._pending.popleft()
+                self._pending.remove(attempt)
                 attempt.since = time.monotonic()
                 replica.in_flight[replica.handle.run.remote(attempt.unit)] = attempt
+
+    def _next(self, replica: _Replica) -> _Attempt | None:
+        """The first unit that this replica may have now."""
+        now = time.monotonic()
+        for attempt in self._pending:
+            if attempt.not_before > now:
+                continue
+            if replica in attempt.failed_on and self._others(attempt.failed_on):
+                continue
+            # One that is tried alone waits until its replica has finished the others.
+            return None if attempt.suspect and replica.in_flight else attempt
+        return None
+
+    def _others(self, failed_on: set[_Replica]) -> bool:
+        return any(r.ready and not r.alone and r not in failed_on for r in self._replicas)
 
     def _collect(self) -> None:
         waiting: dict[Any, _Replica] = {}
@@ -175,7 +220,8 @@ class ReplicaPool:
                 waiting[replica.ready_ref] = replica
             for ref in replica.in_flight:
                 waiting[ref] = replica
-        if not waiting:
+        if not waiting:  # every unit that is left pauses
+            time.sleep(_POLL_SECONDS / 4)
             return
         refs = list(waiting)
         done, _ = ray.wait(refs, num_returns=1, timeout=_POLL_SECONDS)
@@ -193,10 +239,7 @@ class ReplicaPool:
             self._lost(replica, error)
             return
         except RayTaskError as error:
-            cause = cause_of(error)
-            if isinstance(cause, InfluenceError):
-                raise cause from error
-            self._retry(_finished(replica, ref), error)
+            self._raised(replica, ref, error)
             return
         except RayError as error:
             # An out-of-memory kill and the like: the replica's state is unknown, so it goes.
@@ -206,12 +249,27 @@ class ReplicaPool:
         if not replica.ready:
             self._up(replica)
             return
+        replica.failures_in_a_row = self._replaced = 0
         self._on_result(_finished(replica, ref).unit, value)
+
+    def _raised(self, replica: _Replica, ref: Any, error: RayTaskError) -> None:
+        """A unit raised: bad input ends the job, a failing store or anything else does not."""
+        cause = cause_of(error)
+        if isinstance(cause, InputError):
+            raise cause from error
+        attempt = _finished(replica, ref)
+        if isinstance(cause, InfluenceError):  # the store's fault, and not the replica's
+            attempt.not_before = time.monotonic() + retry_pause(attempt.failures + 1)
+        else:
+            attempt.failed_on.add(replica)
+        self._retry(attempt, error)
+        if not isinstance(cause, InfluenceError):
+            self._doubt(replica)
 
     def _retry(self, attempt: _Attempt, error: BaseException) -> None:
         attempt.failures += 1
         if attempt.failures > self._retries:
-            self._on_failure(attempt.unit, attempt.failures, _text(error))
+            self._on_failure(attempt.unit, attempt.failures, text_of(error))
         else:
             self._pending.append(attempt)
 
@@ -230,10 +288,5 @@ def _finished(replica: _Replica, ref: Any) -> _Attempt:
     refs = list(replica.in_flight)
     for behind in refs[refs.index(ref) + 1 :]:
         replica.in_flight[behind].since = time.monotonic()
+    replica.idle_since = time.monotonic()
     return replica.in_flight.pop(ref)
-
-
-def _text(error: BaseException) -> str:
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else ''}"

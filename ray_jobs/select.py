@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from influence.config import Config
+from influence.hub import resolve_revision
 from influence.pipeline import prepare, select
 from influence.progress import Progress
 from influence.report import build_report
 from influence.resume import claim_run
 from ray_jobs.actors import RemoteReducer, replica_factory
+from ray_jobs.placement import PlacementWatch
 from ray_jobs.pool import ReplicaPool
 from ray_jobs.session import ray_session
 
@@ -20,24 +22,38 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     Raises:
         InfluenceError: see `influence.errors` for the kinds and their exit codes.
     """
+    config = resolve_revision(config)
     claim_run(config, replace=replace)
     progress = Progress(quiet=quiet)
     job = prepare(config, progress)
     with ray_session(config):
-        pool = ReplicaPool(
-            replica_factory(config),
-            minimum=config.replicas.min,
-            maximum=config.replicas.max,
-            retries=config.replicas.retries,
-            shard_seconds=config.replicas.shard_seconds,
-            on_replicas=lambda count: setattr(progress, "replicas", count),
-        )
+        pool = _pool(config, progress)
         try:
             summary = select(job, pool, RemoteReducer(config))
         finally:
             pool.close()
     summary["report"] = build_report(config.run)
     return summary
+
+
+def _pool(config: Config, progress: Progress) -> ReplicaPool:
+    settings = config.replicas
+    demand = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
+    watch = PlacementWatch({k: v for k, v in demand.items() if v}, progress.note)
+
+    def on_poll(up: int, starting: int) -> None:
+        progress.replicas = up
+        progress.tick()
+        watch.look(up, starting)
+
+    return ReplicaPool(
+        replica_factory(config),
+        minimum=settings.min,
+        maximum=settings.max,
+        retries=settings.retries,
+        shard_seconds=settings.shard_seconds,
+        on_poll=on_poll,
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,8 @@ from influence.config import Config
 from influence.errors import InputError
 from influence.signals import stop_signals
 
+_TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
+
 
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
@@ -21,26 +24,41 @@ def ray_session(config: Config) -> Iterator[None]:
 
     Raises:
         InputError: the embedded cluster cannot hold one replica of this config.
-        InterruptedRunError: SIGTERM or SIGINT arrived inside the block.
+        InterruptedRunError: SIGTERM or SIGINT arrived inside the block (as KeyboardInterrupt).
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     joined = ray.is_initialized()
-    embedded = not joined and "RAY_ADDRESS" not in os.environ
-    if not joined:
-        # The embedded cluster has no dashboard and listens on loopback only.
-        local: dict[str, Any] = (
-            {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if embedded else {}
-        )
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, **local)
-    try:
-        if embedded:
-            _check_room(config)
-        with stop_signals():  # again: ray.init has put its own SIGTERM handler in place
+    embedded = not joined and not os.environ.get("RAY_ADDRESS")
+    with stop_signals() as listen_again:
+        try:
+            if not joined:
+                _connect(embedded, listen_again)
+            if embedded:
+                _check_room(config)
             yield
-    finally:
-        if not joined:
-            ray.shutdown()
+        finally:
+            if not joined:
+                ray.shutdown()
+
+
+def _connect(embedded: bool, listen_again: Callable[[], None]) -> None:
+    local: dict[str, Any] = {}
+    if embedded:
+        # "local": a cluster of somebody else that happens to run on this machine is not joined.
+        # The embedded one has no dashboard and listens on loopback only.
+        local = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        # Its line on token authentication (which stays as it is) is for clusters on a network.
+        logging.getLogger(_TOKEN_LOGGER).setLevel(logging.ERROR)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, **local)
+    except SystemExit as stopped:
+        if stopped.code != signal.SIGTERM:
+            raise
+        # ray.init puts its own SIGTERM handler in place before it does anything else.
+        listen_again()
+        signal.raise_signal(signal.SIGTERM)
+    listen_again()
 
 
 def _check_room(config: Config) -> None:

@@ -11,7 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from influence import parquet_rows, storage
-from influence.candidates import Message, default_id, read_examples, read_table, scan_files
+from influence.candidates import (
+    Message,
+    read_examples,
+    read_table,
+    scan_files,
+)
 from influence.errors import InputError
 
 pytest_plugins = ["s3"]
@@ -137,7 +142,6 @@ def test_columns_id_source_and_group_are_read_as_text(tmp_path):
     assert (first.id, first.source, first.group) == ("7", "flan", "3")
     assert (second.id, second.source, second.group) == ("x", None, "y")
     assert read_all(url)[0].group is None
-    assert default_id("s3://bucket/a/pool.jsonl", 12) == "pool.jsonl:12"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

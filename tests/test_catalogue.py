@@ -45,6 +45,14 @@ def test_ids_default_to_file_and_row_and_sources_to_a_name():
     assert pool.groups == [None] * 7
 
 
+def test_default_ids_of_files_of_one_name_are_distinct():
+    first, second = source_file("pool/a/x.jsonl", 4), source_file("pool/b/x.jsonl", 3)
+    pool = one_catalogue((first, {}), (second, {}), (A, {}))
+    assert pool.ids[3:5] == ["a/x.jsonl:3", "b/x.jsonl:0"]
+    assert pool.ids[-1] == "a.jsonl:3"
+    assert len(set(pool.ids)) == len(pool), "rows of different files share an id"
+
+
 def test_positions_and_rows_are_inverse():
     pool = _pool()
     np.testing.assert_array_equal(pool.positions(A, [0, 3]), [0, 3])

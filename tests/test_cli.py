@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import transformers
 from tiny_run import Setup, tiny_config, write_config
 
+from influence import progress
 from influence.cli import app, main
+from influence.errors import InterruptedRunError
+from influence.signals import stop_signals
 
 COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands)  # type: ignore[union-attr]
 
@@ -56,7 +62,7 @@ def test_help_of_each_command_teaches(command: str, capsys: pytest.CaptureFixtur
         ("selection.budget=5 apples", "selection.budget: '5 apples'"),
         ("landmarks.kernel=[1", "landmarks.kernel:"),
         ("model.api_key=abc", "credentials are never read from a config"),
-        ("model.name=nobody/nothing", "model.name: cannot load the tokenizer of 'nobody/nothing'"),
+        ("model.name=nobody/nothing", "model.name: 'nobody/nothing' is no folder"),
         ("targets.sums.path=nowhere.jsonl", "targets.sums.path: "),
         ("data.candidates=nowhere/*.parquet", "nowhere/*.parquet"),
         ("targets.mixed.group_by=famly", "group_by column 'famly'"),
@@ -133,3 +139,66 @@ def test_the_job_module_runs_as_a_script(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: config file"), done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("command", [["plan"], ["select", "--in-process"]])
+def test_a_stop_signal_is_no_model_that_does_not_load(
+    setup: Setup,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+    number: signal.Signals,
+) -> None:
+    def stopped(*arguments: object, **options: object) -> None:
+        signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    path = write_config(tmp_path / "config.yaml", tiny_config(setup, tmp_path / "run"))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", stopped)
+    code, _, err = run_cli([*command, path], capsys)
+    assert code == 130, f"a stop signal was taken for another error: {err}"
+    assert f"stopped by {number.name}" in err
+    assert "Traceback" not in err
+    assert signal.getsignal(number) is before, "the handler of the caller was not put back"
+
+
+def test_a_second_signal_does_not_break_the_clean_up() -> None:
+    cleaned = []
+
+    def job() -> None:
+        with stop_signals():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                cleaned.append(True)
+
+    with pytest.raises(InterruptedRunError, match="SIGTERM"):
+        job()
+    assert cleaned, "the second signal cut off the writing of the manifest"
+
+
+def test_an_exit_code_is_no_interruption() -> None:
+    with pytest.raises(SystemExit, match="3"), stop_signals():
+        sys.exit(3)
+    with pytest.raises(KeyboardInterrupt), stop_signals():
+        raise KeyboardInterrupt  # of somebody else: nothing was received
+
+
+def test_progress_has_a_line_even_when_nothing_finishes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.05)
+    shown = progress.Progress()
+    shown.tick()
+    with shown.working({"embedding": 7}, 0):
+        shown.tick()
+        assert "embedding 0/7" not in capsys.readouterr().err, "a line before it is due"
+        time.sleep(0.1)
+        shown.tick()
+        shown.tick()
+    time.sleep(0.1)
+    shown.tick()
+    assert capsys.readouterr().err.count("embedding 0/7 shards") == 1, "not one line per interval"

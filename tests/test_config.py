@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from influence.config import Config
-from influence.config_loading import BUILT, dump_config, load_config, parse_config
+from influence.config_loading import BUILT, UNUSED, dump_config, load_config, parse_config
 from influence.errors import InputError
 
 SMALLEST: dict[str, Any] = {
@@ -22,7 +22,7 @@ FULL: dict[str, Any] = SMALLEST | {
     "cache": "s3://bucket/cache",
     "embedding": {"kind": "hidden", "blocks": 2},
     "gradients": {"side": 8, "dim": 64, "reduction": "sqrt", "normalize": False},
-    "weights": {"eta": 1e-5},
+    "landmarks": {"damping": 1e-5},
     "selection": {"budget": "2M tokens", "per_source": {"a.b/c": {"min": 0.1, "max": 0.5}}},
     "targets": {"gsm8k": {"path": "t.jsonl", "group_by": "task"}, "bbh": {"path": "é.jsonl"}},
     "prices": {"node_hour": None},
@@ -85,6 +85,7 @@ def test_names_chosen_by_the_user_are_not_taken_for_keys():
         ("gradients.normalize", "perhaps", "boolean"),
         ("landmarks.recall", 1.5, "less than or equal to 1"),
         ("landmarks.damping", float("nan"), "finite"),
+        ("landmarks.count", 3, "greater than or equal to 4"),
         ("weights.eta", float("inf"), "finite"),
         ("embedding.kind", "jpv", "did you mean 'jvp'"),
         ("method", "exakt", "did you mean 'exact'"),
@@ -133,17 +134,10 @@ UNBUILT: dict[str, list[Any]] = {
     "gradients.projection": ["srht", "rademacher", "countsketch", "none"],
     "gradients.reduction": ["token_max"],
     "landmarks.choose": ["kmeans++", "certified"],
-    "landmarks.audit": [10],
     "optimizer.kind": ["adamw"],
     "optimizer.state": ["state.pt"],
-    "warmup.fraction": [0.05],
     "weights.order": [2],
-    "reference.adapter": ["adapters/a"],
-    "reference.finetune": [{"rank": 4}],
     "layers": ["auto", ["model.layers.0"]],
-    "finetune.data": ["selection.jsonl"],
-    "evaluation.class_detection": [{"train": "a"}],
-    "prices.node_hour": [2.5],
 }
 
 
@@ -166,6 +160,50 @@ def test_what_is_not_built_is_refused_by_name(key: str):
         text = _refusal(_with(key, value))
         assert text.startswith(f"my.yaml: {key}: "), text
         assert "not built yet in this version" in text, f"{key}: {value} was let through"
+
+
+#: A value other than the default for every field that no code reads.
+UNREAD: dict[str, Any] = {
+    "landmarks.recall": 0.9,
+    "landmarks.audit": 10,
+    "warmup.fraction": 0.05,
+    "warmup.epochs": 2,
+    "warmup.learning_rate": 1e-3,
+    "warmup.checkpoints": 4,
+    "weights.curvature": "hvp",
+    "weights.eta": 1e-5,
+    "reference.adapter": "adapters/a",
+    "reference.finetune": {"rank": 4},
+    "finetune.rank": 4,
+    "finetune.alpha": 8,
+    "finetune.dropout": 0.1,
+    "finetune.epochs": 3,
+    "finetune.learning_rate": 1e-3,
+    "finetune.batch_size": 4,
+    "finetune.data": "selection.jsonl",
+    "evaluation.class_detection": {"train": "a"},
+    "evaluation.seeds": 5,
+    "prices.node_hour": 2.5,
+}
+
+
+@pytest.mark.parametrize("key", sorted(UNREAD))
+def test_a_value_that_nothing_reads_is_refused_by_name(key: str):
+    text = _refusal(_with(key, UNREAD[key]))
+    assert text.startswith(f"my.yaml: {key}: "), text
+    assert "not built yet in this version" in text, f"{key} was accepted and changes nothing"
+
+
+def test_every_field_of_an_unused_section_is_tried_and_its_default_passes():
+    defaults = parse_config(SMALLEST).model_dump()
+    fields = set()
+    for key in UNUSED:
+        section, _, field = key.partition(".")
+        fields |= {f"{section}.{name}" for name in ((field,) if field else defaults[section])}
+    assert fields == set(UNREAD), "UNREAD lacks a field, or holds one that is in use now"
+    for key in fields:
+        section, field = key.split(".")
+        assert parse_config(_with(key, defaults[section][field]))
 
 
 SECRETS = [
@@ -215,7 +253,7 @@ def test_set_values_are_typed_like_yaml_and_override_the_file():
         "data.limit=10",
         "data.candidates=[a.jsonl, b.jsonl]",
         "selection.budget=7%",
-        "weights.eta=1e-6",
+        "landmarks.damping=1e-6",
         "gradients.normalize=false",
         "model.adapter=null",
         "targets.new.path=n=1.jsonl",
@@ -226,7 +264,7 @@ def test_set_values_are_typed_like_yaml_and_override_the_file():
     data = copy.deepcopy(FULL)
     config = parse_config(data, overrides)
     assert data == FULL, "the caller's mapping was changed"
-    assert (config.data.limit, config.seed, config.weights.eta) == (10, 2, 1e-6)
+    assert (config.data.limit, config.seed, config.landmarks.damping) == (10, 2, 1e-6)
     assert config.data.candidates == ["a.jsonl", "b.jsonl"]
     assert config.selection.budget == "7%"
     assert (config.gradients.normalize, config.model.adapter) == (False, None)

@@ -12,6 +12,7 @@ from influence.errors import InputError
 from influence.fidelity import (
     TargetFidelity,
     certify,
+    crossed_correlation,
     expected_recall,
     loo_r2,
     reliability_of,
@@ -25,33 +26,42 @@ from influence.intervals import (
     recall_of_top,
     wilson_interval,
 )
-from influence.landmarks import choose_uniform, fit, predict
+from influence.landmarks import choose_uniform, fit, predict, row_keys
 
 POOL, LANDMARKS = 1200, 256
 
 
-def _pool(seed: int, noise: float, sketch: float):
-    """Scores with signal and noise; two noisy halves of them; the fitted regression's output."""
+def _pool(seed: int, noise: float, sketch: float, shared: bool = False):
+    """Scores with signal and noise; two noisy halves of them; the fitted regression's output.
+
+    `shared`: the sketch's noise is a smooth function of the row, as it is where similar rows have
+    similar gradients, so that the regression learns it.
+    """
     rng = np.random.default_rng(seed)
     X = rng.standard_normal((POOL, 8))
     truth = X @ rng.standard_normal(8) / 8**0.5 + 0.5 * np.sin(2 * X[:, 0])
     truth += noise * rng.standard_normal(POOL)
-    halves = truth + sketch * 2**0.5 * rng.standard_normal((2, POOL))
+    errors = rng.standard_normal((2, POOL))
+    if shared:
+        errors = rng.standard_normal((2, 8)) @ X.T / 8**0.5
+    halves = truth + sketch * 2**0.5 * errors
     scores = halves.mean(axis=0)
-    marks = choose_uniform(LANDMARKS, POOL, seed)
+    keys = row_keys(seed, [f"row {i}".encode() for i in range(POOL)])
+    marks = choose_uniform(keys, LANDMARKS)
     rest = np.setdiff1d(np.arange(POOL), marks)
-    model = fit(X[marks], scores[marks, None])
+    model = fit(X[marks], np.column_stack([scores, *halves])[marks])
     return truth, scores, halves, marks, rest, model, predict(model, X)[:, 0]
 
 
-@pytest.mark.parametrize("sketch", [0.0, 0.7])
+@pytest.mark.parametrize(("sketch", "shared"), [(0.0, False), (0.7, False), (0.5, True)])
 @pytest.mark.parametrize("noise", [0.3, 1.5])
-def test_spearman_interval_covers_the_rest_of_the_pool(sketch: float, noise: float):
+def test_spearman_interval_covers_the_rest_of_the_pool(sketch: float, shared: bool, noise: float):
     inside, error = 0, 0.0
     for seed in range(300):
-        truth, scores, halves, marks, rest, model, predicted = _pool(seed, noise, sketch)
+        truth, scores, halves, marks, rest, model, predicted = _pool(seed, noise, sketch, shared)
+        noisy = (halves[:, marks], model.loo_predictions[:, 1:].T) if sketch else ()
         found, corrected = spearman_of_rest(
-            scores[marks], model.loo_predictions[:, 0], POOL, halves[:, marks] if sketch else None
+            scores[marks], model.loo_predictions[:, 0], POOL, *noisy
         )
         actual, _ = true_fidelity(predicted[rest], truth[rest], 10)
         assert found.value is not None
@@ -66,6 +76,18 @@ def test_spearman_interval_covers_the_rest_of_the_pool(sketch: float, noise: flo
     assert abs(error) < 0.02, f"bias {error:.3f}: is the sketch noise corrected for, and once?"
 
 
+def test_crossed_correlation_is_that_with_the_truth_whatever_noise_was_learnt():
+    rng = np.random.default_rng(7)
+    truth, learnt = rng.standard_normal(50_000), 0.8 * rng.standard_normal((2, 50_000))
+    halves = truth + learnt
+    # A regression that reproduces all of its half's noise: against its own half it looks perfect.
+    predictions = 0.9 * halves
+    mean = predictions.mean(axis=0)
+    found = crossed_correlation(mean, halves, predictions)
+    assert found == pytest.approx(np.corrcoef(mean, truth)[0, 1], abs=0.01)
+    assert np.corrcoef(mean, halves.mean(axis=0))[0, 1] == pytest.approx(1.0, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("noise", "sketch", "share"), [(0.3, 0, 0.05), (1.5, 0, 0.2), (0.3, 0.7, 0.2)]
 )
@@ -74,7 +96,7 @@ def test_recall_and_score_intervals_cover_the_pool(noise: float, sketch: float, 
     for seed in range(pools):
         _, scores, _, marks, rest, model, predicted = _pool(seed, noise, sketch)
         (found,) = certify(
-            scores[marks, None], model.loo_predictions, n=POOL, share=share, seed=seed
+            scores[marks, None], model.loo_predictions[:, :1], n=POOL, share=share, seed=seed
         )
         hybrid = predicted.copy()
         hybrid[marks] = scores[marks]
@@ -95,10 +117,11 @@ def test_score_interval_of_a_landmark_covers_the_unprojected_score():
     truth, scores, halves, marks, _, model, _ = _pool(3, 0.3, 0.7)
     (found,) = certify(
         scores[marks, None],
-        model.loo_predictions,
+        model.loo_predictions[:, :1],
         n=POOL,
         share=0.1,
         halves=halves[:, marks, None],
+        loo_halves=model.loo_predictions[:, 1:].T[:, :, None],
     )
     assert found.sketch_sd == pytest.approx(0.7, rel=0.15), "noise of the mean, not of one half"
     covered = np.mean(np.abs(truth[marks] - scores[marks]) <= found.landmark_halfwidth)
@@ -118,7 +141,8 @@ def test_reliability_is_the_squared_correlation_with_the_truth():
 def test_halves_that_disagree_leave_the_upper_limit_open():
     rng = np.random.default_rng(1)
     y, predicted = rng.standard_normal((2, 100))
-    found, corrected = spearman_of_rest(y, predicted, 1000, rng.standard_normal((2, 100)))
+    halves, loo_halves = rng.standard_normal((2, 2, 100))
+    found, corrected = spearman_of_rest(y, predicted, 1000, halves, loo_halves)
     assert not corrected
     assert found.high == 1.0, "an unknown reliability cannot bound the true correlation"
 
@@ -191,7 +215,7 @@ def test_wilson_interval_is_close_to_jeffreys_in_the_middle():
 def test_constant_scores_give_null_not_nan():
     y = np.column_stack([np.full(20, 0.5), np.arange(20.0)])
     predicted = np.column_stack([np.arange(20.0), np.full(20, 1.0)])
-    found = certify(y, predicted, n=100, share=0.1, halves=np.stack([y, y]))
+    found = certify(y, predicted, n=100, share=0.1, halves=np.stack([y, y]), loo_halves=np.stack([y, y]))
     text = json.dumps([f.to_dict() for f in found], allow_nan=False)
     for entry in json.loads(text):
         assert entry["spearman"] == {"value": None, "low": None, "high": None}

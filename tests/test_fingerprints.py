@@ -33,7 +33,8 @@ def data(tmp_path: Path) -> dict[str, Any]:
     for folder, config in ((model, "config.json"), (adapter, "adapter_config.json")):
         folder.mkdir()
         (folder / "a.safetensors").write_bytes(b"weights")
-        (folder / config).write_text("{}")
+        (folder / config).write_text('{"model_type": "llama", "hidden_size": 32}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"more weights")
     return {
         "run": "runs/x",
         "model": {"name": str(model), "adapter": str(adapter)},
@@ -126,11 +127,31 @@ def test_settings_that_the_embedding_does_not_use_do_not_count(data, kind, unuse
         assert _changed(before, _stages(data, f"embedding.kind={kind}", override)) == set()
 
 
+@pytest.mark.parametrize("kind", ["hidden", "rds"])
+def test_size_and_seed_of_a_projection_count_only_where_one_takes_place(data, kind):
+    """The hidden state has 32 features: from there on `dim` cuts nothing."""
+
+    def stages(dim: int, seed: int) -> dict[str, str]:
+        overrides = (f"embedding.kind={kind}", f"embedding.dim={dim}", f"seed={seed}")
+        return _stages(data, *overrides)
+
+    whole = stages(32, 0)["embedding"]
+    assert {stages(dim, seed)["embedding"] for dim in (32, 4096) for seed in (0, 1)} == {whole}
+    cut = [stages(dim, seed)["embedding"] for dim in (8, 31) for seed in (0, 1)]
+    assert len({whole, *cut}) == 5, "projections of another size or seed share their shards"
+
+
 def test_the_method_rds_shares_the_embeddings_of_that_kind(data):
     rds = parse_config(data, ["method=rds"])
     assert embedding_values(rds)["embedding"] == "rds"
     same = _stages(data, "embedding.kind=rds")["embedding"]
     assert _stages(data, "method=rds")["embedding"] == same
+
+
+def test_an_adapter_is_no_model(data):
+    data["model"] = {"name": data["model"]["adapter"]}
+    with pytest.raises(ModelLoadError, match=r"model\.name: .*holds an adapter.*model\.adapter"):
+        _stages(data)
 
 
 def test_a_random_selection_needs_no_model(data):
@@ -153,6 +174,7 @@ def test_moving_or_copying_the_folders_changes_nothing(data, tmp_path):
         shutil.copytree(data["model"][part], target)
         os.utime(target / "a.safetensors", (1, 1))
         (target / "README.md").write_text("not part of the numbers")
+        (target / "generation_config.json").write_text('{"temperature": 0.6}')
         (target / "training_args.bin").write_bytes(b"a pickle that is never loaded")
         moved["model"][part] = str(target)
     assert _stages(moved) == before, "a path, a time or a file that is not loaded counts"

@@ -185,6 +185,50 @@ def test_mean_gradient_matches_a_loop(architecture, kind, normalize):
     assert count == 6, "not every sample was counted"
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_row_without_a_usable_gradient_is_named(normalize):
+    model, layers = setup("llama", "all")
+    batches = [random_batch(seed=0), random_batch((4, 11), seed=1)]
+    names = [["f row 0", "f row 1", "f row 2", "f row 3"], ["f row 7", "f row 9"]]
+    token = next(t for t in batches[1].input_ids[1].tolist() if t not in batches[0].input_ids)
+    with torch.no_grad():
+        batches[1].input_ids[0][batches[1].input_ids[0] == token] = 1
+        model.model.embed_tokens.weight[token] = float("nan")
+    arguments = {"reduction": "mean", "normalize": normalize, "names": names}
+    with pytest.raises(InputError, match=r"f row 9: .*nan"):
+        mean_gradient(model, layers, batches, **arguments)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    with pytest.raises(InputError, match=r"f row 0: .* 0;"):
+        mean_gradient(model, layers, batches, **arguments)
+
+
+@pytest.mark.parametrize("form", ["pair", "formed", "auto"])
+@pytest.mark.parametrize("lengths", [(2, 3), (9, 5, 12)])
+def test_a_targets_products_do_not_depend_on_the_other_targets(form, lengths):
+    """Bit for bit: which targets share a pass depends on what the cache holds."""
+    model, layers = setup("qwen2", "all", torch.float32)
+    batch, every = random_batch(lengths), random_targets(layers, 6, torch.float32)
+    columns = {"one": slice(0, 1), "two": slice(1, 3), "three": slice(3, 6)}
+
+    def run(*names: str):
+        chosen = {
+            layer: [matrices[columns[name]].clone() for name in names]
+            for layer, matrices in every.items()
+        }
+        return make_engine(model, layers, reduction="mean", targets=chosen, form=form)(batch)
+
+    together = run("one", "two", "three")
+    for names in (["one"], ["two"], ["three"], ["three", "one"]):
+        some = run(*names)
+        where = [k for name in names for k in range(6)[columns[name]]]
+        same = torch.equal(some.products, together.products[:, where])
+        assert same, f"{form}: products with {names} alone have other bits than beside others"
+        assert torch.equal(some.norm, together.norm), f"{form}: norms depend on the targets"
+    _losses, gradients = oracle(model, layers, batch)
+    close(together.products.float(), flat(gradients) @ flat(every).T, "order of targets", rtol=1e-4)
+
+
 def test_module_called_twice_in_one_forward_adds_up_before_squaring():
     model = tiny_model("llama")
     for block in model.model.layers:

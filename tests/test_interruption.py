@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,10 +24,11 @@ from tiny_run import (
     write_config,
 )
 
-from influence import stages
+from influence import local, run_log, stages, storage
 from influence.cli import main
-from influence.errors import ShardsFailedError
+from influence.errors import ShardsFailedError, StorageError
 from influence.one_process import run_select
+from influence.run_log import RunLog
 
 Start = Callable[[str], subprocess.Popen]
 SECONDS = 120.0
@@ -182,3 +185,139 @@ def test_one_process_names_a_failed_shard_and_goes_on_later(
     run_select(config, quiet=True)
     assert manifest_of(config.run).stages["embedding"].computed == 1
     assert_same_results(plain.run, config.run, "a run that went on after a failure differs")
+
+
+#: A driver whose replicas (or whose reducer) never answer; arguments: config, file to touch, which.
+DRIVER = """
+import sys, time
+from pathlib import Path
+import ray
+from influence.cli import main
+from ray_jobs import actors, select
+
+config, touched, which = sys.argv[1:]
+
+class Endless:
+    def __init__(self, config=None): ...
+    def ready(self): ...
+    def run(self, bundle): self.call()
+    def call(self, *arguments):
+        Path(touched).touch()
+        time.sleep(3600)
+
+endless = ray.remote(max_restarts=0)(Endless)
+if which == "replica":
+    select.replica_factory = lambda config: endless.options(num_cpus=1).remote
+else:
+    actors.ReducerActor = endless
+main(["select", config])
+"""
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """A folder for Ray's files (sockets: a short path) that names a cluster that is not ours."""
+    folder = Path(tempfile.mkdtemp(prefix="r"))
+    (folder / "ray").mkdir()
+    (folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("which", "number"), [("replica", signal.SIGTERM), ("reducer", signal.SIGINT)]
+)
+def test_a_signal_in_the_middle_of_a_long_call_ends_the_job_at_once(
+    setup: Setup, tmp_path: Path, ray_folder: Path, which: str, number: signal.Signals
+) -> None:
+    config = tiny_config(setup, tmp_path / "run", method="rds")
+    path = write_config(tmp_path / "config.yaml", config)
+    touched, output = tmp_path / "touched", tmp_path / "output"
+    (tmp_path / "driver.py").write_text(DRIVER)
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment |= {"RAY_TMPDIR": str(ray_folder), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(tmp_path / "driver.py"), path, str(touched), which],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + SECONDS
+        while not touched.exists():
+            assert process.poll() is None, f"joined a cluster of others?\n{output.read_text()}"
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.05)
+        time.sleep(0.5)  # now the driver waits
+        process.send_signal(number)
+        start = time.monotonic()
+        while manifest_of(config.run).state != "interrupted":
+            late = time.monotonic() - start
+            assert late < 3, f"the manifest does not say so after {late:.1f} s"
+            time.sleep(0.05)
+        process.wait(timeout=20)
+        took = time.monotonic() - start
+    finally:
+        if process.poll() is None:
+            kill_with_children(process)
+    text = output.read_text()
+    assert process.returncode == 130, f"exit code of an interrupted run; output:\n{text}"
+    assert f"stopped by {number.name}" in text
+    assert "Traceback" not in text
+    assert "Token authentication" not in text, "noise at the start of an embedded Ray"
+    assert took < 10, f"the job ended {took:.1f} s after the signal"
+
+
+def failing_put(
+    monkeypatch: pytest.MonkeyPatch, name: str, fails: Callable[[str, int], bool]
+) -> list[str]:
+    """Let `storage.NAME` fail where `fails(url, number of the call)`; the URLs it failed."""
+    real, calls, failed = getattr(storage, name), [], []
+
+    def call(url: str, *arguments: Any) -> Any:
+        calls.append(url)
+        if fails(url, calls.count(url)):
+            failed.append(url)
+            raise StorageError(f"{url}: bucket 'b' at http://store cannot be reached")
+        return real(url, *arguments)
+
+    monkeypatch.setattr(storage, name, call)
+    return failed
+
+
+def test_one_process_survives_hiccups_of_the_store(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tiny_config(setup, tmp_path / "plain", method="rds")
+    run_select(plain, quiet=True)
+    config = tiny_config(setup, tmp_path / "run", method="rds", replicas__retries=1)
+    monkeypatch.setattr(local, "PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(run_log, "_SAVE_EVERY_SECONDS", 0.0)
+    shards = failing_put(monkeypatch, "put_new", lambda url, n: "/embedding/" in url and n == 1)
+    writes = failing_put(monkeypatch, "put", lambda url, n: "manifest.json" in url and n in (3, 4))
+    run_select(config, quiet=True)
+    assert len(shards) == manifest_of(config.run).stages["embedding"].shards, "test too weak"
+    assert len(writes) == 2, "the manifest was not written again after a failed write"
+    assert manifest_of(config.run).state == "done"
+    assert_same_results(plain.run, config.run, "a hiccup of the store changed the result")
+
+
+def test_only_the_first_and_the_last_write_of_the_manifest_have_to_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_put(monkeypatch, "put", lambda url, n: n in (1, 3, 4, 5))
+    said: list[str] = []
+    log = RunLog(str(tmp_path), "random", said.append)
+    with pytest.raises(StorageError):
+        log.save()  # 1: nothing was recorded yet
+    log.save()
+    log.save()
+    log.save()
+    assert log.failed_writes == 2
+    assert "2 failed so far" in said[1]
+    assert "bucket 'b' at http://store" in said[1], "the user is not told what fails"
+    with pytest.raises(StorageError):
+        log.finish("done")
+    log.finish("done")
+    assert manifest_of(str(tmp_path)).state == "done"

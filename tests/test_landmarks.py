@@ -9,7 +9,14 @@ import pytest
 
 from influence.errors import InputError
 from influence.kernels import KERNELS, median_distance, squared_distances
-from influence.landmarks import CHOOSERS, choose_stratified, choose_uniform, fit, predict
+from influence.landmarks import (
+    CHOOSERS,
+    choose_stratified,
+    choose_uniform,
+    fit,
+    predict,
+    row_keys,
+)
 
 
 def _data(seed: int, count: int = 40, width: int = 5, targets: int = 3):
@@ -164,18 +171,57 @@ def test_errors_name_what_is_wrong():
         predict(model, X)
 
 
+def _digests(count: int, first: int = 0) -> list[bytes]:
+    return [f"row {i}".encode() for i in range(first, first + count)]
+
+
 def test_uniform_choice_is_seeded_and_uniform():
-    np.testing.assert_array_equal(choose_uniform(5, 100, 3), choose_uniform(5, 100, 3))
-    np.testing.assert_array_equal(choose_uniform(9, 4, 0), np.arange(4), err_msg="count > n: all")
-    hits = Counter(row for seed in range(2000) for row in choose_uniform(3, 10, seed).tolist())
-    share = np.array([hits[row] for row in range(10)]) / 2000
-    np.testing.assert_allclose(share, 0.3, rtol=0, atol=0.05, err_msg="not uniform")
+    keys = row_keys(3, _digests(100))
+    np.testing.assert_array_equal(choose_uniform(keys, 5), choose_uniform(keys.copy(), 5))
+    np.testing.assert_array_equal(choose_uniform(keys[:4], 9), np.arange(4), err_msg="n < count")
+    hits: Counter[int] = Counter()
+    pairs: Counter[tuple[int, ...]] = Counter()
+    for seed in range(4000):
+        rows = choose_uniform(row_keys(seed, _digests(10)), 3).tolist()
+        hits.update(rows)
+        pairs.update((i, j) for i in rows for j in rows if i < j)
+    share = np.array([hits[row] for row in range(10)]) / 4000
+    np.testing.assert_allclose(share, 0.3, rtol=0, atol=0.035, err_msg="not uniform")
+    together = np.array([pairs[i, j] for i in range(10) for j in range(i + 1, 10)]) / 4000
+    np.testing.assert_allclose(together, 3 / 45, rtol=0, atol=0.02, err_msg="rows go in pairs")
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 50, 99, 110, 111])
+@pytest.mark.parametrize("seed", [0, 1, 2**62])
+def test_a_choice_stays_when_the_pool_or_the_count_grows(seed: int):
+    digests = _digests(300)
+    small, large = (choose_uniform(row_keys(seed, digests), count) for count in (20, 60))
+    assert set(small.tolist()) <= set(large.tolist()), "a larger count lost a landmark"
+    # 100 new rows in front and behind: what was chosen is chosen, but for new rows with lower keys.
+    grown = [*_digests(50, 300), *digests, *_digests(50, 350)]
+    chosen = {grown[i] for i in choose_uniform(row_keys(seed, grown), 60).tolist()}
+    old = {digests[i] for i in large.tolist()}
+    new = set(grown) - set(digests)
+    assert chosen - new <= old, "an old row was drawn again in a grown pool"
+    assert len(chosen & old) == 60 - len(chosen & new)
+    assert len(chosen & new) < 30, "new rows are favoured"
+
+
+def test_keys_are_those_of_no_other_draw():
+    """With the numbers of `random_scores` the landmarks would be the rows it ranks last."""
+    from influence.scoring import random_scores
+
+    digests = _digests(200)
+    drawn = random_scores(5, digests)[:, 0]
+    keys = row_keys(5, digests)
+    assert len(set(keys.tolist())) == 200
+    assert abs(np.corrcoef(drawn, keys.astype(float))[0, 1]) < 0.3, "the same draw as method random"
+    assert (row_keys(6, digests) != keys).all(), "the seed is not in the key"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 15, 16, 50, 99, 110, 111])
 def test_stratified_choice_allocates_in_proportion(count: int):
     sources = ["big"] * 80 + ["mid"] * 28 + ["tiny"] * 2 + ["one"]
-    rows = choose_stratified(sources, count, seed=1)
+    rows = choose_stratified(row_keys(1, _digests(111)), sources, count)
     taken = Counter(sources[row] for row in rows.tolist())
     sizes = Counter(sources)
     assert len(set(rows.tolist())) == count, "rows repeat or the allocation does not sum to count"
@@ -183,17 +229,36 @@ def test_stratified_choice_allocates_in_proportion(count: int):
     for source, size in sizes.items():
         share = count * size / len(sources)
         assert taken[source] <= size, f"{source} gives more rows than it has"
-        if count >= len(sizes):
+        if count >= 4 * len(sizes):
             assert taken[source] >= 1, f"{source} has no landmark although count allows one"
-        # two small sources raised to one row cost the others two rows at most
-        assert abs(taken[source] - share) < 3, f"{source}: {taken[source]} for a share of {share}"
+            # two small sources raised to one row cost the others two rows at most
+            assert abs(taken[source] - share) < 3, f"{source}: {taken[source]} for {share}"
+        else:
+            assert abs(taken[source] - share) < 1, f"{source}: {taken[source]} for {share}: a floor"
+
+
+def test_many_small_sources_do_not_take_the_landmarks_of_a_large_one():
+    # 90 % of the rows are of one source; a floor of one row would give it 10 of 40 landmarks.
+    sources = ["large"] * 900 + [f"small {i % 30}" for i in range(100)]
+    rows = choose_stratified(row_keys(0, _digests(1000)), sources, 40)
+    large = sum(sources[row] == "large" for row in rows.tolist())
+    assert large == 36, f"{large} of 40 landmarks for a source with 90 % of the rows"
 
 
 def test_stratified_choice_matches_largest_remainder_by_hand():
     sources = ["a"] * 50 + ["b"] * 30 + ["c"] * 20
+    keys = row_keys(0, _digests(100))
     # shares of 7: 3.5, 2.1, 1.4 -> floors 3, 2, 1, and the row left goes to .5
-    taken = Counter(sources[row] for row in CHOOSERS["stratified"](sources, 7, 0).tolist())
-    assert taken == {"a": 4, "b": 2, "c": 1}, "not the largest remainder"
-    hits = Counter(r for s in range(1000) for r in choose_stratified(sources, 10, s).tolist())
+    rows = CHOOSERS["stratified"](keys, sources, 7).tolist()
+    assert Counter(sources[row] for row in rows) == {"a": 4, "b": 2, "c": 1}, (
+        "not largest remainder"
+    )
+    by_key = sorted(range(50), key=lambda row: keys[row])[:4]
+    assert set(by_key) == {row for row in rows if row < 50}, "not the smallest keys of the source"
+    hits = Counter(
+        row
+        for seed in range(1000)
+        for row in choose_stratified(row_keys(seed, _digests(100)), sources, 10).tolist()
+    )
     inside = np.array([hits[row] for row in range(50)]) / 1000
     np.testing.assert_allclose(inside, 0.1, rtol=0, atol=0.05, err_msg="not uniform in a source")

@@ -20,7 +20,6 @@ from tiny_run import (
     manifest_of,
     scores_of,
     selection_of,
-    third_target,
     tiny_config,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -110,6 +109,46 @@ def test_a_duplicate_is_never_selected_twice(run: Runner) -> None:
     texts = [tuple((m["role"], m["content"]) for m in messages_of(row)) for row in rows]
     assert len(texts) == N_SCORED, "a budget larger than the pool takes every scored row once"
     assert len(set(texts)) == len(texts), "two rows with the same messages were selected"
+
+
+def test_unknown_intervals_are_null_and_no_points(run: Runner) -> None:
+    """Eight residuals say nothing of a 90 % interval."""
+    directory = run(landmarks__count=8)
+    fidelity = json.loads(Path(directory, "fidelity.json").read_text())
+    assert fidelity["targets"]["sums"]["score_halfwidth"] is None
+    rows = scores_of(directory).to_pylist()
+    predicted = [row for row in rows if row["reason"] is None and not row["exact"]]
+    assert len(predicted) == N_SCORED - 8
+    for row in predicted:
+        assert row["low.sums"] is row["high.sums"] is None, "an unknown interval of zero width"
+        assert row["score.sums"] is not None
+    assert all(row["low.sums"] is not None for row in rows if row["exact"])
+
+
+def test_the_certificate_says_how_landmarks_were_drawn(run: Runner) -> None:
+    for choice in ("uniform", "stratified"):
+        directory = run(landmarks__choose=choice)
+        fidelity = json.loads(Path(directory, "fidelity.json").read_text())
+        assert fidelity["landmark_choice"].startswith(f"{choice}:")
+    assert "landmark_choice" in (
+        exact := json.loads(Path(run(method="exact"), "fidelity.json").read_text())
+    )
+    assert exact["landmark_choice"] is None, "nothing was drawn"
+
+
+def test_linear_sees_lengths_and_cosine_does_not(run: Runner) -> None:
+    linear, cosine = (run(landmarks__kernel=kernel) for kernel in ("linear", "cosine"))
+    predicted = ~np.asarray(scores_of(linear).column("exact"))
+    one, other = (column(directory, "score.sums")[predicted] for directory in (linear, cosine))
+    scored = ~np.isnan(one)
+    gap = np.abs(one - other)[scored].max()
+    assert gap > 1e-3 * np.abs(other[scored]).max(), "linear got unit rows: it is cosine"
+
+
+def test_duplicates_are_not_counted_as_exact_rows(run: Runner) -> None:
+    fidelity = json.loads(Path(run(method="exact"), "fidelity.json").read_text())
+    for name, target in fidelity["targets"].items():
+        assert target["recall"]["exact_gradients"] == N_SCORED, f"{name}: duplicates were counted"
 
 
 @pytest.mark.parametrize("projection", ["kronecker", "exact"])
@@ -306,55 +345,3 @@ def test_a_pool_without_a_scorable_row_says_why(setup: Setup, tmp_path: Path, me
     with pytest.raises(InputError, match=r"none of the 2 rows can be scored.*no recognised"):
         run_select(config, quiet=True)
     assert manifest_of(config.run).state == "failed", "the manifest still says that it runs"
-
-
-# --- the cache ---
-
-
-def test_a_new_target_costs_its_own_rows_only(setup: Setup, tmp_path: Path) -> None:
-    cache = str(tmp_path / "cache")
-    targets = {**setup.targets, "third": third_target(tmp_path)}
-    for projection in ("kronecker", "exact"):
-        changes: dict[str, Any] = {"cache": cache, "gradients__projection": projection}
-        first = tiny_config(setup, tmp_path / f"{projection}-1", **changes)
-        run_select(first, quiet=True)
-        second = tiny_config(setup, tmp_path / f"{projection}-2", targets=targets, **changes)
-        run_select(second, quiet=True)
-        before, after = manifest_of(first.run).stages, manifest_of(second.run).stages
-        assert after["embedding"].computed == 0, "embeddings were computed again for a new target"
-        if projection == "kronecker":
-            assert after["gradients"].computed == 1, "only the third target's shard is new"
-            assert after["gradients"].reused == before["gradients"].shards
-        else:
-            assert after["target_vectors"].computed == 1, "old targets' gradients were made again"
-            assert after["inner_products"].computed == before["inner_products"].shards // 2
-            assert after["inner_products"].reused == before["inner_products"].shards
-        for name in ("score.sums", "score.mixed"):
-            np.testing.assert_allclose(
-                column(first.run, name),
-                column(second.run, name),
-                rtol=1e-10,  # a product with one more column may round otherwise
-                atol=1e-12,
-                err_msg=f"{name} changed although only another target came",
-            )
-        assert not np.isnan(column(second.run, "score.third")).all()
-
-
-def test_a_truncated_shard_is_found_and_computed_again(setup: Setup, tmp_path: Path) -> None:
-    config = tiny_config(setup, tmp_path / "run")
-    run_select(config, quiet=True)
-    before = {p.name: p.read_bytes() for p in Path(config.run).glob("scores/*.parquet")}
-    damaged = sorted(Path(config.cache_url).glob("embedding/*/*.parquet"))[2]
-    whole = damaged.read_bytes()
-    damaged.write_bytes(whole[: len(whole) // 2])
-    flipped = sorted(Path(config.cache_url).glob("gradients/*/*.parquet"))[0]
-    data = bytearray(flipped.read_bytes())
-    data[len(data) // 3] ^= 0xFF
-    flipped.write_bytes(bytes(data))
-    run_select(config, quiet=True)
-    stages = manifest_of(config.run).stages
-    assert stages["embedding"].computed == 1, "the truncated shard was believed"
-    assert stages["gradients"].computed == 1, "a shard with a flipped byte was believed"
-    assert any("replaced a damaged shard" in note for note in stages["embedding"].notes)
-    after = {p.name: p.read_bytes() for p in Path(config.run).glob("scores/*.parquet")}
-    assert after == before, "the mended shard holds other numbers"

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import ray
 
-from influence.errors import InputError, ModelLoadError
+from influence.errors import InputError, ModelLoadError, StorageError
+from ray_jobs import pool as pool_module
+from ray_jobs.placement import PlacementWatch
 from ray_jobs.pool import ReplicaPool
 
 
@@ -31,6 +33,11 @@ def toy(folder: Path) -> Callable[[], Any]:
             (folder / f"{name}.{attempt}").touch()
             if kind == "raises":
                 raise ValueError(f"{name} cannot be read")
+            (folder / f"worked-{os.getpid()}").touch()
+            if kind == "store once" and attempt == 1:
+                raise StorageError("bucket 'pool' at http://store failed (503) and kept failing")
+            if kind == "no store":
+                raise StorageError("bucket 'pool' at http://store cannot be reached")
             if kind == "raises once" and attempt == 1:
                 raise OSError("a moment's trouble")
             if kind == "kills":
@@ -45,7 +52,7 @@ def toy(folder: Path) -> Callable[[], Any]:
                 until = time.monotonic() + 60
                 while len(list(folder.glob("process-*"))) < 2 and time.monotonic() < until:
                     time.sleep(0.05)
-            time.sleep(0.3 if kind == "slow" else 0.01)
+            time.sleep({"slow": 0.3, "long": 4.0}.get(kind, 0.01))
             return f"{name} done"
 
     actor = ray.remote(max_restarts=0, max_task_retries=0)(Toy)
@@ -88,7 +95,9 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def test_a_unit_that_raises_is_retried_then_reported(tmp_path: Path) -> None:
-    units = [("bad", "raises"), ("shaky", "raises once"), *((f"u{i}", "fine") for i in range(8))]
+    # Apart, and with others between: two failures in a row would cost the replica.
+    units = [(f"u{i}", "fine") for i in range(8)]
+    units = [("bad", "raises"), *units[:5], ("shaky", "raises once"), *units[5:]]
     outcome = run_pool(tmp_path, units)
     assert outcome.failures == {"bad": (3, "ValueError: bad cannot be read")}
     assert attempts(tmp_path, "bad") == 3, "retries + 1 attempts, no more and no fewer"
@@ -188,3 +197,99 @@ def test_replicas_killed_from_outside_cost_no_unit(tmp_path: Path) -> None:
     assert deaths == 2
     assert not outcome.failures, f"a unit was given up because its replica was killed: {outcome}"
     assert len(outcome.results) == 16
+
+
+def test_one_broken_replica_burns_no_unit_s_retries(tmp_path: Path) -> None:
+    class Sticky:
+        """The first one that comes up fails every unit it is given."""
+
+        def __init__(self) -> None:
+            try:
+                (tmp_path / "broken").touch(exist_ok=False)
+                self.broken = True
+            except FileExistsError:
+                self.broken = False
+
+        def ready(self) -> None: ...
+
+        def run(self, unit: tuple[str, str]) -> str:
+            time.sleep(0.05)
+            if self.broken:
+                (tmp_path / f"failed-{unit[0]}-{time.monotonic_ns()}").touch()
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return f"{unit[0]} done"
+
+    actor: Any = ray.remote(max_restarts=0)(Sticky).options(num_cpus=1, max_concurrency=4)
+    units = [(f"u{i}", "") for i in range(40)]
+    started: list[Any] = []
+
+    def start() -> Any:
+        started.append(actor.remote())
+        return started[-1]
+
+    outcome = run_pool(tmp_path, units, minimum=3, maximum=3, retries=1, start=start)
+    assert not outcome.failures, "a broken replica used up a unit's attempts"
+    assert len(outcome.results) == 40
+    burnt = len(list(tmp_path.glob("failed-*")))
+    assert 2 <= burnt <= 4, f"{burnt} units met the broken replica: it was not replaced in time"
+    assert len(started) == 4, "the broken replica was not replaced once"
+
+
+def test_units_that_all_raise_do_not_replace_replicas_for_ever(tmp_path: Path) -> None:
+    outcome = run_pool(tmp_path, [(f"u{i}", "raises") for i in range(12)], retries=1)
+    assert len(outcome.failures) == 12
+    assert all(count == 2 for count, _ in outcome.failures.values()), "attempts are miscounted"
+
+
+def test_a_store_that_fails_a_unit_is_given_a_moment_while_others_go_on(tmp_path: Path) -> None:
+    # Two hiccups one after the other: they say nothing of the replica.
+    units = [("h0", "store once"), ("h1", "store once"), *((f"u{i}", "fine") for i in range(12))]
+    outcome = run_pool(tmp_path, [*units, ("gone", "no store")], retries=1)
+    assert list(outcome.failures) == ["gone"], "a hiccup of the store ended a unit"
+    assert outcome.failures["gone"] == (
+        2,
+        "StorageError: bucket 'pool' at http://store cannot be reached",
+    )
+    assert len(outcome.results) == 14
+    first, second = ((tmp_path / f"h0.{i}").stat().st_mtime for i in (1, 2))
+    assert second - first >= 1.9, "the store was asked again at once"
+    others = [(tmp_path / f"u{i}.1").stat().st_mtime for i in range(12)]
+    assert max(others) < second, "the pause of one unit held up the others"
+    assert len(list(tmp_path.glob("worked-*"))) == 1, "the replica was blamed for the store"
+
+
+def test_idle_replicas_are_released_while_the_last_unit_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_IDLE_SECONDS", 0.2)
+    up: list[int] = []
+    units = [("last", "long"), *((f"u{i}", "meets") for i in range(4))]
+    outcome = run_pool(tmp_path, units, maximum=2, on_poll=lambda ready, starting: up.append(ready))
+    assert len(outcome.results) == 5
+    assert max(up) == 2, "two replicas were never up together: test too weak"
+    assert up[-2:] == [1, 1], "an idle replica was held until the end of the phase"
+    assert attempts(tmp_path, "last") == 1, "a replica was stopped at work"
+
+
+def test_replicas_that_find_no_place_are_explained(tmp_path: Path) -> None:
+    class Told(Exception):
+        pass
+
+    said: list[str] = []
+
+    def note(text: str) -> None:
+        said.append(text)
+        if len(said) == 2:
+            raise Told
+
+    class Huge:
+        def ready(self) -> None: ...
+
+    actor: Any = ray.remote(Huge).options(num_cpus=99)
+    watch = PlacementWatch({"CPU": 99}, note, every=1.0)
+    start = time.monotonic()
+    with pytest.raises(Told):
+        run_pool(tmp_path, [("u", "fine")], start=actor.remote, on_poll=watch.look)
+    assert 1.5 < time.monotonic() - start < 20, "not one line per interval"
+    assert "1 wanted with CPU 99 each" in said[0]
+    assert "the cluster has CPU 4, of which free CPU" in said[0]

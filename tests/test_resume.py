@@ -109,6 +109,47 @@ def test_replace_takes_the_directory(data):
     claim_run(other)
 
 
+RESULTS = ["selection.jsonl", "selection/part-00000.parquet", "scores/part-00000.parquet"]
+RESULTS += ["scores/part-00001.parquet", "fidelity.json", "report.html", "landmarks.parquet"]
+RESULTS += ["samples.json", "evaluation.json"]
+
+
+def _with_results(config: Config) -> list[str]:
+    _begin(config)
+    kept = ["cache/embedding/x/y.parquet", "notes.txt", "selection/mine.txt"]
+    for name in (*RESULTS, *kept):
+        storage.put(storage.join(config.run, name), b"old")
+    return kept
+
+
+def _names(run: str) -> set[str]:
+    return {info.url[len(run) + 1 :] for info in storage.list_objects(run)}
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_replace_leaves_no_result_of_another_config(data, damaged):
+    config = parse_config(data)
+    kept = _with_results(config)
+    if damaged:
+        storage.put(storage.join(config.run, "config.yaml"), b"a: [")
+    before = _names(config.run)
+    other = parse_config(data, ["seed=3"])
+    if not damaged:
+        with pytest.raises(InputError):
+            claim_run(other)
+        assert _names(config.run) == before, "a refusal removed results"
+    claim_run(other, replace=True)
+    assert _names(config.run) == {"config.yaml", *kept}, "the old config's results stand beside it"
+
+
+def test_replace_keeps_the_results_of_the_same_config(data):
+    config = parse_config(data)
+    _with_results(config)
+    before = _names(config.run)
+    claim_run(parse_config(data, ["replicas.max=2"]), replace=True)
+    assert _names(config.run) == before
+
+
 def test_a_config_without_its_defaults_is_the_same_run(data):
     """The user's own config may lie in the run directory, or an earlier version's."""
     config = parse_config(data)

@@ -25,10 +25,10 @@ from tiny_run import (
 from influence import one_process
 from influence.cli import main
 from influence.config import Config
-from influence.errors import ModelLoadError
+from influence.errors import ModelLoadError, ReducerLostError
 from influence.worker import Worker
 from ray_jobs import select as select_job
-from ray_jobs.actors import replica_factory
+from ray_jobs.actors import RemoteReducer, replica_factory
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -184,3 +184,28 @@ def test_a_model_that_does_not_load_stops_the_job_with_its_cause(
     assert caught.value.exit_code == 2
     assert str(folder) in str(caught.value)
     assert manifest_of(config.run).state == "failed"
+
+
+def test_a_lost_reducer_ends_the_job_and_the_same_command_goes_on(
+    setup: Setup,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_one_process: str,
+) -> None:
+    config = tiny_config(setup, tmp_path / "run")
+
+    class Dying(RemoteReducer):
+        def __getattr__(self, method: str) -> Any:
+            if method == "choose_landmarks":
+                ray.kill(self._actor)
+            return super().__getattr__(method)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(select_job, "RemoteReducer", Dying)
+        with pytest.raises(ReducerLostError, match="the same command goes on") as caught:
+            select_job.run_select(config, quiet=True)
+    assert caught.value.exit_code == 3
+    assert manifest_of(config.run).state == "failed"
+    select_job.run_select(config, quiet=True)
+    assert manifest_of(config.run).stages["catalogue"].computed == 0, "the catalogue was made anew"
+    assert_same_results(in_one_process, config.run, "a run after a lost reducer differs")

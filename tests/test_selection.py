@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import combinations
 
 import numpy as np
 import pytest
 
 from influence.errors import InputError
-from influence.quotas import Quota
+from influence.quotas import Quota, open_quotas
 from influence.selection import Budget, combined_score, parse_budget, select
 from influence.weights import first_order_weights
 
@@ -289,3 +290,14 @@ def test_bad_budgets_name_the_key(text: str | int | float):
 def test_a_fraction_is_refused_with_a_hint(text: str | float):
     with pytest.raises(InputError, match="write 5%"):
         parse_budget(text)
+
+
+def test_one_long_source_does_not_cost_every_row_its_length():
+    sources = ["x" * 100_000, *(f"s{i % 7}" for i in range(2_000))]
+    tracemalloc.start()
+    state = open_quotas({"s[0-2]": Quota(max=0.5), "x*": Quota()}, sources, np.full(2_001, True), 9)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    expected = [1] + [0 if i % 7 < 3 else 2 for i in range(2_000)]
+    assert state.group.tolist() == expected
+    assert peak < 2**20, f"{peak / 2**20:.0f} MB: every source has the room of the longest one"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+import weakref
+
 import numpy as np
 import pytest
 from shard_tables import commit, one_catalogue, row_table, source_file
@@ -9,12 +12,13 @@ from shard_tables import commit, one_catalogue, row_table, source_file
 from influence.cache import Cache
 from influence.errors import InputError
 from influence.shard_reader import (
-    NO_EMBEDDING,
     NO_GRADIENT,
-    exclude_unembedded,
+    READERS,
+    embedding_blocks,
     read_catalogue,
     read_embeddings,
     read_exact_scores,
+    read_shards,
 )
 from influence.target_columns import target_columns
 from influence.units import ExactUnits, Unit, range_units, sparse_units
@@ -205,7 +209,7 @@ def test_a_pool_without_a_single_gradient_is_an_error(cache, kind):
         read_exact_scores(cache, exact, _pool(), catalogues, columns, True)
 
 
-def test_embeddings_stand_at_their_rows_and_the_unusable_get_a_reason(cache):
+def test_embeddings_stand_at_their_rows_and_the_unusable_are_nan(cache):
     values = _gradients(10, 3, 4).astype(np.float16)
     norm = [*NORM]
     norm[4], norm[8] = 0.0, float("inf")
@@ -222,16 +226,109 @@ def test_embeddings_stand_at_their_rows_and_the_unusable_get_a_reason(cache):
             cache_of_empty.commit(unit, shard.table, {})
     for store, missing in ((cache, {1, 4, 8, 9}), (cache_of_empty, {1, 4, 5, 8, 9})):
         pool = _pool()
-        whole = read_embeddings(store, units, pool)
-        exclude_unembedded(pool, whole)
+        whole = read_embeddings(store, units, pool, np.arange(10))
+        few = read_embeddings(store, units, pool, np.array([7, 0, 8]))
+        np.testing.assert_array_equal(few, whole[[7, 0, 8]], err_msg="rows stand at other rows")
+        blocks = np.full((10, 3), np.nan, np.float32)
+        for where, rows in embedding_blocks(store, units, pool):
+            assert np.isnan(blocks[where]).all(), "a row came twice"
+            blocks[where] = rows
+        np.testing.assert_array_equal(blocks, whole)
         for i in range(10):
-            if i not in missing:
+            if i in missing:
+                assert np.isnan(whole[i]).all(), "an unusable embedding was let through"
+            else:
                 np.testing.assert_array_equal(whole[i], values[i].astype(np.float32))
-        reasons = {i: reason for i, reason in enumerate(pool.reason) if reason is not None}
-        assert reasons == dict.fromkeys(sorted(missing), NO_EMBEDDING) | {1: "bad"}
     none = [commit(cache, Unit("embedding", "n", A, 0, 5), values[:6], [None] * 6)]
-    with pytest.raises(InputError, match="not one row could be embedded"):
-        read_embeddings(cache, none, _pool())
+    with pytest.raises(InputError, match="not one of 10 rows could be embedded"):
+        read_embeddings(cache, none, _pool(), np.arange(10))
+
+
+def test_embeddings_with_their_lengths_are_the_vectors_times_the_norms(cache):
+    values = _gradients(10, 3, 4).astype(np.float16)
+    norm = [2.0, 1.0, 0.5, 1.0, 4.0, 1.5, 3.0, 0.25, 1.0, 2.0]
+    units = _commit_rows(cache, "embedding", "e", values, norm)
+    found = read_embeddings(cache, units, _pool(), np.arange(10), lengths=True)
+    expected = values.astype(np.float64) * np.array(norm)[:, None]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg="norms of other rows")
+
+
+def test_only_shards_with_a_wanted_row_are_read(cache, monkeypatch):
+    values = _gradients(10, 3, 4).astype(np.float16)
+    units = _commit_rows(cache, "embedding", "e", values, [1.0] * 10)
+    read: list[str] = []
+    original = Cache.read
+    monkeypatch.setattr(Cache, "read", lambda c, key: (read.append(key), original(c, key))[1])
+    read_embeddings(cache, units, _pool(), np.array([9, 1]))
+    assert sorted(read) == sorted([units[0].key, units[2].key]), "other shards were read, too"
+
+
+def test_few_shards_are_held_at_once(cache, monkeypatch):
+    """Memory must not grow with the number of shards: reading waits for the consumer."""
+    file = source_file("pool/long.jsonl", 60)
+    units = range_units("embedding", "l", [file], 1)
+    for unit in units:
+        commit(cache, unit, np.full((1, 2), unit.first, np.float16), [1.0])
+    alive: list[weakref.ref] = []
+    original = Cache.read
+
+    def watched(self: Cache, key: str):
+        shard = original(self, key)
+        alive.append(weakref.ref(shard.table))
+        return shard
+
+    monkeypatch.setattr(Cache, "read", watched)
+    most, order = 0, []
+    for unit, shard in read_shards(cache, units):
+        order.append((unit.first, float(shard.vectors()[0, 0])))
+        time.sleep(0.002)  # the readers could run ahead
+        most = max(most, sum(ref() is not None for ref in alive))
+    assert order == [(i, float(i)) for i in range(60)], "shards under other units, or out of order"
+    assert most <= READERS + 2, f"{most} shards were held at once"
+
+
+@pytest.mark.parametrize("kind", ["products", "sketches"])
+def test_duplicates_across_shards_are_no_exact_rows(cache, kind):
+    """A row is counted once, whichever shards its copies are in: noise and counts are per row."""
+    catalogues, columns = _targets()
+    if kind == "products":
+        values = {"target": _gradients(10, 2, 0), "other": _gradients(10, 1, 1)}
+        exact = _products(cache, values, {"target": NORM, "other": NORM})
+    else:
+        exact, _ = _sketches(cache, {"pool": NORM, "target": [1.0] * 2, "other": [1.0] * 3})
+    pool = _pool()
+    pool.exclude([4, 8], "duplicate")
+    positions, scores = read_exact_scores(cache, exact, pool, catalogues, columns, True)
+    assert positions.tolist() == [0, 2, 3, 5, 6, 7, 9], "a duplicate is among the exact rows"
+    assert len(scores.P) == 7
+    assert scores.halves is None or scores.halves.shape == (2, 7, 3)
+
+
+def test_wanted_rows_come_from_the_first_shard_that_holds_them(cache):
+    catalogues, columns = _targets()
+
+    def shards(name: str) -> list[Unit]:
+        units = [
+            Unit("inner_products", name * 8, A, 0, 4, rows=(0, 3, 4)),
+            Unit("inner_products", name * 8, A, 0, 5),
+            Unit("inner_products", name * 8, A, 2, 5, rows=(2, 3, 5)),
+        ]
+        for i, unit in enumerate(units):
+            rows = unit.rows if unit.rows is not None else range(6)
+            width = WIDTH[name]
+            values = np.array([[100.0 * i + 10 * row + c for c in range(width)] for row in rows])
+            norm: list = [None if (i, row) == (1, 5) else 1.0 for row in rows]
+            commit(cache, unit, values, norm)
+        return units
+
+    products = {name: shards(name) for name in WIDTH}
+    pool = _pool()
+    exact = ExactUnits([], {}, products, {A.url: (0, 2, 3)})
+    positions, scores = read_exact_scores(cache, exact, pool, catalogues, columns, True)
+    assert positions.tolist() == [0, 2, 3], "rows that nobody asked for became exact"
+    base = np.array([0, 120, 30])  # row 0 and 3 of the first shard, row 2 of the second
+    np.testing.assert_array_equal(scores.P, np.stack([base, base + 1, base], axis=1))
+    assert pool.reason[5] is None, "a lender's row that nobody asked for was given a reason"
 
 
 def test_a_catalogue_is_read_in_the_order_of_its_units(cache):

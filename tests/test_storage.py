@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -177,13 +180,66 @@ def test_unusable_urls_are_input_errors(url):
         storage.read_bytes(url)
 
 
-def test_a_wrong_endpoint_fails_in_seconds_naming_bucket_and_endpoint(s3_url, monkeypatch):
+@pytest.mark.parametrize("call", [storage.read_bytes, storage.probe_create_only])
+def test_a_wrong_endpoint_fails_in_seconds_naming_bucket_and_endpoint(s3_url, monkeypatch, call):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     started = time.monotonic()
-    with pytest.raises(InputError, match=r"'pool'.*http://127\.0\.0\.1:9") as caught:
-        storage.read_bytes(s3_url + "/x")
+    with pytest.raises(StorageError, match=r"'pool'.*http://127\.0\.0\.1:9") as caught:
+        call(s3_url + "/x")
     assert time.monotonic() - started < 25, "retries are not bounded"
     assert "never-shown" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+class Failing(BaseHTTPRequestHandler):
+    """Knows every object's size, and fails whoever reads or writes one."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.send_header("ETag", '"x"')
+        self.send_header("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.send_response(503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.do_GET()
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+@pytest.fixture
+def failing_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket whose store answers 503."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Failing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setitem(storage._RETRY, "max_retries", 1)
+    environment = {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "REGION": "us-east-1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    yield "s3://bucket-that-fails"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda url: storage.read_bytes(url),
+        lambda url: storage.open_input(url).read(10),
+        lambda url: storage.put(url, b"x"),
+    ],
+    ids=["read", "reader", "put"],
+)
+def test_a_store_that_fails_is_no_bad_input(failing_store, call):
+    with pytest.raises(StorageError, match=r"'bucket-that-fails'.*503"):
+        call(f"{failing_store}/x")
 
 
 def test_http_is_refused_where_the_environment_says_so(s3_url, monkeypatch):

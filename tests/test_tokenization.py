@@ -95,7 +95,8 @@ def make_tokenizer(bpe):
 
 
 def example(*turns: tuple[str, str], row: int = 0, reason: str | None = None) -> Example:
-    return Example("id", row, tuple(Message(*turn) for turn in turns), "s", "g", reason)
+    messages = tuple(Message(*turn) for turn in turns)
+    return Example("id", row, messages, "s", "g", reason, "pool/x.jsonl")
 
 
 U, A, S = "user", "assistant", "system"
@@ -258,7 +259,7 @@ def test_a_template_that_rewrites_earlier_turns_is_an_error_that_names_the_turn(
     encode = make_encoder(tokenizer, 512)
     (single,) = encode([example((U, "a"), (A, "b"))])
     assert masked_runs(tokenizer, single) == ["<think>\n\n</think>\n\nb<|im_end|>"]
-    with pytest.raises(InputError, match=r"row 5: .*turn 1 .*generation"):
+    with pytest.raises(InputError, match=r"pool/x\.jsonl row 5: .*turn 1 .*generation"):
         encode([example((U, "a"), (A, "b"), (U, "c"), (A, "d"), row=5)])
 
 

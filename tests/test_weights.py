@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import clarabel
 import numpy as np
 import pytest
@@ -140,3 +142,21 @@ def test_infinite_scores_and_empty_budgets_are_refused():
         first_order_weights(np.array([0.0, 1.0]), 0, _ids(2))
     with pytest.raises(InputError, match="no row with a score"):
         first_order_weights(np.array([np.nan]), 1, _ids(1))
+
+
+def test_ranks_of_ids_are_those_of_a_stable_sort():
+    draw = np.random.default_rng(0)
+    for alphabet in ("ab", "aé\U0001f600z", "01:/"):
+        ids = ["".join(draw.choice(list(alphabet), draw.integers(0, 4))) for _ in range(60)]
+        expected = sorted(range(60), key=lambda i: (ids[i], i))
+        assert np.argsort(id_ranks(ids)).tolist() == expected
+
+
+def test_one_long_id_does_not_cost_every_row_its_length():
+    ids = ["x" * 100_000, *(f"row {i}" for i in range(2_000))]
+    tracemalloc.start()
+    ranks = id_ranks(ids)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert ranks[0] == len(ids) - 1
+    assert peak < 2**20, f"{peak / 2**20:.0f} MB: every id has the room of the longest one"

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from influence.errors import InputError
 from influence.gradients.backward import Consumer, backpropagate
 from influence.gradients.contractions import wide
 from influence.gradients.layers import Layer
@@ -22,13 +23,17 @@ def mean_gradient(
     *,
     reduction: Reduction,
     normalize: bool,
+    names: Sequence[Sequence[str]] | None = None,
 ) -> tuple[dict[str, Float[Tensor, "out in"]], int]:
     """The sum over samples of g_i (or of g_i / |g_i|) per layer name, and the number of samples.
 
-    Divide by the count for the mean; the sum is returned so that parts of a group add up. With
-    `normalize` each batch takes two passes: exact norms first, then a pass whose output gradients
-    are scaled by 1 / |g_i|. A sample whose gradient is exactly 0 has no direction: it adds nothing
-    and is counted. Sums are float32 (float64 for a float64 model), on the model's device.
+    Divide by the count for the mean; the sum is returned so that parts of a group add up. Each
+    batch takes two passes: exact norms first, then the sum, with `normalize` of output gradients
+    scaled by 1 / |g_i|. Sums are float32 (float64 for a float64 model), on the model's device.
+    `names` has a name for every sample of every batch, for the error.
+
+    Raises InputError for a sample whose gradient is zero or not finite: it has no direction, and
+    one such number would spoil every score.
     """
     sums: dict[str, Tensor] = {}
     for layer in layers:
@@ -42,15 +47,23 @@ def mean_gradient(
     engine = make_engine(model, layers, reduction=reduction)
 
     count = 0
-    for batch in batches:
-        weights = None
-        if normalize:
-            norm = engine(batch).norm
-            weights = torch.where(norm > 0, norm.reciprocal(), torch.zeros_like(norm))
-        consume = _adder(sums, weights)
+    for index, batch in enumerate(batches):
+        norm = engine(batch).norm
+        _check(norm, None if names is None else names[index], index)
+        consume = _adder(sums, norm.reciprocal() if normalize else None)
         backpropagate(model, layers, batch, reduction=reduction, consume=consume)
         count += batch.input_ids.shape[0]
     return sums, count
+
+
+def _check(norm: Float[Tensor, " b"], names: Sequence[str] | None, batch: int) -> None:
+    bad = (~(torch.isfinite(norm) & (norm > 0))).nonzero().flatten().tolist()
+    if bad:
+        name = f"sample {bad[0]} of batch {batch}" if names is None else names[bad[0]]
+        raise InputError(
+            f"{name}: the norm of this row's gradient is {norm[bad[0]]:g}; expected a finite one "
+            "above 0: remove the row from the target (it cannot steer anything)"
+        )
 
 
 def _adder(sums: dict[str, Tensor], weights: Float[Tensor, " b"] | None) -> Consumer:

@@ -37,8 +37,16 @@ def certificate_of(
     decides = deciding_score(selection, columns, combine)
     gradients = len(scores.exact_positions)
     share = min(1.0, len(selection.order) / selection.n_scored)
-    halves = None if scores.halves is None else scores.halves @ columns.named()
-    per_name = certify(Y, loo, n=selection.n_scored, share=share, halves=halves, seed=seed)
+    mix = columns.named()
+    per_name = certify(
+        Y,
+        loo,
+        n=selection.n_scored,
+        share=share,
+        halves=None if scores.halves is None else scores.halves @ mix,
+        loo_halves=None if scores.loo_halves is None else scores.loo_halves @ mix,
+        seed=seed,
+    )
     # The maximum over columns of a half is biased, so the whole is certified without the halves:
     # recall, the only thing read from it, does not use them.
     whole = certify(

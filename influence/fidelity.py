@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.stats import norm, spearmanr
+from scipy.stats import norm
 
 from influence.errors import InputError
 from influence.intervals import (
@@ -23,6 +23,15 @@ from influence.intervals import (
     recall_of_top,
     spearman_interval,
     wilson_interval,
+)
+from influence.sketch_noise import (
+    correction_halfwidth,
+    crossed_correlation,
+    is_constant,
+    rank_correlation,
+    reliability_of,
+    sketch_sd,
+    spearman_brown,
 )
 
 BOOTSTRAP_DRAWS = 2000
@@ -98,15 +107,17 @@ def certify(
     Y are the landmarks' scores and `loo_predictions` what the regression without each says.
     `halves`: two independent unbiased estimates of the scores whose mean is Y, from the two
     halves of a sketch; `loo_halves`: the leave-one-out predictions of regressions fitted to either
-    half alone (both or neither). `share`: the budget over n, in (0, 1]. `calibration` marks the landmarks
-    that were drawn uniformly; only they are used, and further exact rows (which can only
-    raise the recall) are not counted, so the recall is a low estimate then.
+    half alone (both or neither). `share`: the budget over n, in (0, 1]. `calibration` marks the
+    landmarks that were drawn uniformly; only they are used, and further exact rows (which can
+    only raise the recall) are not counted, so the recall is a low estimate then.
     Raises InputError for fewer than four such landmarks, non-finite values, shapes or a share out
     of range.
     """
     Y, predicted = np.asarray(Y, np.float64), np.asarray(loo_predictions, np.float64)
     if (halves is None) != (loo_halves is None):
-        raise InputError("fidelity: halves and loo_halves belong together; expected both or neither")
+        raise InputError(
+            "fidelity: halves and loo_halves belong together; expected both or neither"
+        )
     both = None
     if halves is not None and loo_halves is not None:
         both = np.concatenate([np.asarray(halves, np.float64), np.asarray(loo_halves, np.float64)])
@@ -147,7 +158,7 @@ def _certify_one(
     residuals = y - predicted
     sd = None if halves is None else sketch_sd(halves)
     reliability = None if halves is None else reliability_of(halves)
-    constant = _constant(y) or _constant(predicted)
+    constant = is_constant(y) or is_constant(predicted)
     spearman, corrected = Spearman(None, None, None), False
     recall = Recall(None, None, None)
     if not constant:
@@ -173,28 +184,10 @@ def loo_r2(y: Float[np.ndarray, " l"], predicted: Float[np.ndarray, " l"]) -> fl
     Both predictions leave the row out: y_i minus the mean of the others is
     (y_i - mean(y)) L / (L - 1), so that predicting by the mean has an R^2 of 0.
     """
-    if _constant(y):
+    if is_constant(y):
         return None
     baseline = (y - y.mean()) * len(y) / (len(y) - 1)
     return float(1.0 - np.sum((y - predicted) ** 2) / np.sum(baseline**2))
-
-
-def sketch_sd(halves: Float[np.ndarray, "2 l"]) -> float:
-    """Standard deviation of the noise of the mean of two independent estimates.
-
-    Var((a + b) / 2) = E (a - b)^2 / 4 for independent a and b with the same mean and variance.
-    """
-    return float(np.sqrt(np.mean((halves[0] - halves[1]) ** 2)) / 2.0)
-
-
-def reliability_of(halves: Float[np.ndarray, "2 l"]) -> float | None:
-    """Reliability of the mean of two halves: Spearman-Brown, 2r / (1 + r), r their Spearman.
-
-    0 where r is not positive; None where a half is constant.
-    """
-    if _constant(halves[0]) or _constant(halves[1]):
-        return None
-    return _spearman_brown(_spearman(halves[0], halves[1]))
 
 
 def spearman_of_rest(
@@ -214,49 +207,35 @@ def spearman_of_rest(
     Where the halves do not agree beyond chance, nothing is known of the noise: the uncorrected
     value and low limit stand, and the high limit is 1. Intervals: `influence.intervals` (Fisher's
     z, not a bootstrap: a bootstrap of the pairs cannot see that leave-one-out pairs depend on each
-    other), widened by the root of the reliability.
+    other), widened by the reliability, and joined by the variance estimates recovery of Zou and
+    Donner (Statistics in Medicine 27, 2008) with the uncertainty of the correction. Coverage is
+    checked by simulation.
     """
-    rho = _spearman(y, predicted)
+    rho = rank_correlation(y, predicted)
     interval = loo_spearman_interval(rho, len(y), n - len(y))
     if halves is None or loo_halves is None:
         return Spearman(rho, *interval), False
     if np.array_equal(halves[0], halves[1]):
         return Spearman(rho, *interval), True
-    if _constant(halves[0]) or _constant(halves[1]):
+    if is_constant(halves[0]) or is_constant(halves[1]):
         return Spearman(rho, interval[0], 1.0), False
-    agreement = _spearman(halves[0], halves[1])
+    agreement = rank_correlation(halves[0], halves[1])
+    limits = spearman_interval(agreement, len(y))
     plain = float(np.corrcoef(y, predicted)[0, 1])
-    if spearman_interval(agreement, len(y))[0] <= 0 or plain == 0:
+    if limits[0] <= 0 or plain == 0:
         return Spearman(rho, interval[0], 1.0), False
-    ratio = crossed_correlation(predicted, halves, loo_halves) / plain
-    value = min(1.0, max(-1.0, rho * ratio))
+    value = rho * crossed_correlation(predicted, halves, loo_halves) / plain
+    value = min(1.0, max(-1.0, value))
     low, high = loo_spearman_interval(value, len(y), n - len(y))
-    root = math.sqrt(_spearman_brown(agreement))
-    low, high = value - (value - low) / root, value + (high - value) / root
+    extra = correction_halfwidth(y, predicted, halves, loo_halves) * abs(rho)
+    reliability = spearman_brown(agreement)
+    down, up = (
+        abs(value) * 0.5 * abs(math.log(spearman_brown(limit) / reliability))
+        for limit in reversed(limits)
+    )
+    low = value - math.hypot((value - low) / reliability, down, extra)
+    high = value + math.hypot((high - value) / reliability, up, extra)
     return Spearman(value, max(-1.0, low), min(1.0, high)), True
-
-
-def crossed_correlation(
-    predicted: Float[np.ndarray, " l"],
-    halves: Float[np.ndarray, "2 l"],
-    loo_halves: Float[np.ndarray, "2 l"],
-) -> float:
-    """Correlation of predictions with noise-free scores, free of the sketch's noise.
-
-    Halves a = y + e_a and b = y + e_b have independent noise, and the prediction is linear in the
-    scores: p = (p_a + p_b) / 2 with p_a fitted to a alone. So cov(p_a, b) = cov(p_a, y), whatever
-    p_a has learnt of e_a, cov(a, b) = var(y), and
-
-        corr(p, y) = (cov(p_a, b) + cov(p_b, a)) / 2 / sqrt(var(p) cov(a, b)).
-
-    Meaningful where cov(a, b) > 0 (0 is returned otherwise); not capped at 1.
-    """
-    agreement = float(np.cov(halves)[0, 1])
-    spread = float(np.var(predicted, ddof=1))
-    if agreement <= 0 or spread <= 0:
-        return 0.0
-    crossed = np.cov(loo_halves[0], halves[1])[0, 1] + np.cov(loo_halves[1], halves[0])[0, 1]
-    return float(crossed / 2.0 / math.sqrt(spread * agreement))
 
 
 def expected_recall(
@@ -306,18 +285,5 @@ def true_fidelity(
     wanted = np.argsort(-truth, kind="stable")[:k]
     found = np.argsort(-predicted, kind="stable")[:k]
     recall = len(np.intersect1d(wanted, found)) / k
-    constant = _constant(predicted) or _constant(truth)
-    return TrueFidelity(None if constant else _spearman(predicted, truth), recall)
-
-
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    return float(spearmanr(x, y)[0])  # type: ignore[arg-type]
-
-
-def _spearman_brown(r: float) -> float:
-    return max(0.0, 2.0 * r / (1.0 + r)) if r > -1 else 0.0
-
-
-def _constant(values: np.ndarray) -> bool:
-    # Predictions of a regression that found nothing differ by rounding only: no ranking.
-    return bool(np.ptp(values) <= 1e-12 * np.abs(values).max())
+    constant = is_constant(predicted) or is_constant(truth)
+    return TrueFidelity(None if constant else rank_correlation(predicted, truth), recall)

@@ -137,14 +137,20 @@ class Reducer:
         usable = np.isfinite(X).all(axis=1)
         positions, Y = positions[usable], scores.P[usable]
         halves = None if scores.halves is None else scores.halves[:, usable]
-        model = landmarks.fit(X[usable], Y, kernel=config.kernel, damping=config.damping)
+        # The regression on each half of the sketch shares the factorisation: for the certificate.
+        all_of_it = Y if halves is None else np.concatenate([Y, *halves], axis=1)
+        whole = landmarks.fit(X[usable], all_of_it, kernel=config.kernel, damping=config.damping)
+        m = Y.shape[1]
+        loo = np.stack(np.split(whole.loo_predictions, all_of_it.shape[1] // m, axis=1))
+        model = replace(whole, alpha=whole.alpha[:, :m], mean=whole.mean[:m])
         P = self._embedded_scores(
             embedding, lambda rows: landmarks.predict(model, rows), lengths=lengths
         )
         P[positions] = Y
         exact_rows = np.zeros(len(pool), dtype=bool)
         exact_rows[positions] = True
-        self.scores = Scores(P, exact_rows, positions, Y, model.loo_predictions, halves)
+        loo_halves = None if halves is None else loo[1:]
+        self.scores = Scores(P, exact_rows, positions, Y, loo[0], halves, loo_halves)
 
     def score_exact(self, exact: ExactUnits) -> None:
         """Exact scores for every candidate."""

@@ -19,6 +19,7 @@ class Scores:
         exact_scores: their scores (r x m).
         loo: leave-one-out predictions for them (r x m), or None if nothing is predicted.
         halves: the two halves of their sketches (2 x r x m), or None if unprojected.
+        loo_halves: leave-one-out predictions of regressions on either half alone, or None.
     """
 
     P: Float[np.ndarray, "n m"]
@@ -27,3 +28,4 @@ class Scores:
     exact_scores: Float[np.ndarray, "r m"]
     loo: Float[np.ndarray, "r m"] | None
     halves: Float[np.ndarray, "2 r m"] | None
+    loo_halves: Float[np.ndarray, "2 r m"] | None = None

@@ -35,7 +35,14 @@ def _scores(seed: int = 0, *, halves: bool = False, predicted: bool = True) -> S
     Y = P[positions]
     noise = rng.normal(scale=0.1, size=Y.shape)
     loo = Y + rng.normal(scale=0.7, size=Y.shape) if predicted else None
-    return Scores(P, exact, positions, Y, loo, np.stack([Y + noise, Y - noise]) if halves else None)
+    if not halves:
+        return Scores(P, exact, positions, Y, loo, None)
+    both = np.stack([Y + noise, Y - noise])
+    loo_halves = None
+    if loo is not None:
+        apart = rng.normal(scale=0.2, size=Y.shape)
+        loo_halves = np.stack([loo + apart, loo - apart])
+    return Scores(P, exact, positions, Y, loo, both, loo_halves)
 
 
 def _select(scores: Scores, combine: str, k: int = 12):
@@ -66,6 +73,9 @@ def test_every_name_has_the_certificate_of_its_mean_scores(halves: bool, combine
             halves=None
             if scores.halves is None
             else scores.halves[:, :, columns].mean(axis=2, keepdims=True),
+            loo_halves=None
+            if scores.loo_halves is None
+            else scores.loo_halves[:, :, columns].mean(axis=2, keepdims=True),
             seed=5,
         )[0]
         target = found.targets[name]

@@ -142,7 +142,13 @@ class Reducer:
         whole = landmarks.fit(X[usable], all_of_it, kernel=config.kernel, damping=config.damping)
         m = Y.shape[1]
         loo = np.stack(np.split(whole.loo_predictions, all_of_it.shape[1] // m, axis=1))
-        model = replace(whole, alpha=whole.alpha[:, :m], mean=whole.mean[:m])
+        model = replace(
+            whole,
+            alpha=whole.alpha[:, :m],
+            mean=whole.mean[:m],
+            loo_residuals=whole.loo_residuals[:, :m],
+            loo_predictions=loo[0],
+        )
         P = self._embedded_scores(
             embedding, lambda rows: landmarks.predict(model, rows), lengths=lengths
         )

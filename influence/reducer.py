@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -137,26 +138,19 @@ class Reducer:
         usable = np.isfinite(X).all(axis=1)
         positions, Y = positions[usable], scores.P[usable]
         halves = None if scores.halves is None else scores.halves[:, usable]
-        # The regression on each half of the sketch shares the factorisation: for the certificate.
-        all_of_it = Y if halves is None else np.concatenate([Y, *halves], axis=1)
-        whole = landmarks.fit(X[usable], all_of_it, kernel=config.kernel, damping=config.damping)
-        m = Y.shape[1]
-        loo = np.stack(np.split(whole.loo_predictions, all_of_it.shape[1] // m, axis=1))
-        model = replace(
-            whole,
-            alpha=whole.alpha[:, :m],
-            mean=whole.mean[:m],
-            loo_residuals=whole.loo_residuals[:, :m],
-            loo_predictions=loo[0],
-        )
+        solve = partial(landmarks.fit, X[usable], kernel=config.kernel, damping=config.damping)
+        model, loo_halves = solve(Y), None
+        if halves is not None:
+            # For the certificate: what the regression would say had it seen one half alone.
+            both = solve(np.concatenate([*halves], axis=1)).loo_predictions
+            loo_halves = np.stack(np.split(both, 2, axis=1))
         P = self._embedded_scores(
             embedding, lambda rows: landmarks.predict(model, rows), lengths=lengths
         )
         P[positions] = Y
         exact_rows = np.zeros(len(pool), dtype=bool)
         exact_rows[positions] = True
-        loo_halves = None if halves is None else loo[1:]
-        self.scores = Scores(P, exact_rows, positions, Y, loo[0], halves, loo_halves)
+        self.scores = Scores(P, exact_rows, positions, Y, model.loo_predictions, halves, loo_halves)
 
     def score_exact(self, exact: ExactUnits) -> None:
         """Exact scores for every candidate."""

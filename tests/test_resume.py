@@ -52,7 +52,7 @@ def test_the_same_config_goes_on_and_its_file_is_complete(data):
         ("embedding.blocks=2", "embedding.blocks", "4", "2", "the embeddings"),
         ("gradients.side=8", "gradients.side", "64", "8", "the gradients"),
         ("gradients.normalize=false", "gradients.normalize", "True", "False", "inner products"),
-        ("landmarks.count=9", "landmarks.count", "4096", "9", "gradients of the landmarks"),
+        ("landmarks.count=9", "landmarks.count", "4096", "9", "gradients of new landmarks"),
         ("landmarks.damping=0.5", "landmarks.damping", "0.01", "0.5", "nothing"),
         ("selection.budget=9%", "selection.budget", "'5%'", "'9%'", "nothing"),
         ("targets.bbh.path=b.jsonl", "targets.bbh.path", "None", "'b.jsonl'", "nothing"),

@@ -14,7 +14,7 @@ from influence import storage
 from influence.cache import Cache
 from influence.candidates import SourceFile, scan_files
 from influence.config import Config
-from influence.errors import InputError, InterruptedRunError, ShardsFailedError
+from influence.errors import InputError, InterruptedRunError
 from influence.exact_work import exact_units
 from influence.fingerprints import stage_fingerprints
 from influence.job import Execute, Job, run_units, timed
@@ -54,9 +54,6 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
         with timed(job, "selection"):
             summary = reduce.select()
         log.manifest.counts = summary["counts"]
-    except ShardsFailedError:
-        log.finish("failed")
-        raise
     except (KeyboardInterrupt, InterruptedRunError):
         log.finish("interrupted")
         raise

@@ -18,7 +18,11 @@ LINE_EVERY_SECONDS = 30.0
 
 
 class Progress:
-    """Shows shards, rows/s and tokens/s of every stage, replicas and failures, on stderr."""
+    """Shows shards and tokens/s of every stage, replicas and failures, on stderr.
+
+    The speed is one replica's while it is at work on that stage: it neither falls while another
+    stage has the replicas nor goes on falling once the stage is done.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet)
@@ -32,9 +36,10 @@ class Progress:
         self._done: dict[str, int] = {}
         self._total: dict[str, int] = {}
         self._tokens: dict[str, int] = {}
+        self._seconds: dict[str, float] = {}
         self._failed = 0
         self._working = False
-        self._start = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
 
     def note(self, text: str) -> None:
         """A line that stays."""
@@ -90,8 +95,9 @@ class Progress:
         """A shard is committed."""
         self._done[unit.stage] = self._done.get(unit.stage, 0) + 1
         self._tokens[unit.stage] = self._tokens.get(unit.stage, 0) + result.tokens
+        self._seconds[unit.stage] = self._seconds.get(unit.stage, 0.0) + result.model_seconds
         if self._bars is not None:
-            rate = f"{self._rate(unit.stage):,.0f} tokens/s, {self.replicas} replica(s)"
+            rate = f"{self._rate(unit.stage)}{self.replicas} replica(s)"
             self._bars.update(self._tasks[unit.stage], advance=1, rate=rate)
         self.tick()
 
@@ -106,13 +112,17 @@ class Progress:
         self._failed += 1
         self.note(f"FAILED {unit.stage} {unit.file.url} rows {unit.first}-{unit.last}: {error}")
 
-    def _rate(self, stage: str) -> float:
-        return self._tokens.get(stage, 0) / max(time.monotonic() - self._start, 1e-9)
+    def _rate(self, stage: str) -> str:
+        """Nothing for a stage without model work, or before its first shard."""
+        seconds = self._seconds.get(stage, 0.0)
+        if seconds <= 0:
+            return ""
+        return f"{self._tokens[stage] / seconds:,.0f} tokens/s a replica, "
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
         parts = [
-            f"{stage} {self._done.get(stage, 0)}/{total} shards, {self._rate(stage):,.0f} tokens/s"
+            f"{stage} {self._rate(stage)}{self._done.get(stage, 0)}/{total} shards"
             for stage, total in self._total.items()
         ]
         failures = f"; {self._failed} failed" if self._failed else ""

@@ -38,26 +38,6 @@ def ranked(
     return rows[np.lexsort((ranks[rows], -p[rows]))]
 
 
-def first_order_weights(
-    p: Float[np.ndarray, " n"], k: int, ids: Sequence[str]
-) -> tuple[Float[np.ndarray, " n"], float, float]:
-    """(weights, tau, lambda) of the best k rows; the weights sum to n, the number of scored rows.
-
-    A NaN score is no score: weight 0, not counted in n. Ties at the cut are broken by id. The
-    k picks get equal weights n/k, and lambda is given as 0, where the closed form would leave a
-    pick without weight: a pick ties with tau, or no row is left unselected (k >= n; tau is then the
-    smallest score). Raises InputError for k < 1, an infinite score or no score at all.
-    """
-    p = np.asarray(p, dtype=np.float64)
-    if k < 1:
-        raise InputError(f"selection.budget: {k} rows; expected 1 at least")
-    picks = ranked(p, id_ranks(ids), k)[:k]
-    weights, tau = round_robin_weights(p[:, None], [picks])
-    scored = int(np.count_nonzero(~np.isnan(p)))
-    closed_form = len(picks) < scored and bool(np.all(p[picks] > tau[0]))
-    return weights, float(tau[0]), float(np.sum(p[picks] - tau[0]) / scored) if closed_form else 0.0
-
-
 def round_robin_weights(
     P: Float[np.ndarray, "n m"],
     picks: Sequence[Int[np.ndarray, " _"]],

@@ -13,9 +13,12 @@ import transformers
 from tiny_run import Setup, tiny_config, write_config
 
 from influence import progress
+from influence.candidates import SourceFile
 from influence.cli import app, main
 from influence.errors import InterruptedRunError
 from influence.signals import stop_signals
+from influence.units import Unit
+from influence.worker import UnitResult
 
 COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands)  # type: ignore[union-attr]
 
@@ -202,3 +205,18 @@ def test_progress_has_a_line_even_when_nothing_finishes(
     time.sleep(0.1)
     shown.tick()
     assert capsys.readouterr().err.count("embedding 0/7 shards") == 1, "not one line per interval"
+
+
+def test_the_speed_of_a_stage_is_that_of_its_own_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
+    shown = progress.Progress()
+    file = SourceFile("/data/a.jsonl", "0" * 32, 8, 8)
+    with shown.working({"embedding": 2, "gradients": 1}, 0):
+        for stage, tokens, seconds in (("embedding", 900, 3.0), ("gradients", 50, 1.0)):
+            unit = Unit(stage, "f" * 32, file, 0, 3)
+            shown.advance(unit, UnitResult("key", "created", 4, tokens, seconds + 1, seconds, "cpu"))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "embedding 300 tokens/s a replica, 1/2 shards" in last, "not tokens by model seconds"
+    assert "gradients 50 tokens/s a replica, 1/1 shards" in last, "another stage's time counted"

@@ -10,7 +10,7 @@ import pytest
 from scipy import sparse
 
 from influence.errors import InputError
-from influence.weights import first_order_weights, id_ranks, ranked, round_robin_weights
+from influence.weights import id_ranks, ranked, round_robin_weights
 
 
 def _solve_qp(p: np.ndarray, lam: float, total: float) -> np.ndarray:
@@ -26,6 +26,12 @@ def _solve_qp(p: np.ndarray, lam: float, total: float) -> np.ndarray:
     return np.array(clarabel.DefaultSolver(quadratic, -p, rows, right, cones, settings).solve().x)
 
 
+def _best(p: np.ndarray, k: int, ids: list[str]) -> tuple[np.ndarray, float]:
+    """Weights and tau when one target takes its best k rows."""
+    weights, tau = round_robin_weights(p[:, None], [ranked(p, id_ranks(ids), k)[:k]])
+    return weights, float(tau[0])
+
+
 def _ids(n: int) -> list[str]:
     return [f"row-{i:04d}" for i in range(n)]
 
@@ -34,7 +40,8 @@ def _ids(n: int) -> list[str]:
 @pytest.mark.parametrize("k", [1, 3, 17])
 def test_first_order_weights_solve_the_quadratic_programme(seed: int, k: int):
     p = np.random.default_rng(seed).standard_normal(40)
-    weights, tau, lam = first_order_weights(p, k, _ids(40))
+    weights, tau = _best(p, k, _ids(40))
+    lam = float(np.maximum(0, p - np.sort(p)[::-1][k]).sum() / 40)
     # The (k+1)-th row lies on the edge (weight and multiplier both 0), where an interior-point
     # solver only reaches the root of its tolerance: solve without it, then compare objectives.
     others = np.delete(np.arange(40), np.argsort(-p)[k])
@@ -53,24 +60,26 @@ def test_first_order_weights_solve_the_quadratic_programme(seed: int, k: int):
 
 def test_rows_without_a_score_count_for_nothing():
     p = np.array([3.0, np.nan, 1.0, 2.0, 0.0])
-    weights, tau, lam = first_order_weights(p, 2, _ids(5))
+    weights, tau = _best(p, 2, _ids(5))
     # n = 4, tau = 1, excess 2 and 1: lambda = 3/4, weights 8/3 and 4/3
-    np.testing.assert_allclose(weights, [8 / 3, 0, 0, 4 / 3, 0], rtol=1e-12, atol=0)
-    assert (tau, lam) == (1.0, 0.75), "NaN rows must not count in n"
+    np.testing.assert_allclose(
+        weights, [8 / 3, 0, 0, 4 / 3, 0], rtol=1e-12, atol=0, err_msg="NaN rows count in n"
+    )
+    assert tau == 1.0
 
 
 def test_equal_weights_where_the_closed_form_leaves_a_pick_without_weight():
     p = np.array([2.0, 1.0, 1.0, 1.0, 0.0])
-    weights, tau, lam = first_order_weights(p, 2, ["e", "c", "d", "b", "a"])
+    weights, tau = _best(p, 2, ["e", "c", "d", "b", "a"])
     np.testing.assert_allclose(
         weights, [2.5, 0, 0, 2.5, 0], rtol=1e-12, err_msg="ties must go to the smallest id"
     )
-    assert (tau, lam) == (1.0, 0.0)
+    assert tau == 1.0
     for k in (5, 9):
-        weights, tau, lam = first_order_weights(p, k, _ids(5))
+        weights, tau = _best(p, k, _ids(5))
         np.testing.assert_allclose(weights, np.ones(5), rtol=1e-12, err_msg="k >= n: all rows, 1")
-        assert (tau, lam) == (0.0, 0.0)
-    constant, _, _ = first_order_weights(np.full(6, 0.3), 2, _ids(6))
+        assert tau == 0.0
+    constant, _ = _best(np.full(6, 0.3), 2, _ids(6))
     np.testing.assert_allclose(constant, [3, 3, 0, 0, 0, 0], rtol=1e-12)
 
 
@@ -137,11 +146,9 @@ def test_a_pick_at_or_below_its_threshold_makes_all_weights_equal():
 
 def test_infinite_scores_and_empty_budgets_are_refused():
     with pytest.raises(InputError, match="row 1 has an infinite score"):
-        first_order_weights(np.array([0.0, np.inf]), 1, _ids(2))
-    with pytest.raises(InputError, match=r"selection\.budget"):
-        first_order_weights(np.array([0.0, 1.0]), 0, _ids(2))
+        _best(np.array([0.0, np.inf]), 1, _ids(2))
     with pytest.raises(InputError, match="no row with a score"):
-        first_order_weights(np.array([np.nan]), 1, _ids(1))
+        _best(np.array([np.nan]), 1, _ids(1))
 
 
 def test_ranks_of_ids_are_those_of_a_stable_sort():

@@ -36,9 +36,11 @@ from influence.gradients.contractions import (
     cheaper_form,
     formed_gradients,
     formed_squared_norms,
-    pair_squared_norms,
+    squared_norms,
+    wide,
 )
-from influence.projection import Sketch, half_products, make_sketch
+from influence.gradients.term import Term
+from influence.projection import KroneckerProjection, LayerShape, half_products, make_kronecker
 from influence.replica import Replica, load_replica, load_tokenizer
 from influence.tokenization import Encoded, Encoder, make_encoder
 
@@ -49,7 +51,7 @@ def sketch_pass(
     replica: Replica,
     layers: Sequence[Layer],
     rows: Sequence[Encoded],
-    sketches: dict[str, Sketch],
+    sketches: dict[str, KroneckerProjection],
     token_budget: int,
 ) -> Arrays:
     """Sketches by name (n x dim), exact norms (n,), seconds in each sketch and in the whole pass.
@@ -67,16 +69,17 @@ def sketch_pass(
 
         def consume(
             layer: Layer,
-            x: Tensor,
-            d: Tensor,
+            terms: list[Term],
             vectors: dict[str, Tensor] = vectors,
             squared: Tensor = squared,
         ) -> None:
+            terms = [wide(term) for term in terms]
             for name, sketch in sketches.items():
                 before = time.perf_counter()
-                sketch.apply_layer(layer.name, x, d, vectors[name])
+                for term in terms:
+                    sketch.add_term(layer.name, term, vectors[name])
                 spent[name] += time.perf_counter() - before
-            squared.add_(squared_norms(layer, x, d))
+            squared.add_(layer_norms(layer, terms, len(squared)))
 
         backpropagate(replica.model, layers, batch, reduction="mean", consume=consume)
         for name, values in vectors.items():
@@ -87,13 +90,14 @@ def sketch_pass(
     return found
 
 
-def squared_norms(
-    layer: Layer, x: Float[Tensor, "b t in"], d: Float[Tensor, "b t out"]
-) -> Float[Tensor, " b"]:
-    """|D_i' X_i|^2 by the cheaper form, as the engine chooses it: the times are about the same."""
-    if cheaper_form(x.shape[1], layer.out_features, layer.in_features) == "pair":
-        return pair_squared_norms(x, d)
-    return torch.cat([formed_squared_norms(part) for _rows, part in formed_gradients(x, d)])
+def layer_norms(layer: Layer, terms: Sequence[Term], size: int) -> Float[Tensor, " b"]:
+    """|G_i|^2 by the cheaper form, as the engine chooses it: the times are about the same."""
+    if cheaper_form(terms[0].x.shape[1], layer.out_features, layer.in_features) == "pair":
+        return squared_norms(terms, size)
+    total = torch.zeros(size, dtype=torch.float64)
+    for formed in formed_gradients(terms):
+        formed.add_by_sample(total, formed_squared_norms(formed.gradients))
+    return total
 
 
 def full_gradients(
@@ -107,9 +111,9 @@ def full_gradients(
     for batch in make_batches(rows, token_budget):
         positions = torch.tensor(batch.positions)
 
-        def consume(layer: Layer, x: Tensor, d: Tensor, positions: Tensor = positions) -> None:
-            for part, gradients in formed_gradients(x, d):
-                whole[layer.name][positions[part]] = gradients
+        def consume(layer: Layer, terms: list[Term], positions: Tensor = positions) -> None:
+            for formed in formed_gradients(terms):
+                whole[layer.name][positions[formed.sample]] = formed.gradients
 
         backpropagate(replica.model, layers, batch, reduction="mean", consume=consume)
     return whole
@@ -263,10 +267,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         check_settings(out, json.loads((out / "settings.json").read_text()), settings)
     write_json(out / "settings.json", settings)
     replica = load_replica(config, "float32", "cpu")
-    layers = attributed_layers(replica.model, "all")
-    shapes = [(layer.name, layer.out_features, layer.in_features) for layer in layers]
+    layers = attributed_layers(replica.model, "linear")
+    shapes = [LayerShape(layer.name, layer.out_features, layer.in_features) for layer in layers]
     sketches = {
-        str(side): make_sketch(shapes, side=side, dim=arguments.dim, seed=arguments.seed)
+        str(side): make_kronecker(shapes, side=side, dim=arguments.dim, seed=arguments.seed)
         for side in arguments.sides
     }
     budget = arguments.token_budget

@@ -66,14 +66,34 @@ def select(
 
 
 @app.command(epilog=EXIT_CODES)
-def plan(config: ConfigPath, set_: Overrides = None) -> None:
+def plan(
+    config: ConfigPath,
+    set_: Overrides = None,
+    numerics: Annotated[
+        int,
+        typer.Option(
+            "--numerics",
+            metavar="ROWS",
+            min=0,
+            help="Also run the model on so many rows, in the run's precision and in float32 "
+            "(float64 for a float32 run), and say how similar gradients and embeddings are.",
+        ),
+    ] = 0,
+) -> None:
     """Say what a run would cost: counts, tokens, cached shards, FLOPs, bytes, time. No model runs.
 
-    Tokenises the pool and the targets (that much is committed to the cache), loads no weights.
+    Tokenises the pool and the targets (that much is committed to the cache), loads no weights
+    unless `--numerics` asks for it.
     """
     from influence.plan import make_plan, print_plan
 
-    print_plan(make_plan(load_config(config, set_ or ())), Console())
+    console = Console()
+    settings = load_config(config, set_ or ())
+    print_plan(make_plan(settings), console)
+    if numerics:
+        from influence.numerics import compare_precisions, numerics_table
+
+        console.print(numerics_table(compare_precisions(settings, numerics)))
 
 
 @app.command(epilog=EXIT_CODES)

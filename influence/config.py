@@ -100,9 +100,15 @@ class EmbeddingConfig(Section):
 class GradientsConfig(Section):
     """Exact per-sample gradients: of the landmarks, the targets, or every candidate."""
 
-    parameters: str = Field("all", description="all (linear layers) or lora")
+    parameters: str | list[str] = Field(
+        "linear", description="all, linear, lora, or patterns of parameter names"
+    )
+    blocks: str = Field("all", description="all, 'last K' or 'random K' decoder blocks")
     projection: Literal["exact", "kronecker", "srht", "rademacher", "countsketch", "none"] = (
         "kronecker"
+    )
+    norms: Literal["projected", "exact"] = Field(
+        "projected", description="of the projected gradients, or (a quarter slower) of the whole"
     )
     side: Annotated[int, Field(ge=2)] = Field(64, description="random directions on each side")
     dim: Annotated[int, Field(ge=2)] = Field(8192, description="length of a stored vector")

@@ -25,8 +25,6 @@ from influence.errors import InputError
 BUILT: dict[str, tuple[object, ...]] = {
     "method": ("influence_distillation", "exact", "rds", "random"),
     "embedding.kind": ("jvp", "hidden", "rds"),
-    "gradients.parameters": ("all", "lora"),
-    "gradients.projection": ("kronecker", "exact"),
     "gradients.reduction": ("mean", "sum", "sqrt"),
     "landmarks.choose": ("uniform", "stratified"),
     "optimizer.kind": ("sgd",),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from influence.candidates import SourceFile
-from influence.cost import check_target_bytes
+from influence.cost import check_target_bytes, check_vector_bytes
 from influence.fingerprints import fingerprint
 from influence.job import Job, run_units
 from influence.model_shape import model_shape
@@ -65,14 +65,15 @@ class _Candidates:
 def plan_exact(job: Job, reduce: Any, chosen: Chosen | None) -> ExactWork:
     """Plan the exact gradients of some rows (None: all) and the targets' own; computes nothing.
 
-    With `projection: kronecker` both are sketches, which a new target does not invalidate. With
-    `projection: exact` the candidates' units hold inner products with the targets' full gradients,
-    in shards of each target's own. Their names follow from the names of the targets' shards.
+    With a random projection (or none) both are vectors, which a new target does not invalidate.
+    With `projection: exact` the candidates' units hold inner products with the targets' full
+    gradients, in shards of each target's own. Their names follow from the names of the targets'
+    shards.
     """
     wanted = None
     if chosen is not None:
         wanted = {file.url: tuple(sorted(members)) for file, members in chosen}
-    if job.config.gradients.projection == "kronecker":
+    if job.config.gradients.projection != "exact":
         digest = job.fingerprints["gradients"].hex
         rows = job.config.replicas.gradient_rows_per_shard
         targets = {
@@ -112,12 +113,14 @@ def exact_units(job: Job, reduce: Any, chosen: Chosen | None) -> ExactUnits:
     """The units of `plan_exact`, to be computed; the targets' full gradients are made here.
 
     Raises:
-        InputError: with `projection: exact`, more full gradients than a replica can hold.
+        InputError: with `projection: exact`, more full gradients than a replica can hold; with
+            `projection: none`, shards that are too large.
     """
     work = plan_exact(job, reduce, chosen)
     vectors = [unit for members in work.vectors.values() for unit in members]
+    shape = job.shape if job.shape is not None else model_shape(job.config)
+    check_vector_bytes(job.config, shape)
     if vectors:
-        shape = job.shape if job.shape is not None else model_shape(job.config)
         check_target_bytes(job.config, shape, len(vectors))
         run_units(job, vectors)
     if work.borrowed:

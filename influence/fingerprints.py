@@ -51,20 +51,36 @@ def stage_fingerprints(config: Config, template: str) -> dict[str, Fingerprint]:
         return stages
     model = {**tokens, **model_values(config)}
     gradients = config.gradients
-    exact = {"reduction": gradients.reduction, "parameters": gradients.parameters}
+    exact = _gradient_values(config)
     stages["embedding"] = fingerprint({**model, **_values_that_count(config)})
-    stages["gradients"] = fingerprint(
-        {
-            **model,
-            **exact,
-            "projection": "kronecker",
-            "side": gradients.side,
-            "dim": gradients.dim,
-            "seed": config.seed,
-        }
-    )
+    if config.gradients.projection != "exact":
+        stages["gradients"] = fingerprint({**model, **exact, **_projection_values(config)})
     stages["target_vectors"] = fingerprint({**model, **exact, "normalize": gradients.normalize})
     return stages
+
+
+def _gradient_values(config: Config) -> dict[str, Any]:
+    """Which gradients are taken: of what loss, with respect to which parameters."""
+    gradients = config.gradients
+    values: dict[str, Any] = {
+        "reduction": gradients.reduction,
+        "parameters": gradients.parameters,
+        "blocks": gradients.blocks,
+    }
+    if gradients.blocks.startswith("random"):
+        values["blocks_seed"] = config.seed
+    return values
+
+
+def _projection_values(config: Config) -> dict[str, Any]:
+    """The settings that the projection in use reads."""
+    gradients = config.gradients
+    values: dict[str, Any] = {"projection": gradients.projection}
+    if gradients.projection != "none":
+        values |= {"dim": gradients.dim, "seed": config.seed, "norms": gradients.norms}
+    if gradients.projection == "kronecker":
+        values["side"] = gradients.side
+    return values
 
 
 def embedding_values(config: Config) -> dict[str, Any]:

@@ -58,6 +58,11 @@ def sample_losses(
     return sums / (counts if reduction == "mean" else counts.sqrt())
 
 
+def response_samples(batch: TokenBatch) -> Int[Tensor, " n"]:
+    """The sample of every response token that a previous token predicts, in order."""
+    return (batch.labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)[0]
+
+
 def response_forward(
     model: nn.Module, batch: TokenBatch
 ) -> tuple[Float[Tensor, "n v"], Int[Tensor, " n"], Int[Tensor, " n"]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from influence.blocks import find_decoder
 from influence.config import Config
 from influence.errors import ModelLoadError
-from influence.gradients import Parameters, attributed_layers, coverage
+from influence.gradients import attributed_layers, coverage
 from influence.replica import adapter_arguments, load_description
 
 
@@ -20,10 +21,17 @@ class ModelShape:
 
     Attributes:
         parameters: all parameters.
-        block_weights: matrix parameters inside the decoder blocks.
+        block_weights: matrix parameters inside the decoder blocks that a token meets: of a stack
+            of experts, those of the experts that it is sent to.
         head_weights: parameters of the output head.
         attributed: parameters whose gradients are taken.
-        sides: sum over attributed layers of (in + out) features.
+        formed: the attributed ones inside the blocks that a token meets; forming a gradient takes
+            one multiplication for each of them and token.
+        head_attributed: those of the output head, if it is attributed.
+        sides: sum over attributed matrices inside the blocks of (in + out) features.
+        layers: number of attributed layers.
+        outputs: what the matrices inside the blocks give a token, all together, in numbers.
+        vocabulary: number of logits of a token.
         blocks: number of decoder blocks.
         hidden: width of the residual stream.
         coverage: one row per group of parameters; shares sum to 1.
@@ -33,7 +41,12 @@ class ModelShape:
     block_weights: int
     head_weights: int
     attributed: int
+    formed: int
+    head_attributed: int
     sides: int
+    layers: int
+    outputs: int
+    vocabulary: int
     blocks: int
     hidden: int
     coverage: list[dict[str, Any]]
@@ -70,16 +83,47 @@ def model_shape(config: Config) -> ModelShape:
             f"model.name: cannot build {config.model.name!r} from its config: "
             f"{type(error).__name__}: {first}"
         ) from error
-    layers = attributed_layers(model, cast(Parameters, config.gradients.parameters))
+    layers = attributed_layers(
+        model, config.gradients.parameters, blocks=config.gradients.blocks, seed=config.seed
+    )
     decoder = find_decoder(model)
     head = model.get_output_embeddings()
+    share = _expert_share(described.get_text_config())
+    inside = {id(p) for p in decoder.blocks.parameters()}
+    met = [layer for layer in layers if id(layer.parameter) in inside]
+    heads = set() if head is None else {id(p) for p in head.parameters()}
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
-        block_weights=sum(p.numel() for p in decoder.blocks.parameters() if p.dim() >= 2),
+        block_weights=sum(
+            int(p.numel() * share(p)) for p in decoder.blocks.parameters() if p.dim() >= 2
+        ),
         head_weights=0 if head is None else sum(p.numel() for p in head.parameters()),
         attributed=sum(layer.out_features * layer.in_features for layer in layers),
-        sides=sum(layer.out_features + layer.in_features for layer in layers),
+        formed=sum(int(layer.size * share(layer.parameter)) for layer in met),
+        head_attributed=sum(layer.size for layer in layers if id(layer.parameter) in heads),
+        sides=sum(
+            int((layer.shape.out + layer.in_features) * layer.parts * share(layer.parameter))
+            for layer in met
+        ),
+        layers=len(layers),
+        outputs=sum(
+            int(layer.shape.out * layer.parts * share(layer.parameter))
+            for layer in attributed_layers(model, "linear")
+        ),
+        vocabulary=described.get_text_config().vocab_size,
         blocks=len(decoder.blocks),
         hidden=described.get_text_config().hidden_size,
         coverage=[asdict(row) for row in coverage(model, layers)],
     )
+
+
+def _expert_share(described: Any) -> Callable[[torch.Tensor], float]:
+    """What share of a stack of experts (a three-dimensional parameter) a token meets."""
+    per_token = getattr(described, "num_experts_per_tok", None) or getattr(described, "top_k", None)
+
+    def share(parameter: torch.Tensor) -> float:
+        if parameter.dim() != 3 or not isinstance(per_token, int):
+            return 1.0
+        return min(1.0, per_token / parameter.shape[0])
+
+    return share

@@ -15,7 +15,7 @@ from rich.text import Text
 from influence import cost
 from influence.catalogue import Catalogue
 from influence.config import Config
-from influence.cost import Load, StageCost
+from influence.cost import Load, ReplicaMemory, StageCost
 from influence.errors import InputError
 from influence.exact_work import ExactWork, plan_exact
 from influence.fingerprints import embedding_values
@@ -25,6 +25,7 @@ from influence.model_shape import ModelShape, model_shape
 from influence.pipeline import Job, catalogue, embedding_units, prepare
 from influence.progress import Progress
 from influence.reducer import Reducer
+from influence.replica import resolve_dtype
 from influence.run_log import RunLog
 from influence.selection import parse_budget
 from influence.units import Unit, range_units
@@ -62,6 +63,7 @@ class Plan:
     rate_is: str
     shape: ModelShape | None
     selected: str
+    memory: ReplicaMemory | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -85,6 +87,11 @@ def make_plan(config: Config) -> Plan:
     rate, rate_is = _rate(config)
     plan = Plan(config, counts, [], rate, rate_is, shape, selected)
     _add_stages(plan, job, reducer, shape)
+    if config.method in ("influence_distillation", "exact"):
+        dtype = resolve_dtype(config.model.dtype, config.replicas.num_gpus, config.model.device)
+        share = counts["response_tokens"] / max(1, counts["tokens"])
+        columns = len(reducer.columns.columns)
+        plan.memory = cost.replica_memory(config, shape, dtype, share, columns)
     return plan
 
 
@@ -104,9 +111,16 @@ def _add_stages(plan: Plan, job: Job, reducer: Reducer, shape: ModelShape) -> No
         positions = [p for file, members in chosen for p in pool.positions(file, members)]
         rows = _load(pool, np.asarray(positions))
     work = plan_exact(job, reducer, chosen)
-    if config.gradients.projection == "kronecker":
+    chosen_projection = config.gradients.projection
+    if chosen_projection != "exact":
         load = _sum([rows, targets])
-        spent = cost.gradients(shape, load, config.gradients.side, config.gradients.dim)
+        try:
+            cost.check_vector_bytes(config, shape)
+        except InputError as error:
+            plan.notes.append(str(error))
+        sizes = config.gradients.side, config.gradients.dim
+        exact_norms = config.gradients.norms == "exact"
+        spent = cost.gradients(shape, load, chosen_projection, *sizes, exact_norms=exact_norms)
         _add(plan, job, "gradients", load, work.units.all, spent, work)
     else:
         vectors = [unit for members in work.vectors.values() for unit in members]
@@ -220,10 +234,24 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.stages:
         console.print(_stage_table(plan))
         console.print(f"rate of the estimate: {plan.rate_is}", highlight=False)
+    if plan.memory is not None:
+        console.print(memory_line(plan.memory, plan.config.replicas.token_budget))
     if plan.shape is not None:
         console.print(coverage_table(plan.shape.coverage))
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def memory_line(memory: ReplicaMemory, token_budget: int) -> Text:
+    """What a replica needs, and for what."""
+    parts = ", ".join(
+        f"{name} {getattr(memory, name) / 1e9:.1f}"
+        for name in ("weights", "activations", "logits", "projection", "layer")
+    )
+    return Text(
+        f"memory of a replica, estimated for batches of {token_budget:,} tokens: "
+        f"{memory.total / 1e9:.1f} GB ({parts})"
+    )
 
 
 def _stage_table(plan: Plan) -> Table:

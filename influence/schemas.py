@@ -32,7 +32,8 @@ REASON_DUPLICATE = "duplicate"
 class VectorLayout(BaseModel):
     """How the bytes of a shard's `vector` column are read (kept in the schema's metadata).
 
-    `blocks` lists named parts of the vector as (name, offset, length), in elements.
+    `blocks` lists the layers of an unprojected gradient as (name, offset, length), in elements; a
+    vector without any is an embedding, inner products, or a projection's two halves.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from influence.projection import half_products
+from influence.projection import HALVES, half_products
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,12 @@ class ExactScores:
 def unit(
     vectors: Float[np.ndarray, "n d"], norm: Float[np.ndarray, "n"], normalize: bool
 ) -> Float[np.ndarray, "n d"]:
-    """Rows divided by their exact norms (not by the norms of their sketches), in float64."""
+    """Rows divided by their norms, in float64.
+
+    Of a projected row that may be the projection's own norm: its error is that of the inner
+    products in part, which cancels. For a correlation rho and k random numbers the variance of a
+    cosine is (1 - rho^2)^2 / k so, and (1 + rho^2) / k with the norms of the whole gradients.
+    """
     vectors = vectors.astype(np.float64)
     return vectors / norm[:, None] if normalize else vectors
 
@@ -42,12 +47,17 @@ def sketched_halves(
     norm: Float[np.ndarray, "r"],
     targets: Float[np.ndarray, "m d"],
     normalize: bool,
+    *,
+    whole: bool = False,
 ) -> Float[np.ndarray, "2 r m"]:
-    """Inner products of sketched gradients with sketched targets, by each half of the sketch.
+    """Inner products of projected gradients with projected targets, by each half of the projection.
 
-    Both halves are unbiased and independent; their mean is the score.
+    Both halves are unbiased and independent; their mean is the score. Of `whole`, unprojected
+    gradients both are the exact score.
     """
     rows = unit(vectors, norm, normalize)
+    if whole:
+        return np.broadcast_to(rows @ targets.T, (HALVES, len(rows), len(targets)))
     return half_products(torch.from_numpy(rows), torch.from_numpy(targets)).numpy()
 
 

@@ -173,7 +173,7 @@ def _read_products(
     normalize: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     positions, parts = [], []
-    for where, kept, vectors, norm in _usable_rows(cache, units, pool, wanted):
+    for where, kept, vectors, norm, _whole in _usable_rows(cache, units, pool, wanted):
         positions.append(where)
         parts.append(scoring.unit(vectors, norm, normalize)[kept])
     if not parts:
@@ -204,9 +204,12 @@ def _read_sketches(
     normalize: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     positions, halves = [], []
-    for where, kept, vectors, norm in _usable_rows(cache, exact.sketches, pool, exact.wanted):
+    for where, kept, vectors, norm, whole in _usable_rows(
+        cache, exact.sketches, pool, exact.wanted
+    ):
         positions.append(where)
-        halves.append(scoring.sketched_halves(vectors, norm, means, normalize)[:, kept])
+        of_shard = scoring.sketched_halves(vectors, norm, means, normalize, whole=whole)
+        halves.append(of_shard[:, kept])
     if not halves:
         return np.empty(0, np.int64), np.empty((0, len(means))), np.empty((2, 0, len(means)))
     both = np.concatenate(halves, axis=1)
@@ -218,8 +221,8 @@ def _usable_rows(
     units: Sequence[Unit],
     pool: Catalogue,
     wanted: Mapping[str, Sequence[int]] | None,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """(positions, kept, vectors, norms), shard by shard: the rows to keep among the usable ones.
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, bool]]:
+    """(positions, kept, vectors, norms, whether they are unprojected), shard by shard.
 
     Vectors and norms are of all rows with a gradient, `kept` (a mask over them) are the wanted ones
     that no shard before held: so a score's last bits depend on its shard, not on what is wanted of
@@ -239,7 +242,8 @@ def _usable_rows(
         usable = scoring.usable_norm(norm) & np.isfinite(vectors).all(axis=1)
         pool.exclude(where[new & ~usable].tolist(), NO_GRADIENT)
         if (new & usable).any():
-            yield where[new & usable], new[usable], vectors[usable], norm[usable]
+            whole = bool(shard.layout.blocks)
+            yield where[new & usable], new[usable], vectors[usable], norm[usable], whole
 
 
 def _target_sketches(

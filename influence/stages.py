@@ -6,7 +6,7 @@ row. What it needs of the config arrives as plain values in `StageSettings`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,16 @@ from torch import Tensor
 
 from influence.batching import Batch
 from influence.embeddings import make_embedder
-from influence.gradients import Parameters, attributed_layers, make_engine, mean_gradient
+from influence.gradients import (
+    Choice,
+    attributed_layers,
+    block_layout,
+    make_engine,
+    mean_gradient,
+)
 from influence.loss import Reduction
-from influence.projection import make_sketch
+from influence.memory import TokenLimit, computed, out_of_memory
+from influence.projection import LayerShape, make_projection
 from influence.replica import Replica
 
 
@@ -27,9 +34,12 @@ class StageSettings:
     """Plain values that the stages read."""
 
     embedding: Mapping[str, Any]
-    parameters: Parameters
+    parameters: Choice
+    parameter_blocks: str
     reduction: Reduction
     normalize: bool
+    projection: str
+    exact_norms: bool
     side: int
     dim: int
     seed: int
@@ -44,7 +54,7 @@ class Vectors:
         vectors: (n x dim).
         norm: (n,) norm of the embedding, or exact norm of the gradient.
         loss: (n,) reduced loss in nats; NaN where the stage computes none.
-        blocks: named parts of a vector (name, offset, length).
+        blocks: the layers of an unprojected gradient (name, offset, length).
     """
 
     positions: np.ndarray
@@ -61,6 +71,7 @@ class Toolbox:
         self.replica = replica
         self.settings = settings
         self._built: dict[str, Any] = {}
+        self.limit = TokenLimit()
         self._products: tuple[tuple[tuple[str, ...], ...], Any] | None = None
 
     def _once(self, name: str, build: Callable[[], Any]) -> Any:
@@ -72,7 +83,13 @@ class Toolbox:
     def layers(self) -> list[Any]:
         """The attributed layers."""
         return self._once(
-            "layers", lambda: attributed_layers(self.replica.model, self.settings.parameters)
+            "layers",
+            lambda: attributed_layers(
+                self.replica.model,
+                self.settings.parameters,
+                blocks=self.settings.parameter_blocks,
+                seed=self.settings.seed,
+            ),
         )
 
     @property
@@ -83,14 +100,20 @@ class Toolbox:
         )
 
     @property
-    def sketch_engine(self) -> Any:
-        """Per-sample gradients through the two-sided sketch."""
+    def vector_engine(self) -> Any:
+        """Per-sample gradients, projected or (`projection: none`) whole."""
         settings = self.settings
 
         def build() -> Any:
-            shapes = [(layer.name, layer.out_features, layer.in_features) for layer in self.layers]
-            sketch = make_sketch(
-                shapes,
+            model, layers, reduction = self.replica.model, self.layers, settings.reduction
+            if settings.projection == "none":
+                return make_engine(model, layers, reduction=reduction, full=True)
+            projection = make_projection(
+                settings.projection,
+                [
+                    LayerShape(each.name, each.shape.out, each.in_features, each.parts)
+                    for each in layers
+                ],
                 side=settings.side,
                 dim=settings.dim,
                 seed=settings.seed,
@@ -98,10 +121,14 @@ class Toolbox:
                 device=self.replica.device,
             )
             return make_engine(
-                self.replica.model, self.layers, reduction=settings.reduction, sketch=sketch
+                model,
+                layers,
+                reduction=reduction,
+                projection=projection,
+                exact_norms=settings.exact_norms,
             )
 
-        return self._once("sketch", build)
+        return self._once("vectors", build)
 
     def product_engine(
         self, keys: tuple[tuple[str, ...], ...], read: Callable[[], dict[str, list[Tensor]]]
@@ -126,10 +153,14 @@ class Toolbox:
 def embed(tools: Toolbox, batches: Sequence[Batch]) -> Vectors:
     """The cheap embedding of every row: unit rows in float16, their norms beside them."""
     rows, positions = [], []
-    for batch in batches:
+
+    def compute(batch: Batch) -> np.ndarray:
         moved = batch.to(tools.replica.device)
         with torch.no_grad():
-            rows.append(tools.embedder.embed(moved.input_ids, moved.lengths).double().cpu().numpy())
+            return tools.embedder.embed(moved.input_ids, moved.lengths).double().cpu().numpy()
+
+    for batch, found in computed(batches, tools.limit, compute):
+        rows.append(found)
         positions += batch.positions
     raw = np.concatenate(rows)
     norm = np.linalg.norm(raw, axis=1)
@@ -137,9 +168,15 @@ def embed(tools: Toolbox, batches: Sequence[Batch]) -> Vectors:
     return Vectors(np.asarray(positions), unit, norm, np.full(len(norm), np.nan))
 
 
-def sketch_gradients(tools: Toolbox, batches: Sequence[Batch]) -> Vectors:
-    """Projected per-sample gradients (unnormalised), exact norms and losses."""
-    return _gradients(tools.sketch_engine, tools, batches, "vectors")
+def gradient_vectors(tools: Toolbox, batches: Sequence[Batch]) -> Vectors:
+    """Projected or whole per-sample gradients (unnormalised), their norms and losses."""
+    found = _gradients(tools.vector_engine, tools, batches, "vectors")
+    if tools.settings.projection == "none":
+        found.blocks = [
+            (block.name, block.offset, block.shape[0] * block.shape[1])
+            for block in block_layout(tools.layers)
+        ]
+    return found
 
 
 def inner_products(tools: Toolbox, batches: Sequence[Batch], engine: Any) -> Vectors:
@@ -163,22 +200,49 @@ def target_vector(
 
     `names` are the rows of every batch. Raises InputError for one without a usable gradient.
     """
-    moved = [batch.to(tools.replica.device) for batch in batches]
-    total, count = mean_gradient(
-        tools.replica.model,
-        tools.layers,
-        moved,
-        reduction=tools.settings.reduction,
-        normalize=tools.settings.normalize,
-        names=names,
-    )
-    return {name: value / count for name, value in total.items()}, count
+    named = {
+        position: name
+        for batch, of_batch in zip(batches, names, strict=True)
+        for position, name in zip(batch.positions, of_batch, strict=True)
+    }
+    while True:
+        cut = [part for batch in batches for part in tools.limit.cut(batch)]
+        tried = _Tried(cut, tools.replica.device)
+        try:
+            total, count = mean_gradient(
+                tools.replica.model,
+                tools.layers,
+                tried,
+                reduction=tools.settings.reduction,
+                normalize=tools.settings.normalize,
+                names=[[named[position] for position in batch.positions] for batch in cut],
+            )
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        else:
+            return {name: value / count for name, value in total.items()}, count
+        # A sum that broke off in the middle of a batch is of no use: once more from the start.
+        tools.limit.lower(tried.last)
+
+
+class _Tried:
+    """Batches on a device, one at a time; `last` is the one that was handed out last."""
+
+    def __init__(self, batches: Sequence[Batch], device: torch.device) -> None:
+        self._batches, self._device = batches, device
+        self.last = batches[0]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._batches:
+            self.last = batch
+            yield batch.to(self._device)
 
 
 def _gradients(engine: Any, tools: Toolbox, batches: Sequence[Batch], column: str) -> Vectors:
     vectors, norms, losses, positions = [], [], [], []
-    for batch in batches:
-        gradients = engine(batch.to(tools.replica.device))
+    device = tools.replica.device
+    for batch, gradients in computed(batches, tools.limit, lambda b: engine(b.to(device))):
         vectors.append(getattr(gradients, column).float().cpu().numpy())
         norms.append(gradients.norm.double().cpu().numpy())
         losses.append(gradients.loss.double().cpu().numpy())

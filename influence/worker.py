@@ -24,7 +24,6 @@ from influence.candidates import read_examples, read_rows
 from influence.config import Config
 from influence.errors import InputError, ModelLoadError
 from influence.fingerprints import embedding_values
-from influence.gradients import Parameters
 from influence.loss import Reduction
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
 from influence.schemas import (
@@ -171,14 +170,15 @@ class Worker:
             tables = [_vector_table(encoded, first_of, part) for part in columns]
         self._model_free = time.monotonic()
         seconds = self._model_free - start
-        return _Computed(tables, seconds, idle, tools.replica.device_name, tools.replica.notes)
+        notes = tools.replica.notes + ((tools.limit.note,) if tools.limit.note else ())
+        return _Computed(tables, seconds, idle, tools.replica.device_name, notes)
 
     def _vectors(self, bundle: Bundle, tools: Toolbox, batches: list[Any]) -> list[Vectors]:
         stage = bundle.units[0].stage
         if stage == "embedding":
             return [stages.embed(tools, batches)]
         if stage == "gradients":
-            return [stages.sketch_gradients(tools, batches)]
+            return [stages.gradient_vectors(tools, batches)]
         if stage == "inner_products":
             keys = tuple(unit.needs for unit in bundle.units)
             engine = tools.product_engine(keys, lambda: self._target_vectors(keys, tools))
@@ -244,9 +244,12 @@ def stage_settings(config: Config) -> StageSettings:
             "dim": embedding.dim,
             "seed": config.seed,
         },
-        parameters=cast(Parameters, gradients.parameters),
+        parameters=gradients.parameters,
+        parameter_blocks=gradients.blocks,
         reduction=cast(Reduction, gradients.reduction),
         normalize=gradients.normalize,
+        projection=gradients.projection,
+        exact_norms=gradients.norms == "exact",
         side=gradients.side,
         dim=gradients.dim,
         seed=config.seed,

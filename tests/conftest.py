@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before any library that reads them is imported; worker processes inherit them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,7 +17,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import pytest
 from s3 import s3_server, s3_url
-from tiny_run import Setup, save_model, write_pool, write_targets
+from tiny_run import Runner, Setup, save_model, tiny_config, write_pool, write_targets
 
 __all__ = ["s3_server", "s3_url"]
 
@@ -47,3 +49,24 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def run(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """run(**changes) -> the run directory; each config runs once, all share one cache."""
+    from influence.one_process import run_select
+
+    folder = tmp_path_factory.mktemp("runs")
+    made: dict[str, str] = {}
+
+    def once(**changes: Any) -> str:
+        key = json.dumps(changes, sort_keys=True)
+        if key not in made:
+            config = tiny_config(
+                setup, folder / f"run{len(made)}", cache=str(folder / "cache"), **changes
+            )
+            run_select(config, quiet=True)
+            made[key] = config.run
+        return made[key]
+
+    return once

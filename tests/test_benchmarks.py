@@ -19,7 +19,7 @@ from tiny_models import VOCAB, tiny_model
 
 from influence.errors import InputError
 from influence.gradients import attributed_layers
-from influence.projection import make_sketch
+from influence.projection import LayerShape, make_kronecker
 from influence.tokenization import Encoded
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -200,11 +200,11 @@ def test_reset_undoes_training_and_depends_on_the_seed_alone():
 def test_sketch_sides_passes_against_one_backward_a_row():
     model = tiny_model("llama", torch.float32)
     replica: Any = SimpleNamespace(model=model)
-    layers = attributed_layers(model, "all")
+    layers = attributed_layers(model, "linear")
     rows, goals = encoded((9, 14, 6, 11)), encoded((7, 12), seed=1)
     flat = []
     for row in [*rows, *goals]:
-        weights = [layer.module.weight for layer in layers]
+        weights = [layer.parameter for layer in layers]
         parts = torch.autograd.grad(row_loss(model, row), weights)
         flat.append(torch.cat([part.flatten() for part in parts]).double())
     truth = torch.stack(flat[:4]) @ torch.stack(flat[4:]).T
@@ -212,8 +212,8 @@ def test_sketch_sides_passes_against_one_backward_a_row():
     np.testing.assert_allclose(exact["products"], truth, rtol=1e-4, atol=1e-6)
 
     # As many directions as features on each side and room for all: the sketch is the identity.
-    shapes = [(layer.name, layer.out_features, layer.in_features) for layer in layers]
-    whole = {"200": make_sketch(shapes, side=200, dim=1_000_000, seed=0)}
+    shapes = [LayerShape(each.name, each.out_features, each.in_features) for each in layers]
+    whole = {"200": make_kronecker(shapes, side=200, dim=1_000_000, seed=0)}
     left, right = (sketch_sides.sketch_pass(replica, layers, r, whole, 20) for r in (rows, goals))
     norms = torch.stack(flat).norm(dim=1)
     np.testing.assert_allclose(np.append(left["norm"], right["norm"]), norms, rtol=1e-5, atol=0)

@@ -130,8 +130,6 @@ def test_every_problem_is_listed_at_once():
 UNBUILT: dict[str, list[Any]] = {
     "method": ["in2core", "less", "perplexity", "semantic", "length"],
     "embedding.kind": ["auto"],
-    "gradients.parameters": ["attention"],
-    "gradients.projection": ["srht", "rademacher", "countsketch", "none"],
     "gradients.reduction": ["token_max"],
     "landmarks.choose": ["kmeans++", "certified"],
     "optimizer.kind": ["adamw"],

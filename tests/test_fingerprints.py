@@ -63,8 +63,12 @@ def _changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
         ("model.adapter=null", OF_MODEL),
         ("gradients.reduction=sum", EXACT),
         ("gradients.parameters=lora", EXACT),
+        ("gradients.blocks=last 2", EXACT),
+        ("gradients.projection=srht", {"gradients"}),
+        ("gradients.projection=none", {"gradients"}),
         ("gradients.side=8", {"gradients"}),
         ("gradients.dim=64", {"gradients"}),
+        ("gradients.norms=exact", {"gradients"}),
         ("gradients.normalize=false", {"target_vectors"}),
         ("seed=1", {"embedding", "gradients"}),
         ("embedding.kind=hidden", {"embedding"}),
@@ -103,7 +107,6 @@ def test_the_template_changes_everything(data):
         "replicas.rows_per_shard=7",
         "replicas.gradient_rows_per_shard=7",
         "replicas.num_cpus=1",
-        "gradients.projection=exact",
         "method=exact",
         # What `auto` comes to on a CPU.
         "model.dtype=float32",
@@ -112,6 +115,34 @@ def test_the_template_changes_everything(data):
 )
 def test_what_changes_no_number_changes_no_fingerprint(data, override):
     assert _changed(_stages(data), _stages(data, override)) == set()
+
+
+@pytest.mark.parametrize(
+    ("projection", "unused"),
+    [
+        ("srht", ["gradients.side=8"]),
+        ("none", ["gradients.side=8", "gradients.dim=64"]),
+    ],
+)
+def test_settings_that_the_projection_does_not_use_do_not_count(data, projection, unused):
+    before = _stages(data, f"gradients.projection={projection}")
+    for override in unused:
+        assert _changed(before, _stages(data, f"gradients.projection={projection}", override)) == (
+            set()
+        )
+
+
+def test_inner_products_need_the_full_gradients_of_the_targets_and_no_vectors(data):
+    before, after = _stages(data), _stages(data, "gradients.projection=exact")
+    assert set(before) - set(after) == {"gradients"}
+    assert after["target_vectors"] == before["target_vectors"]
+
+
+def test_random_blocks_are_drawn_with_the_seed(data):
+    before = _stages(data, "gradients.blocks=random 2")
+    assert "target_vectors" in _changed(
+        before, _stages(data, "gradients.blocks=random 2", "seed=1")
+    )
 
 
 @pytest.mark.parametrize(

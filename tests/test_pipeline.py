@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from tiny_run import (
     N_SCORED,
     POOL_ROWS,
     UNSCORABLE,
+    Runner,
     Setup,
     manifest_of,
+    messages_of,
+    score_column,
     scores_of,
     selection_of,
     tiny_config,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from influence.errors import InputError
 from influence.one_process import run_select
@@ -32,40 +32,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "landmarks, exact products": {"gradients__projection": "exact"},
     "exact, kronecker": {"method": "exact"},
     "exact, exact products": {"method": "exact", "gradients__projection": "exact"},
+    "landmarks, whole gradients": {"gradients__projection": "none"},
+    "exact, every parameter": {"method": "exact", "gradients__parameters": "all"},
+    "exact, srht": {"method": "exact", "gradients__projection": "srht"},
+    "exact, countsketch": {"method": "exact", "gradients__projection": "countsketch"},
+    "exact, rademacher": {"method": "exact", "gradients__projection": "rademacher"},
     "rds": {"method": "rds"},
     "random": {"method": "random"},
 }
-MAX_LENGTH = 128  # as in tiny_config; row a05 is longer
-Runner = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def run(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    """run(**changes) -> the run directory; each config runs once, all share one cache."""
-    folder = tmp_path_factory.mktemp("runs")
-    made: dict[str, str] = {}
-
-    def once(**changes: Any) -> str:
-        key = json.dumps(changes, sort_keys=True)
-        if key not in made:
-            config = tiny_config(
-                setup, folder / f"run{len(made)}", cache=str(folder / "cache"), **changes
-            )
-            run_select(config, quiet=True)
-            made[key] = config.run
-        return made[key]
-
-    return once
 
 
 def grouped(setup: Setup) -> dict[str, Any]:
     """The targets with `sums` as one column, so that every column of P is in the scores."""
     return {"sums": {**setup.targets["sums"], "per": "group"}, "mixed": setup.targets["mixed"]}
-
-
-def column(run_directory: str, name: str) -> np.ndarray:
-    """A column of the scores, null as NaN."""
-    return scores_of(run_directory).column(name).to_numpy(zero_copy_only=False)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -139,7 +118,9 @@ def test_the_certificate_says_how_landmarks_were_drawn(run: Runner) -> None:
 def test_linear_sees_lengths_and_cosine_does_not(run: Runner) -> None:
     linear, cosine = (run(landmarks__kernel=kernel) for kernel in ("linear", "cosine"))
     predicted = ~np.asarray(scores_of(linear).column("exact"))
-    one, other = (column(directory, "score.sums")[predicted] for directory in (linear, cosine))
+    one, other = (
+        score_column(directory, "score.sums")[predicted] for directory in (linear, cosine)
+    )
     scored = ~np.isnan(one)
     gap = np.abs(one - other)[scored].max()
     assert gap > 1e-3 * np.abs(other[scored]).max(), "linear got unit rows: it is cosine"
@@ -159,8 +140,8 @@ def test_landmarks_keep_their_exact_scores(run: Runner, projection: str) -> None
     assert exact.sum() == 24, "landmarks.count rows are exact, no more and no fewer"
     for name in ("score.sums", "score.mixed", "score.mixed/x", "score.mixed/y"):
         np.testing.assert_allclose(
-            column(approximate, name)[exact],
-            column(truth, name)[exact],
+            score_column(approximate, name)[exact],
+            score_column(truth, name)[exact],
             rtol=1e-4,
             atol=1e-6,
             err_msg=f"{name}: a landmark's score is not the one of its own gradient",
@@ -170,113 +151,13 @@ def test_landmarks_keep_their_exact_scores(run: Runner, projection: str) -> None
     where = [ids.index(each) for each in written.column("id").to_pylist()]
     np.testing.assert_allclose(
         written.column("exact.sums").to_numpy(),
-        column(approximate, "score.sums")[where],
+        score_column(approximate, "score.sums")[where],
         rtol=1e-12,
         err_msg="landmarks.parquet and scores disagree: rows are out of order",
     )
 
 
 # --- oracles: one row at a time, in float64, no code of the product ---
-
-
-def tokens_and_labels(messages: list[dict[str, str]], tokenizer: Any) -> tuple[Any, Any]:
-    """Ids of a ChatML conversation, turn by turn; labels on the assistant's words and its end."""
-    ids: list[int] = []
-    labels: list[int] = []
-    for message in messages:
-        head = tokenizer(f"<|im_start|>{message['role']}\n")["input_ids"]
-        body = tokenizer(f"{message['content']}<|im_end|>")["input_ids"]
-        tail = tokenizer("\n")["input_ids"]
-        ids += head + body + tail
-        own = body if message["role"] == "assistant" else [-100] * len(body)
-        labels += [-100] * len(head) + own + [-100] * len(tail)
-    return torch.tensor([ids[:MAX_LENGTH]]), torch.tensor([labels[:MAX_LENGTH]])
-
-
-def messages_of(row: dict[str, Any]) -> list[dict[str, str]]:
-    """The turns of a row of the tiny pool."""
-    if row.get("messages"):
-        return row["messages"]
-    pair = (("user", row["prompt"]), ("assistant", row["completion"]))
-    return [{"role": role, "content": content} for role, content in pair]
-
-
-class Oracle:
-    """Rows of the pool and of the targets through the model, one by one."""
-
-    def __init__(self, setup: Setup) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(setup.model)
-        self.model = AutoModelForCausalLM.from_pretrained(setup.model, dtype=torch.float64).eval()
-        # Fourteen rows of both files, rows that can be scored.
-        pool = setup.folder / "pool"
-        parquet = pq.read_table(pool / "a.parquet").to_pylist()
-        self.rows = {f"a{i:02d}": parquet[i] for i in (0, 1, 2, 5, 16, 31, 38)}
-        lines = (pool / "b.jsonl").read_text().splitlines()
-        self.rows |= {f"b.jsonl:{i}": json.loads(lines[i]) for i in (0, 3, 8, 10, 15, 16, 26)}
-        self.targets = {
-            name: [json.loads(line) for line in Path(each["path"]).read_text().splitlines()]
-            for name, each in setup.targets.items()
-        }
-
-    def unit_gradient(self, row: dict[str, Any]) -> torch.Tensor:
-        ids, labels = tokens_and_labels(messages_of(row), self.tokenizer)
-        weights = [w for n, w in self.model.model.layers.named_parameters() if "_proj" in n]
-        loss = self.model(input_ids=ids, labels=labels).loss
-        flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
-        return flat / flat.norm()
-
-    def unit_embedding(self, row: dict[str, Any]) -> torch.Tensor:
-        ids, _ = tokens_and_labels(messages_of(row), self.tokenizer)
-        with torch.no_grad():
-            hidden = self.model.model(input_ids=ids).last_hidden_state[0]
-        total = sum((t + 1) * hidden[t] for t in range(len(hidden)))
-        assert isinstance(total, torch.Tensor)
-        return total / total.norm()
-
-    def scores(self, vector: Callable[[dict[str, Any]], torch.Tensor]) -> dict[str, list[float]]:
-        rows = [vector(row) for row in self.rows.values()]
-        groups = {
-            "sums": self.targets["sums"],
-            "mixed/x": [row for row in self.targets["mixed"] if row["family"] == "x"],
-            "mixed/y": [row for row in self.targets["mixed"] if row["family"] == "y"],
-        }
-        found = {}
-        for name, members in groups.items():
-            mean = sum(vector(row) for row in members) / len(members)
-            found[name] = [float(row @ mean) for row in rows]
-        found["mixed"] = np.mean([found["mixed/x"], found["mixed/y"]], axis=0).tolist()
-        return found
-
-
-@pytest.fixture(scope="module")
-def oracle(setup: Setup) -> Oracle:
-    return Oracle(setup)
-
-
-def assert_scores(directory: str, oracle: Oracle, wanted: dict[str, list[float]], **near) -> None:
-    table = scores_of(directory)
-    where = [table.column("id").to_pylist().index(each) for each in oracle.rows]
-    for name, values in wanted.items():
-        np.testing.assert_allclose(
-            column(directory, f"score.{name}")[where],
-            values,
-            err_msg=f"score.{name} is not the cosine of the rows' own vectors",
-            **near,
-        )
-
-
-def test_exact_products_are_cosines_of_autograd_gradients(run: Runner, oracle: Oracle) -> None:
-    directory = run(method="exact", gradients__projection="exact")
-    assert_scores(directory, oracle, oracle.scores(oracle.unit_gradient), rtol=1e-4, atol=1e-5)
-
-
-def test_rds_scores_are_cosines_of_weighted_means(run: Runner, oracle: Oracle) -> None:
-    # Embeddings are kept in float16: 11 bits for each of 32 numbers.
-    wanted = oracle.scores(oracle.unit_embedding)
-    assert_scores(run(method="rds"), oracle, wanted, rtol=0, atol=1e-3)
-
-
-# --- combinations, quotas, budgets ---
 
 
 def best_first(score: np.ndarray, ids: list[str]) -> list[str]:
@@ -295,7 +176,9 @@ def test_combinations_of_targets(run: Runner, setup: Setup, combine: str) -> Non
     exact = {"method": "exact", "gradients__projection": "exact", "targets": grouped(setup)}
     directory = run(**exact, selection__combine=combine)
     ids = scores_of(directory).column("id").to_pylist()
-    sums, x, y = (column(directory, f"score.{name}") for name in ("sums", "mixed/x", "mixed/y"))
+    sums, x, y = (
+        score_column(directory, f"score.{name}") for name in ("sums", "mixed/x", "mixed/y")
+    )
     if combine == "mean":
         wanted = best_first((sums + (x + y) / 2) / 2, ids)[:10]
     elif combine == "max":

@@ -1,42 +1,69 @@
+"""Projections: unbiased, of the variance that theory states, equal from factors and formed."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 
 from influence.errors import InputError
+from influence.gradients.term import Formed, OneHot, Term
 from influence.projection import (
-    countsketch,
+    KINDS,
+    LayerShape,
     half_products,
-    make_sketch,
+    make_kronecker,
+    make_projection,
     rademacher_projection,
 )
+from influence.projection.randomness import places
+from influence.projection.srht import hadamard
 
-# The last two have a side small enough to be kept exactly.
-LAYERS = [("a", 12, 20), ("b", 17, 9), ("c", 2, 15), ("d", 3, 2)]
+# Two layers have a side small enough for kronecker to keep exactly; the last is a stack of three.
+LAYERS = [
+    LayerShape("a", 12, 20),
+    LayerShape("b", 17, 9),
+    LayerShape("c", 2, 15),
+    LayerShape("d", 3, 2),
+    LayerShape("e", 6, 5, parts=3),
+]
+SETTINGS = [
+    ("kronecker", {"side": 8, "dim": 32}),
+    ("kronecker", {"side": 8, "dim": 4096}),
+    ("srht", {"side": 2, "dim": 32}),
+    ("rademacher", {"side": 2, "dim": 32}),
+    ("countsketch", {"side": 2, "dim": 64}),
+]
 
 
-def gradients(rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Low-rank gradients with something in common, so that inner products are far from 0."""
+def projector(kind: str, layers=LAYERS, **options):
+    return make_projection(kind, layers, dtype=torch.float64, **options)
+
+
+def gradients(rows: int, layers=LAYERS, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Gradients (rows, parts, out, in) that share something: inner products are far from 0."""
     generator = torch.Generator().manual_seed(seed)
     result = {}
-    for name, out, in_ in LAYERS:
-        common = torch.randn(out, in_, generator=generator, dtype=torch.float64)
-        own = torch.randn(rows, out, in_, generator=generator, dtype=torch.float64)
-        result[name] = common + own
+    for layer in layers:
+        shape = (layer.parts, layer.out, layer.in_)
+        common = torch.randn(shape, generator=generator, dtype=torch.float64)
+        own = torch.randn((rows, *shape), generator=generator, dtype=torch.float64)
+        result[layer.name] = common + own
     return result
 
 
-def sketched(values: dict[str, torch.Tensor], **options) -> torch.Tensor:
-    sketch = make_sketch(LAYERS, dtype=torch.float64, **options)
-    vectors = sketch.accumulator(len(values["a"]))
+def projected(projection, values: dict[str, torch.Tensor]) -> torch.Tensor:
+    rows = len(next(iter(values.values())))
+    vectors = projection.accumulator(rows)
     for name, gradient in values.items():
-        sketch.project_gradient(name, gradient, vectors)
+        samples = torch.arange(rows)
+        for part in range(gradient.shape[1]):
+            number = torch.full((rows,), part) if gradient.shape[1] > 1 else None
+            projection.add_formed(name, Formed(gradient[:, part], samples, number), vectors)
     return vectors
 
 
-def exact_products(values: dict[str, torch.Tensor]) -> torch.Tensor:
-    flat = torch.cat([gradient.flatten(1) for gradient in values.values()], dim=1)
-    return flat @ flat.T
+def flat(values: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([gradient.flatten(1) for gradient in values.values()], dim=1)
 
 
 def z_scores(samples: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -44,71 +71,169 @@ def z_scores(samples: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return (samples.mean(dim=0) - truth) / error.clamp_min(1e-12)
 
 
-@pytest.mark.parametrize(("side", "dim"), [(8, 64), (8, 4096), (4, 16)])
-def test_tokens_and_explicit_gradients_have_one_sketch(side, dim):
+@pytest.mark.parametrize(
+    ("kind", "options"), [s for s in SETTINGS if s[0] in ("kronecker", "countsketch")]
+)
+def test_factors_and_formed_gradients_have_one_projection(kind, options):
     generator = torch.Generator().manual_seed(3)
-    sketch = make_sketch(LAYERS, side=side, dim=dim, seed=5, dtype=torch.float64)
-    streamed, explicit = sketch.accumulator(3), sketch.accumulator(3)
-    for name, out, in_ in LAYERS:
-        x = torch.randn(3, 6, in_, generator=generator, dtype=torch.float64)
-        d = torch.randn(3, 6, out, generator=generator, dtype=torch.float64)
-        sketch.apply_layer(name, x, d, streamed)
-        sketch.project_gradient(name, torch.einsum("bto,bti->boi", d, x), explicit)
+    projection = projector(kind, seed=5, **options)
+    streamed, explicit = projection.accumulator(3), projection.accumulator(3)
+    for layer in LAYERS:
+        groups = 3 * layer.parts
+        x = torch.randn(groups, 6, layer.in_, generator=generator, dtype=torch.float64)
+        d = torch.randn(groups, 6, layer.out, generator=generator, dtype=torch.float64)
+        index = torch.randint(layer.out, (groups, 6), generator=generator)
+        one_hot = torch.nn.functional.one_hot(index, layer.out).double()
+        sample, part = torch.arange(groups) % 3, torch.arange(groups) // 3
+        owners = (sample, part) if layer.parts > 1 else (None, None)
+        for left, dense in ((d, d), (OneHot(index, layer.out), one_hot)):
+            projection.add_term(layer.name, Term(x, left, *owners), streamed)
+            formed = Formed(torch.einsum("bto,bti->boi", dense, x), sample, owners[1])
+            projection.add_formed(layer.name, formed, explicit)
     torch.testing.assert_close(
         streamed,
         explicit,
         rtol=1e-10,
         atol=1e-10,
-        msg="in and out sides swapped, or halves mixed up, in one of the two paths",
+        msg="in and out sides swapped, or halves or parts mixed up, in one of the two paths",
     )
 
 
-@pytest.mark.parametrize(("side", "dim"), [(8, 32), (8, 4096)])
-def test_inner_products_and_norms_are_unbiased(side, dim):
+@pytest.mark.parametrize(("kind", "options"), SETTINGS)
+def test_inner_products_and_norms_are_unbiased(kind, options):
     values = gradients(3)
-    samples = torch.stack(
-        [v @ v.T for v in (sketched(values, side=side, dim=dim, seed=seed) for seed in range(300))]
-    )
-    scores = z_scores(samples, exact_products(values))
+    samples = []
+    for seed in range(300):
+        v = projected(projector(kind, seed=seed, **options), values)
+        samples.append(v @ v.T)
+    scores = z_scores(torch.stack(samples), flat(values) @ flat(values).T)
     assert scores.abs().max() < 4.5, f"biased: a scale is wrong (z = {scores})"
+
+
+@pytest.mark.parametrize(("kind", "options"), SETTINGS)
+@pytest.mark.parametrize("name", ["a", "d", "e"])
+def test_every_layer_keeps_its_share(kind, options, name):
+    """A layer alone must not be re-weighted by its size: it is unbiased by itself."""
+    values = gradients(2)
+    for other in values:
+        if other != name:
+            values[other] = torch.zeros_like(values[other])
+    found = []
+    for seed in range(300):
+        v = projected(projector(kind, seed=seed, **options), values)
+        found.append(v[0] @ v[1])
+    truth = flat(values)[0] @ flat(values)[1]
+    samples = torch.stack(found)
+    z = float((samples.mean() - truth) / (samples.std() / 300**0.5).clamp_min(1e-12))
+    assert abs(z) < 4.5 or torch.allclose(samples, truth.expand(300)), f"layer {name}: z = {z:.1f}"
+
+
+def sign_variance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Variance of (s'x)(s'y) for a vector s of independent signs."""
+    squares = (x.square() * y.square()).sum()
+    return float(x.square().sum() * y.square().sum() + (x @ y) ** 2 - 2 * squares)
+
+
+def measured(kind: str, layers, values, seeds: int = 1500, **options) -> float:
+    found = []
+    for seed in range(seeds):
+        v = projected(projector(kind, layers, seed=seed, **options), values)
+        found.append(float(v[0] @ v[1]))
+    return float(torch.tensor(found, dtype=torch.float64).var())
+
+
+def test_variance_of_signs_and_of_the_hadamard_transform():
+    layers = [LayerShape("a", 5, 6)]
+    values = gradients(2, layers)
+    x, y = flat(values)
+    one = sign_variance(x, y)
+    # dim/2 independent sums in either half.
+    found = measured("rademacher", layers, values, side=2, dim=16)
+    assert found == pytest.approx(one / 16, rel=0.15), "not as many independent sums as stated"
+    # 30 numbers are padded to 32; k of the 32 rows are drawn without replacement in each half.
+    k = 8
+    found = measured("srht", layers, values, side=2, dim=2 * k)
+    assert found == pytest.approx(one / (2 * k) * (32 - k) / 31, rel=0.15)
+
+
+def test_variance_of_the_two_sided_projection():
+    """Of rank-one gradients a b' and c d' it is a product of two independent estimates."""
+    generator = torch.Generator().manual_seed(2)
+    layers = [LayerShape("a", 9, 11)]
+    a, c = torch.randn(2, 9, generator=generator, dtype=torch.float64) + 0.5
+    b, d = torch.randn(2, 11, generator=generator, dtype=torch.float64) + 0.5
+    values = {"a": torch.stack([torch.outer(a, b), torch.outer(c, d)]).unsqueeze(1)}
+    s = 4
+    left, right = sign_variance(a, c) / s, sign_variance(b, d) / s
+    m, n = float(a @ c) ** 2, float(b @ d) ** 2
+    expected = ((left + m) * (right + n) - m * n) / 2  # the mean of two halves
+    found = measured("kronecker", layers, values, side=2 * s, dim=10**5)
+    assert found == pytest.approx(expected, rel=0.15), "not `side`/2 independent directions a side"
+
+
+def test_variance_of_the_second_sketch_has_no_collisions_inside_a_layer():
+    layers = [LayerShape("a", 3, 4), LayerShape("b", 2, 5)]
+    values = gradients(2, layers)
+    k = 12  # slots of a half: as many as the larger layer has numbers
+    expected = 0.0
+    (xa, ya), (xb, yb) = (values[name].flatten(1) for name in ("a", "b"))
+    for p in range(len(xa)):
+        for q in range(len(xb)):
+            # e = x_p y_q + x_q y_p with probability 1/k
+            expected += float((xa[p] * yb[q] + xb[q] * ya[p]) ** 2) / k
+    found = measured("kronecker", layers, values, side=100, dim=2 * k)
+    assert found == pytest.approx(expected / 2, rel=0.15), "slots are not distinct within a layer"
+    one = layers[:1]
+    alone = {"a": values["a"]}
+    assert measured("kronecker", one, alone, seeds=20, side=100, dim=2 * k) < 1e-20
+
+
+def test_variance_of_the_countsketch():
+    """No two entries of one row or column meet, so it is below that of independent buckets."""
+    layers = [LayerShape("a", 7, 8)]
+    values = gradients(2, layers)
+    x, y = flat(values)
+    found = measured("countsketch", layers, values, side=2, dim=64)
+    bound = sign_variance(x, y) / 64
+    assert 0.4 * bound < found < 1.15 * bound, f"{found} against {bound}"
+
+
+def test_hadamard_is_the_matrix():
+    for size in (1, 2, 8, 64, 256):
+        matrix = torch.ones(1, 1, dtype=torch.float64)
+        while len(matrix) < size:
+            matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), matrix)
+        x = torch.randn(3, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        torch.testing.assert_close(
+            hadamard(x), x @ matrix, rtol=1e-10, atol=1e-10, msg=f"size {size}: another transform"
+        )
+
+
+def test_places_are_distinct_within_a_run_and_uniform():
+    found = torch.stack([places(7, 5, seed, "x") for seed in range(400)])
+    assert all(len(set(row[:5].tolist())) == 5 for row in found), "two numbers in one slot"
+    counts = torch.stack([(found == slot).sum(0) for slot in range(5)]).double()
+    assert (counts - 80).abs().max() < 4.5 * (400 * 0.2 * 0.8) ** 0.5, "slots are not uniform"
 
 
 def test_wide_sides_and_dim_are_exact():
     values = gradients(3)
-    vectors = sketched(values, side=40, dim=10**6, seed=0)
+    vectors = projected(projector("kronecker", side=40, dim=10**6, seed=0), values)
     torch.testing.assert_close(
         half_products(vectors, vectors),
-        exact_products(values).expand(2, -1, -1),
+        (flat(values) @ flat(values).T).expand(2, -1, -1),
         rtol=1e-10,
         atol=1e-10,
         msg="a side that fits must be kept as it is, in both halves",
     )
 
 
-def test_error_falls_with_side():
-    values = gradients(2)
-    truth = exact_products(values)[0, 1]
-    variances = []
-    for side in (4, 8, 16):
-        found = torch.stack(
-            [
-                (v[0] @ v[1])
-                for v in (sketched(values, side=side, dim=10**5, seed=s) for s in range(200))
-            ]
-        )
-        variances.append(float((found - truth).square().mean()))
-    # The error of a two-sided projection falls at least like 1 / side; halves by far more here.
-    assert variances[0] > 1.6 * variances[1] > 1.6**2 * variances[2], (
-        f"more directions do not help ({variances}): directions are repeated"
-    )
-
-
-@pytest.mark.parametrize("dim", [32, 10**5])
-def test_halves_are_independent_and_average_to_the_product(dim):
+@pytest.mark.parametrize(("kind", "options"), SETTINGS)
+def test_halves_are_independent_and_average_to_the_product(kind, options):
     values = gradients(2)
     halves = []
     for seed in range(400):
-        v = sketched(values, side=4, dim=dim, seed=seed)
+        v = projected(projector(kind, seed=seed, **options), values)
         products = half_products(v, v)
         torch.testing.assert_close(
             products.mean(dim=0), v @ v.T, rtol=1e-10, atol=1e-10, msg="halves do not average"
@@ -117,64 +242,83 @@ def test_halves_are_independent_and_average_to_the_product(dim):
     pairs = torch.stack(halves)
     correlation = float(torch.corrcoef(pairs.T)[0, 1])
     assert abs(correlation) < 0.2, f"halves share randomness (correlation {correlation:.2f})"
-    scores = z_scores(pairs, exact_products(values)[0, 1].expand(2))
+    scores = z_scores(pairs, (flat(values)[0] @ flat(values)[1]).expand(2))
     assert scores.abs().max() < 4.5, "each half must be unbiased by itself"
 
 
-def test_sketch_depends_on_seed_and_layer_name_only():
+@pytest.mark.parametrize(("kind", "options"), SETTINGS)
+def test_projection_depends_on_seed_and_layer_name_only(kind, options):
     values = gradients(2)
-    first = sketched(values, side=4, dim=10**5, seed=1)
-    assert torch.equal(first, sketched(values, side=4, dim=10**5, seed=1)), "not reproducible"
-    other = sketched(values, side=4, dim=10**5, seed=2)
+    first = projected(projector(kind, seed=1, **options), values)
+    again = projected(projector(kind, seed=1, **options), values)
+    assert torch.equal(first, again), "not reproducible"
+    other = projected(projector(kind, seed=2, **options), values)
     assert not torch.allclose(first, other), "the seed is ignored"
-    same = [("p", 9, 9), ("q", 9, 9)]
-    sketch = make_sketch(same, side=4, dim=10**5, seed=1, dtype=torch.float64)
-    gradient = torch.randn(1, 9, 9, generator=torch.Generator().manual_seed(0)).double()
+    same = [LayerShape("p", 9, 9), LayerShape("q", 9, 9)]
+    projection = projector(kind, same, seed=1, **options)
+    gradient = torch.randn(1, 1, 9, 9, generator=torch.Generator().manual_seed(0)).double()
     parts = []
-    for name, _out, _in in same:
-        part = sketch.accumulator(1)
-        sketch.project_gradient(name, gradient, part)
+    for layer in same:
+        part = projected(projection, {layer.name: gradient})
         parts.append(part[part != 0])
-    assert not torch.allclose(parts[0], parts[1]), "two layers share their directions"
+    assert parts[0].shape != parts[1].shape or not torch.allclose(parts[0], parts[1]), (
+        "two layers share their directions"
+    )
 
 
 def test_known_numbers_stay():
     """Stored vectors are compared with later ones: the randomness must never change."""
     x = torch.arange(1.0, 9.0, dtype=torch.float64)[None]
-    found = torch.cat([countsketch(x, 3, 7), rademacher_projection(x, 3, 7) * 3**0.5], dim=1)
-    expected = torch.tensor([[2.0, -9.0, 3.0, -24.0, -10.0, 12.0]], dtype=torch.float64)
+    found = rademacher_projection(x, 3, 7) * 3**0.5
+    expected = torch.tensor([[-24.0, -10.0, 12.0]], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg="randomness changed")
+    layer = [LayerShape("w", 2, 4)]
+    sums = {}
+    for kind in KINDS:
+        v = projected(projector(kind, layer, side=2, dim=4, seed=7), {"w": x.view(1, 1, 2, 4)})
+        sums[kind] = [round(float(value), 6) for value in v[0]]
+    assert sums == {
+        "kronecker": [2.828427, 16.970563],
+        "srht": [12.0, -14.0, -9.0, -1.0],
+        "rademacher": [-17.0, -7.0, 1.0, -5.0],
+        "countsketch": [-2.828427, -2.828427, -4.242641, -9.899495],
+    }, "randomness changed: raise FORMAT_VERSION if that is meant"
 
 
-@pytest.mark.parametrize("project", [countsketch, rademacher_projection])
 @pytest.mark.parametrize("width", [40, 600])
-def test_plain_projections_are_unbiased(project, width):
+def test_plain_projection_is_unbiased(width):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, width, generator=generator, dtype=torch.float64) + 0.5
     samples = []
     for seed in range(300):
-        v = project(x, 16, seed)
+        v = rademacher_projection(x, 16, seed)
         assert v.shape == (3, 16), "wrong number of dimensions"
         samples.append(v @ v.T)
     scores = z_scores(torch.stack(samples), x @ x.T)
     assert scores.abs().max() < 4.5, f"biased (z = {scores})"
 
 
-@pytest.mark.parametrize("project", [countsketch, rademacher_projection])
-def test_narrow_rows_are_left_alone_and_rows_do_not_depend_on_each_other(project):
+def test_narrow_rows_are_left_alone_and_rows_do_not_depend_on_each_other():
     x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert torch.equal(project(x, 300, 0), x), "projected although it fits"
+    assert torch.equal(rademacher_projection(x, 300, 0), x), "projected although it fits"
     torch.testing.assert_close(
-        project(x, 20, 0)[2:3], project(x[2:3], 20, 0), rtol=1e-10, atol=1e-10, msg="row-dependent"
+        rademacher_projection(x, 20, 0)[2:3],
+        rademacher_projection(x[2:3], 20, 0),
+        rtol=1e-10,
+        atol=1e-10,
+        msg="row-dependent",
     )
 
 
 @pytest.mark.parametrize(("side", "dim", "key"), [(7, 64, "side"), (0, 64, "side"), (8, 63, "dim")])
 def test_odd_sizes_name_the_key(side, dim, key):
     with pytest.raises(InputError, match=rf"gradients\.{key}"):
-        make_sketch(LAYERS, side=side, dim=dim, seed=0)
+        make_kronecker(LAYERS, side=side, dim=dim, seed=0)
 
 
-def test_repeated_layer_name_is_refused():
+@pytest.mark.parametrize("kind", KINDS)
+def test_repeated_layer_name_is_refused(kind):
     with pytest.raises(InputError, match="distinct"):
-        make_sketch([("a", 3, 3), ("a", 4, 4)], side=4, dim=16, seed=0)
+        projector(kind, [LayerShape("a", 3, 3), LayerShape("a", 4, 4)], side=4, dim=16, seed=0)
+    with pytest.raises(InputError, match=r"gradients\.projection.*kronecker"):
+        projector("fourier", side=4, dim=16, seed=0)

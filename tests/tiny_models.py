@@ -21,6 +21,8 @@ ARCHITECTURES = (
     "gpt_neox",
     "phi",
 )
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
+"""Mixtures of experts: fused tensors as (experts, out, in), and gpt-oss's (experts, in, out)."""
 
 _COMMON = {
     "vocab_size": VOCAB,
@@ -57,6 +59,17 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", _GPT2),
     "gpt_neox": ("GPTNeoXConfig", {**_COMMON, "intermediate_size": 48}),
     "phi": ("PhiConfig", {**_COMMON, "intermediate_size": 48}),
+    # Scales its embeddings in the embedding's own module.
+    "gemma3": ("Gemma3TextConfig", {**_HEADS, "query_pre_attn_scalar": 8, "sliding_window": 6}),
+    "mixtral": ("MixtralConfig", {**_GATED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_HEADS, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {**_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    ),
 }
 
 
@@ -75,6 +88,9 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float64, seed: int 
     config_name, options = _CONFIGS[architecture]
     config = getattr(transformers, config_name)(**options)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if architecture in MIXTURES:
+        # Grouped matrix products know no float64.
+        model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -42,6 +44,10 @@ UNSCORABLE = {
     "malformed: no recognised columns": 1,
 }
 N_SCORED = POOL_ROWS - sum(UNSCORABLE.values())
+
+
+Runner = Callable[..., str]
+"""run(**changes) -> the run directory; see the fixture `run`."""
 
 
 @dataclass(frozen=True)
@@ -241,3 +247,16 @@ def manifest_of(run: str) -> Manifest:
 def shards_in(cache: Path | str) -> set[str]:
     """Keys of the shards in a local cache."""
     return {str(path.relative_to(cache)) for path in Path(cache).glob("*/*/*.parquet")}
+
+
+def score_column(run_directory: str, name: str) -> np.ndarray:
+    """A column of the scores, null as NaN."""
+    return scores_of(run_directory).column(name).to_numpy(zero_copy_only=False)
+
+
+def messages_of(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The turns of a row of the tiny pool."""
+    if row.get("messages"):
+        return row["messages"]
+    pair = (("user", row["prompt"]), ("assistant", row["completion"]))
+    return [{"role": role, "content": content} for role, content in pair]

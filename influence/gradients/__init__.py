@@ -1,8 +1,9 @@
-"""Per-sample gradients by one backward pass, with one rule per layer type."""
+"""Per-sample gradients by one backward pass, with one rule for each type of layer."""
 
 from influence.gradients.coverage import CoverageRow, coverage
-from influence.gradients.layers import RULES, Layer, Parameters, attributed_layers
+from influence.gradients.layers import Layer, attributed_layers
 from influence.gradients.mean import mean_gradient
+from influence.gradients.parameters import Choice
 from influence.gradients.per_sample import (
     Block,
     Engine,
@@ -10,16 +11,13 @@ from influence.gradients.per_sample import (
     block_layout,
     make_engine,
 )
-from influence.gradients.rule import LayerRule
 
 __all__ = [
-    "RULES",
     "Block",
+    "Choice",
     "CoverageRow",
     "Engine",
     "Layer",
-    "LayerRule",
-    "Parameters",
     "SampleGradients",
     "attributed_layers",
     "block_layout",

@@ -1,24 +1,21 @@
-"""Gradient of the weight of GPT-2's Conv1D: a linear layer that stores its weight as (in, out)."""
+"""Gradients of GPT-2's Conv1D: a linear layer that stores its weight as (in, out)."""
 
 from __future__ import annotations
 
-from typing import cast
+from torch import nn
 
-from torch import Tensor, nn
-
-from influence.gradients.linear import token_factors
-from influence.gradients.rule import LayerRule
+from influence.gradients.linear import bias_term, own_parameters, weight_term
+from influence.gradients.rule import Presentation, Rule, output_gradients, plain
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    weight = cast(Tensor, module.weight)
-    return weight.shape[1], weight.shape[0]
+def _presentations(module: nn.Module) -> dict[str, Presentation]:
+    found = {name: plain(parameter) for name, parameter in own_parameters(module).items()}
+    stored = found["weight"]
+    return {**found, "weight": Presentation(1, stored.in_, stored.out, transposed=True)}
 
 
-CONV1D = LayerRule(
+CONV1D = Rule(
     name="conv1d",
-    weight=lambda module: cast(Tensor, module.weight),
-    sizes=_sizes,
-    present=lambda weight: weight.mT,
-    factors=token_factors,
+    present=_presentations,
+    attach=output_gradients({"weight": weight_term, "bias": bias_term}),
 )

@@ -9,7 +9,8 @@ from typing import cast
 from torch import nn
 
 from influence.blocks import find_decoder
-from influence.gradients.layers import RULES, Layer, is_lora_factor
+from influence.gradients.layers import Layer
+from influence.gradients.parameters import is_adapter
 
 
 @dataclass(frozen=True)
@@ -30,29 +31,17 @@ def coverage(model: nn.Module, layers: Sequence[Layer]) -> list[CoverageRow]:
     `parameters` is a count, `share` its part of all parameters. A group that is not attributed
     carries the reason.
     """
-    attributed = {id(layer.rule.weight(layer.module)): layer for layer in layers}
-    lora = any(is_lora_factor(layer.name) for layer in layers)
-    inside = {
-        id(parameter) for block in find_decoder(model).blocks for parameter in block.parameters()
-    }
-    heads = _ids(model, "get_output_embeddings")
-    embeddings = _ids(model, "get_input_embeddings")
+    attributed = {id(layer.parameter): layer for layer in layers}
+    groups = _Groups(model)
+    lora = any(is_adapter(layer.name) for layer in layers)
     counts: dict[tuple[str, str | None, str | None], int] = {}
     for name, parameter in model.named_parameters():
         layer = attributed.get(id(parameter))
+        group = groups.of(name, parameter)
         if layer is not None:
-            group = "LoRA factors" if is_lora_factor(layer.name) else "linear weights of the blocks"
-            key: tuple[str, str | None, str | None] = (group, layer.rule.name, None)
+            key: tuple[str, str | None, str | None] = (group, layer.rule, None)
         else:
-            owner = model.get_submodule(name.rpartition(".")[0])
-            if id(parameter) in embeddings & heads:
-                key = ("embeddings, tied with the output head", None, "no rule for embeddings")
-            elif id(parameter) in embeddings:
-                key = ("embeddings", None, "no rule for embeddings")
-            elif id(parameter) in heads and name.endswith("weight"):
-                key = ("output head", None, "outside the decoder blocks")
-            else:
-                key = _unattributed(name, owner, id(parameter) in inside, lora)
+            key = (group, None, _reason(name, parameter, lora))
         counts[key] = counts.get(key, 0) + parameter.numel()
     total = sum(counts.values())
     rows = [
@@ -62,24 +51,55 @@ def coverage(model: nn.Module, layers: Sequence[Layer]) -> list[CoverageRow]:
     return sorted(rows, key=lambda row: (not row.attributed, -row.parameters, row.group))
 
 
+def _reason(name: str, parameter: nn.Parameter, lora: bool) -> str:
+    if not parameter.is_floating_point():
+        return "quantised: it has no gradient"
+    if is_adapter(name):
+        return "a parameter of the adapter: choose gradients.parameters: lora"
+    if lora:
+        return "frozen: only the adapter is attributed"
+    return "not among the chosen parameters"
+
+
+class _Groups:
+    """Names of the groups that the table shows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._inside = {
+            id(parameter)
+            for block in find_decoder(model).blocks
+            for parameter in block.parameters()
+        }
+        self._heads = _ids(model, "get_output_embeddings")
+        self._embeddings = _ids(model, "get_input_embeddings")
+
+    def of(self, name: str, parameter: nn.Parameter) -> str:
+        owner = self._model.get_submodule(name.rpartition(".")[0])
+        parts = name.split(".")
+        if any(part.startswith("lora_magnitude") for part in parts):
+            return "DoRA magnitudes"
+        if is_adapter(name):
+            return "LoRA factors"
+        if id(parameter) in self._embeddings:
+            tied = id(parameter) in self._heads
+            return "embeddings, tied with the output head" if tied else "embeddings"
+        if id(parameter) in self._heads and parameter.ndim == 2:
+            return "output head"
+        if parts[-1] == "bias" or parts[-1].endswith("_bias"):
+            return "biases"
+        if "norm" in type(owner).__name__.lower() or "norm" in name.lower():
+            return "norms"
+        if isinstance(owner, nn.Embedding):
+            return "position embeddings"
+        if parameter.ndim == 3:
+            return "expert tensors"
+        if parameter.ndim == 2:
+            within = id(parameter) in self._inside
+            return "linear weights of the blocks" if within else "linear weights outside the blocks"
+        return f"others ({type(owner).__name__}.{parts[-1]})"
+
+
 def _ids(model: nn.Module, getter: str) -> set[int]:
     found = cast("nn.Module | None", getattr(model, getter)())
     return set() if found is None else {id(parameter) for parameter in found.parameters()}
-
-
-def _unattributed(name: str, owner: nn.Module, in_block: bool, lora: bool) -> tuple[str, None, str]:
-    kind, leaf = type(owner).__name__, name.rpartition(".")[2]
-    if any(part.startswith("lora_") for part in name.split(".")):
-        return "adapter parameters", None, "not among the attributed layers"
-    if leaf == "bias":
-        return "biases", None, "no rule for biases"
-    if "norm" in kind.lower() or "norm" in name.lower():
-        return "norms", None, "no rule for norms"
-    if isinstance(owner, nn.Embedding):
-        return "embeddings", None, "no rule for embeddings"
-    if type(owner) in RULES:
-        if not in_block:
-            return "linear weights outside the blocks", None, "outside the decoder blocks"
-        reason = "frozen: only the adapter is attributed" if lora else "not among the chosen layers"
-        return "linear weights of the blocks", None, reason
-    return f"other: {kind}.{leaf}", None, f"no rule for {kind}"

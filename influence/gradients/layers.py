@@ -1,95 +1,126 @@
-"""Which layers of a model are attributed, each with the rule for its type."""
+"""Which parameters of a model are attributed, each with the rules for the modules that use it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
-from influence.blocks import find_decoder
 from influence.errors import InputError
-from influence.gradients.conv1d import CONV1D
-from influence.gradients.linear import LINEAR
-from influence.gradients.rule import LayerRule
+from influence.gradients.by_sample import BY_SAMPLE
+from influence.gradients.parameters import Choice, choose_parameters
+from influence.gradients.rule import Presentation, Rule
+from influence.gradients.rules import rule_of
 
-Parameters = Literal["all", "lora"]
-LORA_FACTORS = ("lora_A", "lora_B")
 
-RULES: dict[type[nn.Module], LayerRule] = {nn.Linear: LINEAR, Conv1D: CONV1D}
-"""Rules by exact type: a subclass may compute something else in its forward."""
+@dataclass(frozen=True)
+class Use:
+    """A module that computes with the parameter, under the name that the rule knows it by."""
+
+    module: nn.Module
+    own_name: str
+    rule: Rule
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One attributed weight; its gradient is presented as (out_features, in_features)."""
+    """One attributed parameter; its gradient is presented as (out_features, in_features).
+
+    name: the parameter's full name in the model. parts: how many matrices lie below each other in
+    the presented gradient (experts), each of out_features / parts rows. uses: one, or several where
+    modules share the parameter.
+    """
 
     name: str
-    module: nn.Module
-    rule: LayerRule
-    out_features: int
-    in_features: int
+    parameter: nn.Parameter
+    shape: Presentation
+    uses: tuple[Use, ...]
+
+    @property
+    def parts(self) -> int:
+        return self.shape.parts
+
+    @property
+    def out_features(self) -> int:
+        return self.shape.parts * self.shape.out
+
+    @property
+    def in_features(self) -> int:
+        return self.shape.in_
 
     @property
     def size(self) -> int:
         return self.out_features * self.in_features
 
-
-def is_lora_factor(name: str) -> bool:
-    """True for a module name like `...q_proj.lora_A.default`."""
-    return any(part in LORA_FACTORS for part in name.split("."))
-
-
-def _check_adapter_in_use(model: nn.Module, name: str) -> bool:
-    """Whether the adapter is active; InputError if its factors take no part in the forward."""
-    owner_name, _factor, adapter = name.rsplit(".", 2)
-    owner = model.get_submodule(owner_name)
-    if getattr(owner, "merged", False) or getattr(owner, "disable_adapters", False):
-        raise InputError(
-            f"model.adapter: the adapter at {owner_name} is merged or disabled, so its factors "
-            "have no gradient; load it unmerged, or set gradients.parameters to all"
-        )
-    return adapter in getattr(owner, "active_adapters", [adapter])
+    @property
+    def rule(self) -> str:
+        """The names of its rules."""
+        return " + ".join(dict.fromkeys(use.rule.name for use in self.uses))
 
 
-def _chosen(model: nn.Module, name: str, parameters: Parameters) -> bool:
-    if parameters == "all":
-        return not is_lora_factor(name)
-    return is_lora_factor(name) and _check_adapter_in_use(model, name)
+def attributed_layers(
+    model: nn.Module, parameters: Choice, *, blocks: str = "all", seed: int = 0
+) -> list[Layer]:
+    """The chosen parameters in the order of the model's modules; see `choose_parameters`.
 
-
-def attributed_layers(model: nn.Module, parameters: Parameters) -> list[Layer]:
-    """The layers whose weights are attributed, in the order of `model.named_modules()`.
-
-    `all`: every linear weight inside the decoder blocks (the base weights of a model with an
-    unmerged adapter). `lora`: the A and B factors of the active adapter inside the blocks. The
-    embeddings and the output head are no part of either; `coverage` names what is left out.
-
-    Raises InputError if `parameters` is unknown, nothing is found, an adapter is merged, or two
-    modules share one weight (one module used many times is supported).
+    Raises InputError if nothing is chosen, or if modules that share a parameter see it differently.
     """
-    if parameters not in ("all", "lora"):
-        raise InputError(f"gradients.parameters: expected all or lora, got {parameters!r}")
-    inside = {id(module) for block in find_decoder(model).blocks for module in block.modules()}
-    layers: list[Layer] = []
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules():
-        rule = RULES.get(type(module))
-        if rule is None or id(module) not in inside or not _chosen(model, name, parameters):
-            continue
-        weight: Tensor = rule.weight(module)
-        other = owners.setdefault(id(weight), name)
-        if other != name:
-            raise InputError(
-                f"model.name: {name} and {other} share one weight; layers tied across modules "
-                "are not supported, leave one of them out with the `layers` key"
+    chosen = choose_parameters(model, parameters, blocks=blocks, seed=seed)
+    names = {id(parameter): name for name, parameter in chosen.items()}
+    uses: dict[str, list[Use]] = {name: [] for name in chosen}
+    for module_name, module in model.named_modules():
+        own = [
+            (own_name, names[id(parameter)])
+            for own_name, parameter in module.named_parameters(
+                recurse=False, remove_duplicate=False
             )
-        layers.append(Layer(name, module, rule, *rule.sizes(module)))
-    if not layers:
-        hint = "give model.adapter" if parameters == "lora" else "use gradients.parameters: lora"
+            if id(parameter) in names
+        ]
+        if not own:
+            continue
+        caller, prefix = _caller(model, module_name, module)
+        rule = rule_of(module) if caller is module else BY_SAMPLE
+        for own_name, name in own:
+            uses[name].append(Use(caller, prefix + own_name, rule))
+    return [_layer(name, chosen[name], uses[name]) for name in chosen]
+
+
+def _layer(name: str, parameter: nn.Parameter, uses: Sequence[Use]) -> Layer:
+    shapes = {use.rule.present(use.module)[use.own_name] for use in uses}
+    if len(shapes) > 1:
         raise InputError(
-            f"gradients.parameters: {type(model).__name__} has no layer to attribute under "
-            f"{parameters!r}; {hint}"
+            f"gradients.parameters: the modules that share {name} see it in different layouts "
+            f"({shapes}); leave it out"
         )
-    return layers
+    return Layer(name, parameter, shapes.pop(), tuple(uses))
+
+
+def _caller(model: nn.Module, name: str, module: nn.Module) -> tuple[nn.Module, str]:
+    """The module whose forward uses the parameters of `module`, and the way from it to them.
+
+    Containers have no forward, and peft's wrapper of fused tensors reads its factors' weights
+    instead of calling them.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    path = name.split(".") if name else []
+    best = len(path)
+    while best > 0 and not _has_forward(_at(model, path[:best])):
+        best -= 1
+    for depth in range(best - 1, -1, -1):
+        owner = _at(model, path[:depth])
+        if isinstance(owner, ParamWrapper) and path[depth].startswith("lora_"):
+            best = depth
+            break
+    if best == len(path):
+        return module, ""
+    return _at(model, path[:best]), ".".join(path[best:]) + "."
+
+
+def _at(model: nn.Module, path: Sequence[str]) -> nn.Module:
+    return model.get_submodule(".".join(path))
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward

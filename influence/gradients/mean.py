@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from influence.errors import InputError
 from influence.gradients.backward import Consumer, backpropagate
-from influence.gradients.contractions import wide
+from influence.gradients.contractions import formed_gradients, wide
 from influence.gradients.layers import Layer
 from influence.gradients.per_sample import make_engine
+from influence.gradients.term import OneHot, Term, wide_dtype
 from influence.loss import Reduction, TokenBatch
 
 
@@ -35,22 +36,23 @@ def mean_gradient(
     Raises InputError for a sample whose gradient is zero or not finite: it has no direction, and
     one such number would spoil every score.
     """
-    sums: dict[str, Tensor] = {}
-    for layer in layers:
-        weight = layer.rule.weight(layer.module)
-        sums[layer.name] = torch.zeros(
+    sums = {
+        layer.name: torch.zeros(
             layer.out_features,
             layer.in_features,
-            dtype=torch.promote_types(weight.dtype, torch.float32),
-            device=weight.device,
+            dtype=wide_dtype(layer.parameter.dtype),
+            device=layer.parameter.device,
         )
+        for layer in layers
+    }
     engine = make_engine(model, layers, reduction=reduction)
 
     count = 0
     for index, batch in enumerate(batches):
         norm = engine(batch).norm
         _check(norm, None if names is None else names[index], index)
-        consume = _adder(sums, norm.reciprocal() if normalize else None)
+        weights = norm.reciprocal() if normalize else torch.ones_like(norm)
+        consume = _adder(sums, weights)
         backpropagate(model, layers, batch, reduction=reduction, consume=consume)
         count += batch.input_ids.shape[0]
     return sums, count
@@ -66,12 +68,25 @@ def _check(norm: Float[Tensor, " b"], names: Sequence[str] | None, batch: int) -
         )
 
 
-def _adder(sums: dict[str, Tensor], weights: Float[Tensor, " b"] | None) -> Consumer:
-    def consume(layer: Layer, x: Tensor, d: Tensor) -> None:
-        d = wide(d)
-        # Here and not in the loss, where 1 / |g_i| could overflow a half-precision backward pass.
-        if weights is not None:
-            d = d * weights.to(d.dtype)[:, None, None]
-        sums[layer.name].addmm_(d.flatten(0, 1).mT, wide(x).flatten(0, 1))
+def _adder(sums: dict[str, Tensor], weights: Float[Tensor, " b"]) -> Consumer:
+    def consume(layer: Layer, terms: list[Term]) -> None:
+        for term in terms:
+            _add(sums[layer.name], wide(term), weights, layer.parts)
 
     return consume
+
+
+def _add(total: Float[Tensor, "rows in"], term: Term, weights: Tensor, parts: int) -> None:
+    """Add the weighted sum over the samples of one term."""
+    # Weighted here and not in the loss, where 1 / |g_i| could overflow a half-precision backward.
+    owner = weights if term.sample is None else weights[term.sample]
+    x = term.x * owner.to(term.x.dtype)[:, None, None]
+    if term.part is not None:
+        blocks = total.view(parts, -1, total.shape[1])
+        for formed in formed_gradients([Term(x, term.d, term.sample, term.part)]):
+            assert formed.part is not None
+            blocks.index_add_(0, formed.part, formed.gradients)
+    elif isinstance(term.d, OneHot):
+        total.index_add_(0, term.d.index.flatten(), x.flatten(0, 1))
+    else:
+        total.addmm_(term.d.flatten(0, 1).mT, x.flatten(0, 1))

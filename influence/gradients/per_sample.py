@@ -1,8 +1,8 @@
-"""Exact norms, exact inner products, and sketched or full vectors of per-sample gradients.
+"""Exact norms, exact inner products, and projected or full vectors of per-sample gradients.
 
 One backward pass of the summed losses (the losses of a batch's samples do not interact), after
-which the weight gradient of sample i in a layer with inputs X and output gradients D is D_i' X_i.
-Each layer is used up as soon as its D arrives, so no per-sample gradient outlives its layer.
+which each layer's gradients are sums of D_i' X_i. Each layer is used up as soon as its terms
+arrive, so no per-sample gradient outlives its layer.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from influence.gradients.contractions import (
     formed_products,
     formed_squared_norms,
     pair_products,
-    pair_squared_norms,
+    squared_norms,
     wide,
 )
 from influence.gradients.layers import Layer
+from influence.gradients.projected import Projection
+from influence.gradients.term import Formed, OneHot, Term, wide_dtype
 from influence.loss import Reduction, TokenBatch
-from influence.projection import Sketch
 
 
 @dataclass
@@ -37,7 +38,7 @@ class SampleGradients:
     """What one batch of b samples gives; everything is on the model's device.
 
     `norm` is |g_i| over all layers; `products[i, k]` is <g_i, G_k>, not normalised; `vectors` are
-    the sketches or the exact flat gradients (see `block_layout`), not normalised.
+    the projected or the exact flat gradients (see `block_layout`), not normalised.
     """
 
     loss: Float[Tensor, " b"]
@@ -73,50 +74,62 @@ def make_engine(
     layers: Sequence[Layer],
     *,
     reduction: Reduction,
-    sketch: Sketch | None = None,
+    projection: Projection | None = None,
     targets: Mapping[str, Targets] | None = None,
+    scale: Mapping[str, Float[Tensor, "out in"]] | None = None,
     full: bool = False,
+    exact_norms: bool = True,
     form: Form | Literal["auto"] = "auto",
 ) -> Engine:
     """A function from a batch to the losses, norms, vectors and products of its samples.
 
-    `sketch` fills `vectors` with sketched gradients, `full` with the exact ones (meant for LoRA
-    factors); `targets` fills `products`: for each layer name the matrices of one target or a list
-    of several targets' (m = the number of all of them), on the model's device. Every target is
+    `projection` fills `vectors` with projected gradients, `full` with the exact ones (meant for
+    LoRA factors); `targets` fills `products`: for each layer name the matrices of one target or a
+    list of several targets' (m = the number of all of them), on the model's device. Every target is
     contracted by itself: the bits of its products, and of the norms, do not depend on the others.
+    `scale` multiplies every gradient entry by entry before anything else is made of it (an
+    optimiser's preconditioner); layers that it does not name are left alone.
+    Without `exact_norms`, which cost a quarter of a pass, norms are those of the projected vectors.
     `form` overrides the choice between the two ways to contract a layer: by cost for norms alone;
-    with targets always `formed`, which no number of targets makes much dearer than the other.
-    Loss float32, norms and products float64, vectors float32 (float64 for a float64 model).
+    with targets `formed` wherever a gradient is one dense term, which no number of targets makes
+    much dearer than the other. Loss float32, norms and products float64, vectors float32 (float64
+    for a float64 model).
 
-    Raises InputError if both kinds of vectors are asked for, or if the targets do not fit.
+    Raises InputError if both kinds of vectors are asked for, or if targets or scales do not fit.
     """
-    if full and sketch is not None:
-        raise InputError("gradients.projection: expected a sketch or full vectors, got both")
+    if full and projection is not None:
+        raise InputError("gradients.projection: expected a projection or full vectors, got both")
     if not layers:
         raise InputError("layers: expected at least one attributed layer, got none")
-    blocks = None if targets is None else _target_blocks(layers, targets)
-    count = 0 if blocks is None else sum(map(len, blocks[layers[0].name]))
-    work = _Work(sketch, blocks, full, form, _offsets(layers))
+    goals = None if targets is None else _target_blocks(layers, targets)
+    count = 0 if goals is None else sum(map(len, goals[layers[0].name]))
+    scales = {} if scale is None else dict(scale)
+    _check_scales(layers, scales)
+    if projection is None or goals is not None:
+        exact_norms = True
+    work = _Work(projection, goals, scales, full, exact_norms, form, _offsets(layers))
 
     def engine(batch: TokenBatch) -> SampleGradients:
         size = batch.input_ids.shape[0]
-        weight = layers[0].rule.weight(layers[0].module)
+        device = layers[0].parameter.device
         sums = SampleGradients(
             loss=torch.empty(0),
-            norm=torch.zeros(size, dtype=torch.float64, device=weight.device),
-            vectors=_accumulator(sketch, full, layers, size),
+            norm=torch.zeros(size, dtype=torch.float64, device=device),
+            vectors=_accumulator(projection, full, layers, size),
             products=None
             if targets is None
-            else torch.zeros(size, count, dtype=torch.float64, device=weight.device),
+            else torch.zeros(size, count, dtype=torch.float64, device=device),
         )
         losses = backpropagate(
             model,
             layers,
             batch,
             reduction=reduction,
-            consume=lambda layer, x, d: _add_layer(work, sums, layer, wide(x), wide(d)),
+            consume=lambda layer, terms: _add_layer(work, sums, layer, [wide(t) for t in terms]),
         )
         sums.loss, sums.norm = losses.float(), sums.norm.sqrt()
+        if not exact_norms and sums.vectors is not None:
+            sums.norm = torch.linalg.vector_norm(sums.vectors.double(), dim=1)
         return sums
 
     return engine
@@ -126,57 +139,100 @@ def make_engine(
 class _Work:
     """What an engine makes of every layer; see `make_engine`."""
 
-    sketch: Sketch | None
+    projection: Projection | None
     targets: Mapping[str, list[Tensor]] | None
+    scale: Mapping[str, Tensor]
     full: bool
+    exact_norms: bool
     form: Form | Literal["auto"]
     offsets: dict[str, int]
 
 
-def _add_layer(
-    work: _Work,
-    sums: SampleGradients,
-    layer: Layer,
-    x: Float[Tensor, "b t in"],
-    d: Float[Tensor, "b t out"],
-) -> None:
+def _add_layer(work: _Work, sums: SampleGradients, layer: Layer, terms: Sequence[Term]) -> None:
     """Add one layer to the sums; until the end, `norm` holds squares."""
-    goals = None if work.targets is None else [t.to(x.dtype) for t in work.targets[layer.name]]
-    if work.sketch is not None and sums.vectors is not None:
-        work.sketch.apply_layer(layer.name, x, d, sums.vectors)
-    chosen = work.form
-    if chosen == "auto":
-        alone = cheaper_form(x.shape[1], layer.out_features, layer.in_features)
-        chosen = alone if goals is None else "formed"
-    if chosen == "pair" and not work.full:
-        sums.norm += pair_squared_norms(x, d)
-        if goals is not None and sums.products is not None:
-            sums.products += torch.cat([pair_products(x, d, goal) for goal in goals], dim=1)
+    dtype = terms[0].x.dtype
+    goals = None if work.targets is None else [t.to(dtype) for t in work.targets[layer.name]]
+    scale = work.scale.get(layer.name)
+    unscaled = work.projection is not None and scale is None
+    from_factors = unscaled and work.projection is not None and work.projection.takes_factors
+    if from_factors and work.projection is not None and sums.vectors is not None:
+        for term in terms:
+            work.projection.add_term(layer.name, term, sums.vectors)
+    if from_factors and not work.exact_norms:
         return
-    for rows, gradients in formed_gradients(x, d):
-        sums.norm[rows] += formed_squared_norms(gradients)
+    must_form = work.full or scale is not None or (work.projection is not None and not from_factors)
+    if not must_form and _chosen_form(work, layer, terms, goals is not None) == "pair":
+        sums.norm += squared_norms(terms, len(sums.norm))
         if goals is not None and sums.products is not None:
-            parts = [formed_products(gradients, goal) for goal in goals]
-            sums.products[rows] += torch.cat(parts, dim=1)
-        if work.full and sums.vectors is not None:
-            start = work.offsets[layer.name]
-            sums.vectors[rows, start : start + layer.size] = gradients.flatten(1)
+            size = len(sums.norm)
+            sums.products += sum(
+                torch.cat([pair_products(t, goal, layer.parts, size) for goal in goals], dim=1)
+                for t in terms
+            )
+        return
+    for formed in formed_gradients(terms):
+        gradients = formed.gradients
+        if scale is not None:
+            blocks = scale.to(dtype).view(layer.parts, -1, layer.in_features)
+            gradients *= blocks if formed.part is None else blocks[formed.part]
+        if work.exact_norms:
+            formed.add_by_sample(sums.norm, formed_squared_norms(gradients))
+        if goals is not None and sums.products is not None:
+            parts = [formed_products(formed, goal) for goal in goals]
+            formed.add_by_sample(sums.products, torch.cat(parts, dim=1))
+        if sums.vectors is None or from_factors:
+            continue
+        if work.projection is not None:
+            work.projection.add_formed(layer.name, formed, sums.vectors)
+        else:
+            _place(sums.vectors, formed, layer, work.offsets[layer.name])
+
+
+def _chosen_form(work: _Work, layer: Layer, terms: Sequence[Term], with_targets: bool) -> Form:
+    if work.form != "auto":
+        return work.form
+    overlapping = len(terms) > 1 and terms[0].whole
+    if overlapping or isinstance(terms[0].d, OneHot):
+        return "pair"
+    if with_targets:
+        return "formed"
+    return cheaper_form(terms[0].x.shape[1], layer.shape.out, layer.in_features)
+
+
+def _place(vectors: Tensor, formed: Formed, layer: Layer, start: int) -> None:
+    """Copy formed gradients to their places in full vectors."""
+    flat = formed.gradients.flatten(1)
+    if formed.part is None:
+        vectors[formed.sample, start : start + layer.size] = flat
+        return
+    blocks = vectors[:, start : start + layer.size].view(len(vectors), layer.parts, -1)
+    blocks[formed.sample, formed.part] = flat
 
 
 def _accumulator(
-    sketch: Sketch | None, full: bool, layers: Sequence[Layer], size: int
+    projection: Projection | None, full: bool, layers: Sequence[Layer], size: int
 ) -> Tensor | None:
-    if sketch is not None:
-        return sketch.accumulator(size)
+    if projection is not None:
+        return projection.accumulator(size)
     if not full:
         return None
-    weight = layers[0].rule.weight(layers[0].module)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.zeros(size, sum(each.size for each in layers), dtype=dtype, device=weight.device)
+    weight = layers[0].parameter
+    width = sum(each.size for each in layers)
+    return torch.zeros(size, width, dtype=wide_dtype(weight.dtype), device=weight.device)
 
 
 def _offsets(layers: Sequence[Layer]) -> dict[str, int]:
     return {block.name: block.offset for block in block_layout(layers)}
+
+
+def _check_scales(layers: Sequence[Layer], scale: Mapping[str, Tensor]) -> None:
+    shapes = {layer.name: (layer.out_features, layer.in_features) for layer in layers}
+    for name, value in scale.items():
+        if shapes.get(name) != tuple(value.shape):
+            raise InputError(
+                f"optimizer.state: expected scales of shape {shapes.get(name)} for {name}, got "
+                f"{tuple(value.shape)}"
+            )
 
 
 def _target_blocks(

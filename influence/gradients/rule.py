@@ -1,31 +1,208 @@
-"""The one signature that every layer type's gradient rule has."""
+"""What a rule for a type of layer provides, and how it meets the rows of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-Factors = tuple[Float[Tensor, "b t in"], Float[Tensor, "b t out"]]
+from influence.errors import InputError
+from influence.gradients.term import Term
 
 
 @dataclass(frozen=True)
-class LayerRule:
-    """How one layer type's per-sample gradient is written as D_i' X_i.
+class Presentation:
+    """How a stored parameter is seen: `parts` matrices of (out, in) below each other.
 
-    Norms, inner products and projections are computed from the two factors alone, so a layer type
-    is supported as soon as its gradient has this form: X is the input of a linear layer, a column
-    of ones for a bias, and so on.
+    transposed: the parameter is stored as (..., in, out).
+    """
+
+    parts: int
+    out: int
+    in_: int
+    transposed: bool = False
+
+    def present(self, stored: Tensor) -> Float[Tensor, "rows in"]:
+        """The parameter, or an optimiser's moments of it, as (parts * out, in)."""
+        if self.transposed:
+            stored = stored.mT
+        return stored.reshape(self.parts * self.out, self.in_)
+
+
+def plain(parameter: Tensor) -> Presentation:
+    """The last dimension as `in` and all others as `out`; a vector is one row."""
+    width = parameter.shape[-1] if parameter.ndim else 1
+    return Presentation(1, parameter.numel() // max(width, 1), width)
+
+
+class Rows:
+    """Which sample each row of a layer's input belongs to, in one batch.
+
+    size, tokens: of the padded batch. response: the sample of every token whose logits exist, in
+    order; the output head sees these alone. `only` is the one sample that is run now, if a layer is
+    run sample by sample.
+    """
+
+    def __init__(self, size: int, tokens: int, response: Int[Tensor, " n"]) -> None:
+        self.size = size
+        self.tokens = tokens
+        self.only: int | None = None
+        self._response = response
+        self._slots: tuple[Tensor, int] | None = None
+
+    @contextmanager
+    def one_sample(self, sample: int) -> Iterator[None]:
+        """Inside, whatever a layer is called with belongs to `sample`."""
+        before, self.only = self.only, sample
+        try:
+            yield
+        finally:
+            self.only = before
+
+    def placement(self) -> Placement:
+        """How tensors of a call that is made now are cut by sample."""
+        return Placement(self, self.only)
+
+    def response_slots(self) -> tuple[Int[Tensor, " n"], int]:
+        """Place of every response row in a (size * longest) grid, and the longest."""
+        if self._slots is None:
+            counts = torch.bincount(self._response, minlength=self.size)
+            first = counts.cumsum(0) - counts
+            rank = torch.arange(len(self._response), device=first.device) - first[self._response]
+            longest = int(counts.max())
+            self._slots = self._response * longest + rank, longest
+        return self._slots
+
+    @property
+    def response_count(self) -> int:
+        """Number of response rows in the batch."""
+        return len(self._response)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Cuts a layer's rows by sample; made when the layer is called, used when gradients arrive."""
+
+    rows: Rows
+    only: int | None
+
+    def cut(self, x: Tensor) -> Float[Tensor, "g t d"]:
+        """`x` with one group of rows per sample (or the one group of `only`).
+
+        From (b, ..., d), (b * t, d) flattened, or the response rows (1, n, d). Raises InputError if
+        the rows cannot be told apart by sample.
+        """
+        size, width = self.rows.size, x.shape[-1]
+        if self.only is not None:
+            return x.reshape(1, -1, width)
+        if x.ndim >= 3 and x.shape[0] == size:
+            return x.reshape(size, -1, width)
+        if x.ndim == 2 and x.shape[0] == size * self.rows.tokens:
+            return x.view(size, self.rows.tokens, width)
+        if x.ndim == 3 and x.shape[:2] == (1, self.rows.response_count):
+            slots, longest = self.rows.response_slots()
+            grid = x.new_zeros(size * longest, width)
+            return grid.index_copy_(0, slots, x[0]).view(size, longest, width)
+        raise InputError(
+            f"a layer was called with shape {tuple(x.shape)} in a batch of {size} samples of "
+            f"{self.rows.tokens} tokens, so its rows cannot be assigned to samples (routed "
+            "experts?); leave it out with gradients.parameters"
+        )
+
+    def sample(self, device: torch.device) -> Int[Tensor, " g"] | None:
+        """The sample of every group that `cut` returns; None: group k is sample k."""
+        return None if self.only is None else torch.tensor([self.only], device=device)
+
+
+@dataclass
+class Sink:
+    """Collects the terms of one parameter; hands them over once every call has given its own."""
+
+    consume: Callable[[list[Term]], None]
+    pending: int = 0
+    terms: list[Term] = field(default_factory=list)
+
+    def expect(self) -> None:
+        """A call whose gradients will come."""
+        self.pending += 1
+
+    def give(self, term: Term) -> None:
+        """The gradients of one call."""
+        self.terms.append(term)
+        self.pending -= 1
+        if self.pending == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand over what has come: a call whose output has no effect on the loss gives nothing."""
+        terms, self.terms = self.terms, []
+        if terms:
+            self.consume(terms)
+
+
+Attach = Callable[[nn.Module, Mapping[str, Sink], Rows], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the gradients of the parameters that a type of module owns are written as terms.
+
+    present: how each parameter of its own is presented, by its name in the module.
+    attach: (module, the sinks of its attributed parameters, rows of the batch) -> a context in
+        which every forward call of the module will give its terms during the backward pass.
     """
 
     name: str
-    weight: Callable[[nn.Module], Tensor]
-    """The parameter whose gradient this is, as the module stores it."""
-    sizes: Callable[[nn.Module], tuple[int, int]]
-    """(out, in) of the gradient as presented."""
-    present: Callable[[Tensor], Float[Tensor, "... out in"]]
-    """From the layout in which the weight (and an optimiser's moments) is stored to (out, in)."""
-    factors: Callable[[nn.Module, Tensor, Tensor, int], Factors]
-    """(module, input, gradient of the output, batch size) -> X and D, with D_i' X_i = G_i."""
+    present: Callable[[nn.Module], dict[str, Presentation]]
+    attach: Attach
+
+
+TakeTerm = Callable[[nn.Module, Tensor, Tensor, Placement], Term]
+
+
+def output_gradients(terms: Mapping[str, TakeTerm]) -> Attach:
+    """`attach` of layers whose gradients follow from their first input and output's gradient.
+
+    terms: by parameter, (module, input, gradient of the output, placement) -> the term. Where a
+    layer returns a tuple, its first entry counts.
+    """
+
+    @contextmanager
+    def attach(module: nn.Module, sinks: Mapping[str, Sink], rows: Rows) -> Iterator[None]:
+        def after_forward(_module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
+            # In a list, to be emptied: the graph keeps its hooks alive until the pass is over.
+            held: list[Tensor] = [(args[0] if args else next(iter(kwargs.values()))).detach()]
+            placement = rows.placement()
+            first = output[0] if isinstance(output, tuple) else output
+            assert isinstance(first, Tensor)
+            replaced = None
+            if first.shape[0] == 1 < rows.size and placement.only is None and held[0].ndim == 2:
+                # Position embeddings are looked up once for the whole batch, and then broadcast:
+                # their gradient would come back summed over the samples.
+                first = replaced = first.expand(rows.size, *first.shape[1:]).clone()
+                held[0] = held[0].expand(rows.size, -1)
+            if not first.requires_grad:
+                first.requires_grad_(True)
+            for sink in sinks.values():
+                sink.expect()
+
+            def after_backward(gradient: Tensor) -> None:
+                with torch.no_grad():
+                    x = held.pop()
+                    for name, sink in sinks.items():
+                        sink.give(terms[name](module, x, gradient, placement))
+
+            first.register_hook(after_backward)
+            return replaced
+
+        handle = module.register_forward_hook(after_forward, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    return attach

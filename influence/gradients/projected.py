@@ -1,0 +1,36 @@
+"""What the engine asks of a projection."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from influence.gradients.term import Formed, Term
+
+
+class Projection(Protocol):
+    """A random linear map of the gradients of many layers to `dim` numbers, <Px, Py> ~ <x, y>.
+
+    `takes_factors` says whether a term can be projected without forming its gradient; both ways
+    give the same numbers. Vectors are two independent halves side by side, see `half_products`.
+    """
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def takes_factors(self) -> bool: ...
+
+    def accumulator(self, rows: int) -> Float[Tensor, "rows dim"]:
+        """Zeros that each layer's part is added to."""
+        ...
+
+    def add_term(self, name: str, term: Term, total: Float[Tensor, "b dim"]) -> None:
+        """Add the projection of one term of a layer's gradients."""
+        ...
+
+    def add_formed(self, name: str, formed: Formed, total: Float[Tensor, "b dim"]) -> None:
+        """Add the projection of a few formed gradients of a layer."""
+        ...

@@ -1,0 +1,191 @@
+"""The two-sided (Kronecker) projection P_out' G P_in of each layer, then a second sketch.
+
+The second one adds the blocks of all layers up in `dim` slots with random signs: a CountSketch
+(Charikar, Chen and Farach-Colton 2002; Weinberger et al., arXiv 0902.2206) whose slots are drawn
+without replacement within a block, which takes the collisions inside a layer away and makes every
+sum independent of the order of its terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from influence.gradients.term import Formed, OneHot, Term, part_runs
+from influence.projection.halves import HALVES, LayerShape, check_distinct, check_even
+from influence.projection.randomness import places, signs
+
+
+@dataclass(frozen=True)
+class _LayerMap:
+    """One layer's randomness; a side that is None is kept as it is (the identity).
+
+    `slots` and `factors` are the second sketch, half by half: where each number of a part's
+    projected block goes, and what it is multiplied by.
+    """
+
+    out_signs: Float[Tensor, "out halves_s"] | None
+    in_signs: Float[Tensor, "in halves_r"] | None
+    slots: Int[Tensor, "parts halves size"]
+    factors: Float[Tensor, "parts halves size"]
+
+
+@dataclass(frozen=True)
+class KroneckerProjection:
+    """A half projects each layer with side/2 random directions a side (signs / sqrt(side/2)) and
+    adds the blocks up in dim/2 slots with random signs. Make one with `make_kronecker`."""
+
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+    maps: dict[str, _LayerMap]
+    takes_factors: bool = True
+
+    def accumulator(self, rows: int) -> Float[Tensor, "rows dim"]:
+        """Zeros that each layer's part is added to."""
+        return torch.zeros(rows, self.dim, dtype=self.dtype, device=self.device)
+
+    def add_term(self, name: str, term: Term, total: Float[Tensor, "b dim"]) -> None:
+        """Adds the projection of D' X, without forming it."""
+        layer = self.maps[name]
+        right = _project_rows(term.x.to(self.dtype), layer.in_signs)
+        left = _project_left(term.d, layer.out_signs, self.dtype)
+        self._scatter(layer, torch.matmul(left.mT, right), term.sample, term.part, total)
+
+    def add_formed(self, name: str, formed: Formed, total: Float[Tensor, "b dim"]) -> None:
+        """Adds the projection of formed gradients: the same map."""
+        layer = self.maps[name]
+        block = formed.gradients.to(self.dtype).unsqueeze(1)
+        if layer.in_signs is not None:
+            block = torch.matmul(block, _by_half(layer.in_signs))
+        if layer.out_signs is not None:
+            block = torch.matmul(_by_half(layer.out_signs).mT, block)
+        self._scatter(layer, block, formed.sample, formed.part, total)
+
+    def _scatter(
+        self,
+        layer: _LayerMap,
+        block: Float[Tensor, "g halves s r"],
+        sample: slice | Tensor | None,
+        part: Tensor | None,
+        total: Float[Tensor, "b dim"],
+    ) -> None:
+        flat = block.expand(-1, HALVES, -1, -1).reshape(len(block), HALVES, -1)
+        if part is None:
+            self._add(layer, 0, flat, sample, total)
+            return
+        assert isinstance(sample, Tensor)
+        for number, rows in part_runs(part):
+            self._add(layer, number, flat[rows], sample[rows], total)
+
+    def _add(
+        self,
+        layer: _LayerMap,
+        part: int,
+        flat: Float[Tensor, "g halves size"],
+        sample: slice | Tensor | None,
+        total: Float[Tensor, "b dim"],
+    ) -> None:
+        values = flat * layer.factors[part]
+        slots = self.dim // HALVES
+        for start in range(0, values.shape[2], slots):
+            # Distinct slots within a run, so that every sum has one order.
+            run = slice(start, start + slots)
+            index = layer.slots[part, :, run].flatten()
+            addend = values[:, :, run].flatten(1)
+            if isinstance(sample, Tensor):
+                total.index_put_((sample[:, None], index[None, :]), addend, accumulate=True)
+            else:
+                rows = total if sample is None else total[sample]
+                rows.scatter_add_(1, index.expand(len(rows), -1), addend)
+
+
+def _by_half(side: Float[Tensor, "d halves_s"]) -> Float[Tensor, "halves d s"]:
+    return side.view(side.shape[0], HALVES, -1).transpose(0, 1)
+
+
+def _project_left(
+    d: Tensor | OneHot, side: Float[Tensor, "out halves_s"] | None, dtype: torch.dtype
+) -> Float[Tensor, "g halves t s"]:
+    if isinstance(d, Tensor):
+        return _project_rows(d.to(dtype), side)
+    if side is None:
+        return F.one_hot(d.index, d.width).to(dtype).unsqueeze(1)
+    return side[d.index].view(*d.index.shape, HALVES, -1).transpose(1, 2)
+
+
+def _project_rows(
+    x: Float[Tensor, "g t d"], side: Float[Tensor, "d halves_s"] | None
+) -> Float[Tensor, "g halves t s"]:
+    if side is None:
+        return x.unsqueeze(1)
+    return torch.matmul(x, side).view(*x.shape[:2], HALVES, -1).transpose(1, 2)
+
+
+def make_kronecker(
+    layers: Sequence[LayerShape],
+    *,
+    side: int,
+    dim: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> KroneckerProjection:
+    """The two-sided projection of these layers, to at most `dim` numbers a row.
+
+    `side` directions a side of a layer and `dim` slots, each shared by the two halves. A side of a
+    layer of at most side/2 is kept exactly. Where all blocks of a half together have at most dim/2
+    numbers there is no second sketch, and the result's `dim` is smaller. A layer's randomness
+    depends on its name, not on the other layers; the parts of a layer share their directions, but
+    not their slots and signs. Raises InputError for an odd or too small `side` or `dim`, or for a
+    repeated layer name.
+    """
+    check_even(side=side, dim=dim)
+    check_distinct(list(layers))
+    directions = side // HALVES
+    sizes = [min(layer.out, directions) * min(layer.in_, directions) for layer in layers]
+    whole = sum(size * layer.parts for size, layer in zip(sizes, layers, strict=True))
+    slots = min(dim // HALVES, whole)
+    maps: dict[str, _LayerMap] = {}
+    offset = 0
+    for layer, size in zip(layers, sizes, strict=True):
+        sides = [
+            _side_signs(layer.out, directions, (seed, layer.name, "out")),
+            _side_signs(layer.in_, directions, (seed, layer.name, "in")),
+        ]
+        scale = HALVES**-0.5
+        for each in sides:
+            scale *= 1.0 if each is None else directions**-0.5
+        shape = (layer.parts, HALVES, size)
+        if slots == whole:
+            count = layer.parts * size
+            places_of = torch.arange(offset, offset + count).view(layer.parts, 1, size)
+            index, factor = places_of.expand(shape), torch.full(shape, scale, dtype=torch.float64)
+            offset += count
+        else:
+            index = torch.stack(
+                [
+                    torch.stack(
+                        [places(size, slots, seed, layer.name, "slot", p, h) for h in range(HALVES)]
+                    )
+                    for p in range(layer.parts)
+                ]
+            )
+            factor = signs(shape, seed, layer.name, "sign").double() * scale
+        halves = torch.arange(HALVES).view(1, HALVES, 1) * slots
+        kept = [None if each is None else each.to(device, dtype) for each in sides]
+        maps[layer.name] = _LayerMap(
+            kept[0], kept[1], (index + halves).to(device), factor.to(device, dtype)
+        )
+    return KroneckerProjection(HALVES * slots, dtype, torch.device(device), maps)
+
+
+def _side_signs(width: int, directions: int, purpose: tuple[object, ...]) -> Tensor | None:
+    if width <= directions:
+        return None
+    return torch.cat([signs((width, directions), *purpose, h) for h in range(HALVES)], dim=1)

@@ -52,6 +52,7 @@ OWN = (
     "forward",
     "forward_blocks",
     "ours_kronecker",
+    "ours_kronecker_exact_norms",
     "ours_lora",
     "ours_srht",
     "batch_of_one",

@@ -115,8 +115,8 @@ def _forward_blocks(model: Any, job: Job) -> Run:
     return _each(step)
 
 
-def _ours(kind: str) -> Make:
-    """The engine: exact norms and projected gradients, copied to the host."""
+def _ours(kind: str, *, exact_norms: bool = False) -> Make:
+    """The engine: projected gradients and their norms, copied to the host."""
 
     def make(model: Any, job: Job) -> Run:
         layers = attributed_layers(model, "linear")
@@ -128,7 +128,9 @@ def _ours(kind: str) -> Make:
             seed=job.seed,
             device=job.device,
         )
-        engine = make_engine(model, layers, reduction="mean", projection=projection)
+        engine = make_engine(
+            model, layers, reduction="mean", projection=projection, exact_norms=exact_norms
+        )
         return _sample_vectors(lambda batch: engine(batch).vectors)
 
     return make
@@ -277,6 +279,7 @@ METHODS: dict[str, Make] = {
     "forward": _forward,
     "forward_blocks": _forward_blocks,
     "ours_kronecker": _ours("kronecker"),
+    "ours_kronecker_exact_norms": _ours("kronecker", exact_norms=True),
     "ours_lora": _ours_lora,
     "ours_srht": _ours("srht"),
     "batch_of_one": _batch_of_one,

@@ -132,6 +132,17 @@ def test_certificate_shows_the_landmarks_own_spearman_and_r2(run: Path) -> None:
     assert order == ["gsm8k", "bbh", "bbh/navigate", "bbh/sorting"], "groups left their target"
 
 
+def test_the_page_says_how_landmarks_were_drawn(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    path = folder / "fidelity.json"
+    fidelity = json.loads(path.read_text())
+    for choice in ("stratified: every source in proportion", None):
+        path.write_text(json.dumps({**fidelity, "landmark_choice": choice}))
+        text = build(folder)[1].text["certificate"]
+        assert ("How they were drawn" in text) == (choice is not None)
+        assert choice is None or f"How they were drawn: {choice}." in text
+
+
 def test_length_spearman_is_that_of_the_score_files(run: Path) -> None:
     text = build(run)[1].text["scores"]
     for name in ("gsm8k", "bbh"):

@@ -22,6 +22,7 @@ from influence.gradients import (
     block_layout,
     make_engine,
     mean_gradient,
+    settled_layers,
 )
 from influence.loss import Reduction
 from influence.memory import TokenLimit, computed, out_of_memory
@@ -72,6 +73,7 @@ class Toolbox:
         self.settings = settings
         self._built: dict[str, Any] = {}
         self.limit = TokenLimit()
+        self.notes: list[str] = []
         self._products: tuple[tuple[tuple[str, ...], ...], Any] | None = None
 
     def _once(self, name: str, build: Callable[[], Any]) -> Any:
@@ -81,16 +83,20 @@ class Toolbox:
 
     @property
     def layers(self) -> list[Any]:
-        """The attributed layers."""
-        return self._once(
-            "layers",
-            lambda: attributed_layers(
+        """The attributed layers, their rules tried against autograd."""
+
+        def build() -> list[Any]:
+            chosen = attributed_layers(
                 self.replica.model,
                 self.settings.parameters,
                 blocks=self.settings.parameter_blocks,
                 seed=self.settings.seed,
-            ),
-        )
+            )
+            settled, notes = settled_layers(self.replica.model, chosen)
+            self.notes += notes
+            return settled
+
+        return self._once("layers", build)
 
     @property
     def embedder(self) -> Any:

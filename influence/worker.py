@@ -170,7 +170,8 @@ class Worker:
             tables = [_vector_table(encoded, first_of, part) for part in columns]
         self._model_free = time.monotonic()
         seconds = self._model_free - start
-        notes = tools.replica.notes + ((tools.limit.note,) if tools.limit.note else ())
+        notes = (*tools.replica.notes, *tools.notes)
+        notes += (tools.limit.note,) if tools.limit.note else ()
         return _Computed(tables, seconds, idle, tools.replica.device_name, notes)
 
     def _vectors(self, bundle: Bundle, tools: Toolbox, batches: list[Any]) -> list[Vectors]:

@@ -45,6 +45,15 @@ _GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_STATES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3}
+_MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _GATED),
     "qwen2": ("Qwen2Config", _GATED),
@@ -65,6 +74,79 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": (
         "Qwen3MoeConfig",
         {**_HEADS, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+    # Parameters that a mixer reads instead of calling their modules, and norms with a gate.
+    "mamba": ("MambaConfig", {**_STATES, "state_size": 8}),
+    "bamba": (
+        "BambaConfig",
+        {**_GATED, **_MAMBA2, "attn_layer_indices": [1], "attn_rotary_emb": 8},
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            **_HEADS,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        {**_GATED, "block_ff_dim": 48, "layer_types": ["conv", "full_attention", "conv"]},
+    ),
+    # Experts whose tokens come in other layouts than transformers' interface has.
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            **_HEADS,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 48,
+            "interleave_moe_layer_step": 1,
+        },
+    ),
+    "jetmoe": (
+        "JetMoeConfig",
+        {
+            **_COMMON,
+            "num_key_value_heads": 2,
+            "kv_channels": 8,
+            "intermediate_size": 48,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    # Blocks that change a layer's output in place.
+    "falcon": ("FalconConfig", {**_COMMON, "ffn_hidden_size": 48, "parallel_attn": True}),
+    "ctrl": (
+        "CTRLConfig",
+        {**_GPT2, "dff": 48},
+    ),
+    # Routers that compute in float32.
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **_GATED,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_group": 2,
+            "topk_group": 1,
+        },
     ),
     "gpt_oss": (
         "GptOssConfig",
@@ -88,7 +170,7 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float64, seed: int 
     config_name, options = _CONFIGS[architecture]
     config = getattr(transformers, config_name)(**options)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if architecture in MIXTURES:
+    if architecture in (*MIXTURES, "qwen3_next", "deepseek_v3"):
         # Grouped matrix products know no float64.
         model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(seed)

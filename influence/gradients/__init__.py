@@ -11,6 +11,7 @@ from influence.gradients.per_sample import (
     block_layout,
     make_engine,
 )
+from influence.gradients.settle import settled_layers
 
 __all__ = [
     "Block",
@@ -24,4 +25,5 @@ __all__ = [
     "coverage",
     "make_engine",
     "mean_gradient",
+    "settled_layers",
 ]

@@ -53,7 +53,7 @@ def backpropagate(
     """
     size, tokens = batch.input_ids.shape
     response = response_samples(batch).to(next(model.parameters()).device)
-    rows = Rows(size, tokens, response)
+    rows = Rows(size, tokens, response, model.get_output_embeddings())  # type: ignore[operator]
     sinks = {layer.name: Sink(_handing_over(layer, consume)) for layer in layers}
     with ExitStack() as stack:
         stack.enter_context(frozen(model))

@@ -10,7 +10,7 @@ from torch import nn
 
 from influence.blocks import find_decoder
 from influence.gradients.layers import Layer
-from influence.gradients.parameters import is_adapter
+from influence.gradients.parameters import has_gradient, is_adapter
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,12 @@ def coverage(model: nn.Module, layers: Sequence[Layer]) -> list[CoverageRow]:
 
 
 def _reason(name: str, parameter: nn.Parameter, lora: bool) -> str:
-    if not parameter.is_floating_point():
+    if not has_gradient(parameter):
         return "quantised: it has no gradient"
     if is_adapter(name):
         return "a parameter of the adapter: choose gradients.parameters: lora"
+    if "modules_to_save" in name or "trainable_tokens" in name:
+        return "trained with the adapter, but no factor of it: choose it by name"
     if lora:
         return "frozen: only the adapter is attributed"
     return "not among the chosen parameters"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from influence.gradients.linear import own_parameters, presentations
-from influence.gradients.rule import Rows, Rule, Sink
+from influence.gradients.rule import Rows, Rule, Sink, tracked
 from influence.gradients.term import summed_rows, wide_dtype
 
 
@@ -22,14 +22,14 @@ from influence.gradients.term import summed_rows, wide_dtype
 def _attach(module: nn.Module, sinks: Mapping[str, Sink], rows: Rows) -> Iterator[None]:
     (sink,) = sinks.values()
 
-    def after_forward(_module: nn.Module, args: tuple, kwargs: dict, added: Tensor) -> None:
-        placement = rows.placement()
+    def after_forward(_module: nn.Module, args: tuple, kwargs: dict, added: Tensor) -> Tensor:
+        placement = rows.placement(module)
         with torch.no_grad():
             base, bias = kwargs["base_result"], kwargs["base_layer"].bias
             whole = added + base if bias is None else added + base - bias
             held = [whole / own_parameters(module)["weight"]]
         if not added.requires_grad:
-            added.requires_grad_(True)
+            added = tracked(added)
         sink.expect()
 
         def after_backward(gradient: Tensor) -> None:
@@ -40,6 +40,7 @@ def _attach(module: nn.Module, sinks: Mapping[str, Sink], rows: Rows) -> Iterato
                 )
 
         added.register_hook(after_backward)
+        return added
 
     handle = module.register_forward_hook(after_forward, with_kwargs=True)
     try:

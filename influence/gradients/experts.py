@@ -18,7 +18,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from influence.gradients.linear import own_parameters
-from influence.gradients.rule import Presentation, Rows, Rule, Sink
+from influence.gradients.rule import (
+    Presentation,
+    Rows,
+    RowsError,
+    Rule,
+    Sink,
+    replaced_forward,
+    tracked,
+)
 from influence.gradients.term import Term, part_runs, summed_rows
 
 _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
@@ -88,6 +96,9 @@ def _attach(module: nn.Module, sinks: Mapping[str, Sink], rows: Rows) -> Iterato
     def forward(
         hidden: Float[Tensor, "n h"], chosen: Int[Tensor, "n k"], weights: Float[Tensor, "n k"]
     ) -> Float[Tensor, "n h"]:
+        if rows.only is None and len(chosen) != rows.size * rows.tokens:
+            why = f"called with {len(chosen)} tokens in a batch of {rows.size} x {rows.tokens}"
+            raise RowsError(module, why)
         routes = _Routes(chosen, stack.num_experts, rows)
         inner = _linear(stack, sinks, routes, _first(stack), hidden[routes.token])
         inner = stack._apply_gate(inner) if stack.has_gate else stack.act_fn(inner)
@@ -98,11 +109,8 @@ def _attach(module: nn.Module, sinks: Mapping[str, Sink], rows: Rows) -> Iterato
         back = torch.empty_like(outer).index_copy(0, routes.order, outer)
         return back.view(*chosen.shape, -1).sum(1).to(hidden.dtype)
 
-    stack.forward = forward
-    try:
+    with replaced_forward(module, forward):
         yield
-    finally:
-        del stack.forward
 
 
 def _linear(
@@ -119,7 +127,7 @@ def _linear(
         return output
     held = [x.detach()]
     if not output.requires_grad:
-        output.requires_grad_(True)
+        output = tracked(output)
     for sink in wanted.values():
         sink.expect()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from influence.blocks import find_decoder
 from influence.errors import InputError
 from influence.gradients.by_sample import BY_SAMPLE
 from influence.gradients.parameters import Choice, choose_parameters
@@ -16,11 +17,15 @@ from influence.gradients.rules import rule_of
 
 @dataclass(frozen=True)
 class Use:
-    """A module that computes with the parameter, under the name that the rule knows it by."""
+    """A module that computes with the parameter, under the name that the rule knows it by.
+
+    path: the module's full name.
+    """
 
     module: nn.Module
     own_name: str
     rule: Rule
+    path: str
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,11 @@ def attributed_layers(
         ]
         if not own:
             continue
-        caller, prefix = _caller(model, module_name, module)
-        rule = rule_of(module) if caller is module else BY_SAMPLE
+        path, prefix = _caller(model, module_name)
+        caller = module if not prefix else model.get_submodule(path)
+        rule = rule_of(module) if not prefix else BY_SAMPLE
         for own_name, name in own:
-            uses[name].append(Use(caller, prefix + own_name, rule))
+            uses[name].append(Use(caller, prefix + own_name, rule, path))
     return [_layer(name, chosen[name], uses[name]) for name in chosen]
 
 
@@ -96,31 +102,35 @@ def _layer(name: str, parameter: nn.Parameter, uses: Sequence[Use]) -> Layer:
     return Layer(name, parameter, shapes.pop(), tuple(uses))
 
 
-def _caller(model: nn.Module, name: str, module: nn.Module) -> tuple[nn.Module, str]:
-    """The module whose forward uses the parameters of `module`, and the way from it to them.
+def _caller(model: nn.Module, name: str) -> tuple[str, str]:
+    """The module whose forward uses the parameters of module `name`, and the way from it to them.
 
-    Containers have no forward, and peft's wrapper of fused tensors reads its factors' weights
-    instead of calling them.
+    Containers have no forward, peft's wrapper of fused tensors reads its factors' weights instead
+    of calling them, and the modules of a list inside a block may be experts, each of which sees
+    tokens of many samples in an order of its own: there the owner of the list counts.
     """
     from peft.tuners.lora.layer import ParamWrapper
 
     path = name.split(".") if name else []
     best = len(path)
-    while best > 0 and not _has_forward(_at(model, path[:best])):
+    while best > 0 and not has_forward(_at(model, path[:best])):
         best -= 1
-    for depth in range(best - 1, -1, -1):
+    blocks = find_decoder(model).blocks
+    inside = False
+    for depth in range(best):
         owner = _at(model, path[:depth])
-        if isinstance(owner, ParamWrapper) and path[depth].startswith("lora_"):
+        wraps = isinstance(owner, ParamWrapper) and path[depth].startswith("lora_")
+        if wraps or (inside and isinstance(_at(model, path[: depth + 1]), nn.ModuleList)):
             best = depth
             break
-    if best == len(path):
-        return module, ""
-    return _at(model, path[:best]), ".".join(path[best:]) + "."
+        inside = inside or owner is blocks
+    return ".".join(path[:best]), ".".join(path[best:]) + "." if best < len(path) else ""
 
 
 def _at(model: nn.Module, path: Sequence[str]) -> nn.Module:
     return model.get_submodule(".".join(path))
 
 
-def _has_forward(module: nn.Module) -> bool:
+def has_forward(module: nn.Module) -> bool:
+    """Whether the module computes something itself (a container does not)."""
     return type(module).forward is not nn.Module.forward

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from influence.gradients.linear import bias_term, own_parameters, presentations
-from influence.gradients.rule import Placement, Rule, output_gradients
+from influence.gradients.rule import Placement, Rule, output_gradients, swapped_parameters
 from influence.gradients.term import Term, summed_rows
 
 
 def slope(module: nn.Module, x: Tensor) -> Tensor:
     """s(x): the derivative of the norm's output with respect to its weight, entry by entry."""
-    weight = own_parameters(module)["weight"]
-    with_one = functional_call(module, {"weight": torch.ones_like(weight)}, (x,))
-    with_zero = functional_call(module, {"weight": torch.zeros_like(weight)}, (x,))
-    return with_one - with_zero
+    own = own_parameters(module)
+    # Without the bias, which the difference of two outputs would lose digits to.
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in own.items()}
+    ones = {**zeros, "weight": torch.ones_like(own["weight"])}
+    return _output(module, ones, x) - _output(module, zeros, x)
+
+
+def _output(module: nn.Module, values: dict[str, Tensor], x: Tensor) -> Tensor:
+    with swapped_parameters(module, values):
+        return module.forward(x)  # not by calling it: its hooks are for the pass alone
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -40,8 +45,8 @@ def is_norm(module: nn.Module) -> bool:
     zero = {**values, "weight": torch.zeros_like(w)}
     with torch.no_grad():
         try:
-            expected = functional_call(module, values, (x,))
-            found = functional_call(module, zero, (x,)) + w * slope(module, x)
+            expected = _output(module, values, x)
+            found = _output(module, zero, x) + w * slope(module, x)
         except (TypeError, RuntimeError):
             return False  # it takes more than one input, or another shape
     rough = weight.dtype in (torch.float16, torch.bfloat16)

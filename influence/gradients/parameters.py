@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from influence.blocks import Decoder, find_decoder
@@ -31,13 +32,17 @@ def choose_parameters(
     Raises InputError for a choice that cannot be read, a pattern or number that fits nothing, an
     adapter that is merged, and where nothing is left.
     """
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        if adapter.is_prompt_learning:
+            raise InputError(
+                f"model.adapter: {name!r} is of type {adapter.peft_type.value}, which puts tokens "
+                "of its own before the text; such adapters are not supported"
+            )
     decoder = find_decoder(model)
     inside = _block_of(decoder)
     kept = parse_blocks(blocks, len(decoder.blocks), seed)
     floating = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point()
+        name: parameter for name, parameter in model.named_parameters() if has_gradient(parameter)
     }
     patterns = [parameters] if isinstance(parameters, str) else list(parameters)
     if len(patterns) == 1 and patterns[0] in KINDS:
@@ -50,7 +55,10 @@ def choose_parameters(
         if kept is None or inside.get(id(parameter)) in kept
     }
     if not found:
-        hint = "give model.adapter" if "lora" in patterns else "choose others"
+        hint = "choose others"
+        if "lora" in patterns:
+            adapted = hasattr(model, "peft_config")
+            hint = "its adapter has no LoRA factors" if adapted else "give model.adapter"
         raise InputError(
             f"gradients.parameters: {type(model).__name__} has nothing to attribute under "
             f"{parameters!r} in blocks {blocks!r}; {hint}"
@@ -76,6 +84,11 @@ def parse_blocks(blocks: str, count: int, seed: int) -> frozenset[int] | None:
         return hashlib.blake2b(f"{seed}\0block\0{block}".encode(), digest_size=16).digest()
 
     return frozenset(sorted(range(count), key=key)[:k])
+
+
+def has_gradient(parameter: nn.Parameter) -> bool:
+    """False for quantised weights: integers and eight-bit floating-point numbers."""
+    return parameter.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_adapter(name: str) -> bool:

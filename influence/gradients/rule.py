@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -47,11 +48,15 @@ class Rows:
     run sample by sample.
     """
 
-    def __init__(self, size: int, tokens: int, response: Int[Tensor, " n"]) -> None:
+    def __init__(
+        self, size: int, tokens: int, response: Int[Tensor, " n"], head: nn.Module | None
+    ) -> None:
         self.size = size
         self.tokens = tokens
         self.only: int | None = None
         self._response = response
+        # With an adapter the head is a module of several.
+        self._head = set() if head is None else {id(module) for module in head.modules()}
         self._slots: tuple[Tensor, int] | None = None
 
     @contextmanager
@@ -63,9 +68,9 @@ class Rows:
         finally:
             self.only = before
 
-    def placement(self) -> Placement:
-        """How tensors of a call that is made now are cut by sample."""
-        return Placement(self, self.only)
+    def placement(self, module: nn.Module) -> Placement:
+        """How tensors of a call to `module` that is made now are cut by sample."""
+        return Placement(self, module, self.only, id(module) in self._head)
 
     def response_slots(self) -> tuple[Int[Tensor, " n"], int]:
         """Place of every response row in a (size * longest) grid, and the longest."""
@@ -83,34 +88,46 @@ class Rows:
         return len(self._response)
 
 
+class RowsError(InputError):
+    """A module was called in a way in which its rows cannot be told apart by sample."""
+
+    def __init__(self, module: nn.Module, why: str) -> None:
+        super().__init__(
+            f"gradients.parameters: a {type(module).__name__} was {why}; leave its parameters out"
+        )
+        self.module = module
+
+
 @dataclass(frozen=True)
 class Placement:
     """Cuts a layer's rows by sample; made when the layer is called, used when gradients arrive."""
 
     rows: Rows
+    module: nn.Module
     only: int | None
+    at_head: bool
 
     def cut(self, x: Tensor) -> Float[Tensor, "g t d"]:
         """`x` with one group of rows per sample (or the one group of `only`).
 
-        From (b, ..., d), (b * t, d) flattened, or the response rows (1, n, d). Raises InputError if
-        the rows cannot be told apart by sample.
+        From (b, ..., d), (b * t, d) flattened, or at the output head the response rows (1, n, d).
+        Raises RowsError if the rows cannot be told apart by sample.
         """
         size, width = self.rows.size, x.shape[-1]
         if self.only is not None:
             return x.reshape(1, -1, width)
-        if x.ndim >= 3 and x.shape[0] == size:
+        if x.ndim >= 3 and x.shape[0] == size and not (self.at_head and size == 1):
             return x.reshape(size, -1, width)
         if x.ndim == 2 and x.shape[0] == size * self.rows.tokens:
             return x.view(size, self.rows.tokens, width)
-        if x.ndim == 3 and x.shape[:2] == (1, self.rows.response_count):
+        if self.at_head and x.shape[:2] == (1, self.rows.response_count):
             slots, longest = self.rows.response_slots()
             grid = x.new_zeros(size * longest, width)
             return grid.index_copy_(0, slots, x[0]).view(size, longest, width)
-        raise InputError(
-            f"a layer was called with shape {tuple(x.shape)} in a batch of {size} samples of "
-            f"{self.rows.tokens} tokens, so its rows cannot be assigned to samples (routed "
-            "experts?); leave it out with gradients.parameters"
+        raise RowsError(
+            self.module,
+            f"called with shape {tuple(x.shape)} in a batch of {size} samples of "
+            f"{self.rows.tokens} tokens, so that its rows cannot be assigned to samples",
         )
 
     def sample(self, device: torch.device) -> Int[Tensor, " g"] | None:
@@ -164,6 +181,45 @@ class Rule:
 TakeTerm = Callable[[nn.Module, Tensor, Tensor, Placement], Term]
 
 
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, calls to the module run `forward`; whatever an instance had of its own comes back."""
+    instance: Any = module
+    before = vars(module).get("forward")
+    instance.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del instance.forward
+        else:
+            instance.forward = before
+
+
+@contextmanager
+def swapped_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the module computes with `values` in place of its parameters of these names.
+
+    Unlike `torch.func.functional_call` this does not call the module, so none of its hooks run.
+    """
+    before: list[tuple[nn.Module, str, Tensor | None]] = []
+    try:
+        for name, value in values.items():
+            path, _, own_name = name.rpartition(".")
+            owner = module.get_submodule(path)
+            before.append((owner, own_name, owner._parameters[own_name]))
+            owner._parameters[own_name] = value  # type: ignore[assignment]
+        yield
+    finally:
+        for owner, own_name, parameter in before:
+            owner._parameters[own_name] = parameter  # type: ignore[assignment]
+
+
+def tracked(x: Tensor) -> Tensor:
+    """`x` with a gradient, as no leaf: the model may go on to change it in place."""
+    return x.detach().requires_grad_(True).clone()
+
+
 def output_gradients(terms: Mapping[str, TakeTerm]) -> Attach:
     """`attach` of layers whose gradients follow from their first input and output's gradient.
 
@@ -176,7 +232,7 @@ def output_gradients(terms: Mapping[str, TakeTerm]) -> Attach:
         def after_forward(_module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
             # In a list, to be emptied: the graph keeps its hooks alive until the pass is over.
             held: list[Tensor] = [(args[0] if args else next(iter(kwargs.values()))).detach()]
-            placement = rows.placement()
+            placement = rows.placement(module)
             first = output[0] if isinstance(output, tuple) else output
             assert isinstance(first, Tensor)
             replaced = None
@@ -186,7 +242,7 @@ def output_gradients(terms: Mapping[str, TakeTerm]) -> Attach:
                 first = replaced = first.expand(rows.size, *first.shape[1:]).clone()
                 held[0] = held[0].expand(rows.size, -1)
             if not first.requires_grad:
-                first.requires_grad_(True)
+                first = replaced = tracked(first)
             for sink in sinks.values():
                 sink.expect()
 
@@ -197,6 +253,8 @@ def output_gradients(terms: Mapping[str, TakeTerm]) -> Attach:
                         sink.give(terms[name](module, x, gradient, placement))
 
             first.register_hook(after_backward)
+            if replaced is not None and isinstance(output, tuple):
+                return (replaced, *output[1:])
             return replaced
 
         handle = module.register_forward_hook(after_forward, with_kwargs=True)

@@ -10,7 +10,9 @@ from torch import nn
 
 from influence.errors import InputError
 from influence.gradients import attributed_layers, block_layout, make_engine
+from influence.gradients.experts import _Routes
 from influence.gradients.norm import is_norm
+from influence.gradients.rule import Rows
 from influence.gradients.rules import rule_of
 
 
@@ -161,6 +163,30 @@ def test_experts_called_twice_in_one_forward_are_refused():
     layers = attributed_layers(model, "all")
     with pytest.raises(InputError, match=r"experts.*several times"):
         make_engine(model, layers, reduction="mean")(random_batch())
+
+
+def test_popular_experts_do_not_pad_the_others():
+    """Every row lies in one grid, at its sample and expert, and padding at most doubles them."""
+    generator = torch.Generator().manual_seed(0)
+    popularity = 1.0 / torch.arange(1, 33).double() ** 1.5
+    chosen = torch.multinomial(popularity.expand(4 * 50, -1), 3, generator=generator)
+    rows = Rows(4, 50, torch.arange(4), None)
+    routes = _Routes(chosen, 32, rows)
+    pairs = torch.arange(600, dtype=torch.float64).unsqueeze(1) + 1
+    found, cells = {}, 0
+    for bucket in routes.buckets:
+        grid = bucket.grid(pairs)
+        cells += grid.numel()
+        for place, (sample, part) in enumerate(zip(bucket.sample, bucket.part, strict=True)):
+            inside = grid[place].flatten()
+            found[int(sample), int(part)] = sorted(inside[inside > 0].tolist())
+    expected: dict[tuple[int, int], list[float]] = {}
+    flat = chosen.flatten()
+    for position, pair in enumerate(routes.order.tolist()):
+        key = (pair // 3 // 50, int(flat[pair]))
+        expected.setdefault(key, []).append(position + 1.0)
+    assert found == expected, "a token was lost, or is another sample's or expert's"
+    assert cells <= 2 * 600, f"{cells} cells for 600 rows"
 
 
 def test_rows_that_no_sample_owns_are_refused():

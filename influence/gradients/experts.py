@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from influence.gradients.linear import own_parameters
@@ -78,15 +79,47 @@ class _Routes:
         keys, inverse, counts = torch.unique_consecutive(
             group, return_inverse=True, return_counts=True
         )
-        self.sample, self.part = keys % rows.size, keys // rows.size
-        self._longest = int(counts.max())
         rank = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[inverse]
-        self._slots = inverse * self._longest + rank
+        # Groups of like size side by side: padded to the longest of all, a few popular experts
+        # would cost many times the rows that there are.
+        sizes = torch.ceil(torch.log2(counts.double())).long()
+        self.buckets = [
+            _bucket(sizes == size, keys, counts, inverse, rank, rows.size)
+            for size in sizes.unique().tolist()
+        ]
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Groups of between 2^(k-1) and 2^k rows: which rows they are, and where in the grid."""
+
+    rows: Int[Tensor, " r"]
+    slots: Int[Tensor, " r"]
+    longest: int
+    sample: Int[Tensor, " g"]
+    part: Int[Tensor, " g"]
 
     def grid(self, x: Float[Tensor, "s d"]) -> Float[Tensor, "g t d"]:
-        """The pairs' rows by group, padded with zeros."""
-        whole = x.new_zeros(len(self.sample) * self._longest, x.shape[1])
-        return whole.index_copy_(0, self._slots, x).view(len(self.sample), self._longest, -1)
+        """The rows of these groups, padded with zeros."""
+        whole = x.new_zeros(len(self.sample) * self.longest, x.shape[1])
+        whole.index_copy_(0, self.slots, x[self.rows])
+        return whole.view(len(self.sample), self.longest, -1)
+
+
+def _bucket(
+    chosen: Bool[Tensor, " g"],
+    keys: Int[Tensor, " g"],
+    counts: Int[Tensor, " g"],
+    group: Int[Tensor, " s"],
+    rank: Int[Tensor, " s"],
+    size: int,
+) -> _Bucket:
+    """The bucket of the chosen groups; `group` and `rank` place every row, `size` is the batch."""
+    rows = chosen[group].nonzero().flatten()
+    place = chosen.long().cumsum(0) - 1
+    longest = int(counts[chosen].max())
+    slots = place[group[rows]] * longest + rank[rows]
+    return _Bucket(rows, slots, longest, keys[chosen] % size, keys[chosen] // size)
 
 
 @contextmanager
@@ -133,12 +166,12 @@ def _linear(
 
     def after_backward(gradient: Tensor) -> None:
         with torch.no_grad():
-            inputs, d = held.pop(), routes.grid(gradient)
+            inputs = held.pop()
+            grids = [(bucket, bucket.grid(gradient)) for bucket in routes.buckets]
             if name in wanted:
-                term = Term(routes.grid(inputs), d, routes.sample, routes.part)
-                wanted[name].give(term)
+                wanted[name].give(*(Term(b.grid(inputs), d, b.sample, b.part) for b, d in grids))
             if f"{name}_bias" in wanted:
-                wanted[f"{name}_bias"].give(summed_rows(d, routes.sample, routes.part))
+                wanted[f"{name}_bias"].give(*(summed_rows(d, b.sample, b.part) for b, d in grids))
 
     output.register_hook(after_backward)
     return output

@@ -147,9 +147,9 @@ class Sink:
         """A call whose gradients will come."""
         self.pending += 1
 
-    def give(self, term: Term) -> None:
+    def give(self, *terms: Term) -> None:
         """The gradients of one call."""
-        self.terms.append(term)
+        self.terms += terms
         self.pending -= 1
         if self.pending == 0:
             self.flush()

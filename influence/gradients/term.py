@@ -115,18 +115,21 @@ def merged(terms: Sequence[Term]) -> list[Term]:
         others = [term for term in terms if isinstance(term.d, OneHot)]
         return [_side_by_side(group) for group in (dense, others) if group]
     terms = _stacked(terms)
-    owners: list[tuple[int, int]] = []
-    for term in terms:
-        count = len(term.x)
-        samples = range(count) if term.sample is None else term.sample.tolist()
-        parts = [0] * count if term.part is None else term.part.tolist()
-        owners += zip(samples, parts, strict=True)
-    if len(set(owners)) < len(owners):
+    owners = torch.cat([_owners(term) for term in terms])
+    if len(owners.unique(dim=0)) < len(owners):
         raise ValueError(
             "a layer that is run sample by sample, or a stack of experts, was called several times "
             "in one forward pass"
         )
     return terms
+
+
+def _owners(term: Term) -> Int[Tensor, "g 2"]:
+    """(sample, part) of every group."""
+    count, device = len(term.x), term.x.device
+    sample = torch.arange(count, device=device) if term.sample is None else term.sample
+    part = torch.zeros_like(sample) if term.part is None else term.part
+    return torch.stack([sample, part], dim=1)
 
 
 def _stacked(terms: Sequence[Term]) -> list[Term]:

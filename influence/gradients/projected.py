@@ -13,8 +13,8 @@ from influence.gradients.term import Formed, Term
 class Projection(Protocol):
     """A random linear map of the gradients of many layers to `dim` numbers, <Px, Py> ~ <x, y>.
 
-    `takes_factors` says whether a term can be projected without forming its gradient; both ways
-    give the same numbers. Vectors are two independent halves side by side, see `half_products`.
+    `takes_factors` says whether a term is projected without forming its gradient; both ways give
+    the same numbers. Vectors are two independent halves side by side, see `half_products`.
     """
 
     @property

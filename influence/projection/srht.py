@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from influence.gradients.contractions import formed_gradients
 from influence.gradients.term import Formed, Term, part_runs
 from influence.projection.halves import HALVES, LayerShape, check_distinct, check_even
 from influence.projection.randomness import places, signs
@@ -47,8 +48,9 @@ class SrhtProjection:
         return torch.zeros(rows, self.dim, dtype=self.dtype, device=self.device)
 
     def add_term(self, name: str, term: Term, total: Float[Tensor, "b dim"]) -> None:
-        """Not possible without forming the gradient."""
-        raise NotImplementedError(f"srht projects formed gradients only ({name})")
+        """Adds the projection of D' X, which is formed for it."""
+        for formed in formed_gradients([term]):
+            self.add_formed(name, formed, total)
 
     def add_formed(self, name: str, formed: Formed, total: Float[Tensor, "b dim"]) -> None:
         """Adds the projection of formed gradients."""

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gradients_methods import layer_shapes
 from gradients_protocol import Job, TokenRow, load_model, padded, read_job, read_rows
 from jaxtyping import Float
 from scipy.stats import pearsonr, spearmanr
@@ -26,7 +25,7 @@ from influence.gradients import Layer, attributed_layers, make_engine
 from influence.gradients.backward import backpropagate
 from influence.gradients.contractions import formed_gradients
 from influence.gradients.term import Term
-from influence.projection import make_projection
+from influence.projection import layer_shapes, make_projection
 
 SIDES = (16, 32, 64, 128)
 TOKEN_BUDGET = 1024

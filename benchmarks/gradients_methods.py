@@ -23,15 +23,10 @@ from influence.gradients import Layer, attributed_layers, make_engine
 from influence.jvp import Embed, Tangent, make_jvp_embedder
 from influence.loss import response_forward, sample_losses
 from influence.pooling import make_rds_embedder
-from influence.projection import LayerShape, make_projection
+from influence.projection import layer_shapes, make_projection
 
 Ids = Int[Tensor, " t"]
 Step = Callable[[PaddedBatch], Any]
-
-
-def layer_shapes(layers: Sequence[Layer]) -> list[LayerShape]:
-    """What a projection needs to know of the layers."""
-    return [LayerShape(x.name, x.shape.out, x.in_features, x.parts) for x in layers]
 
 
 def full_logits_loss(model: Any, batch: PaddedBatch) -> Float[Tensor, ""]:

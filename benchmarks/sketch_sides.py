@@ -40,7 +40,7 @@ from influence.gradients.contractions import (
     wide,
 )
 from influence.gradients.term import Term
-from influence.projection import KroneckerProjection, LayerShape, half_products, make_kronecker
+from influence.projection import KroneckerProjection, half_products, layer_shapes, make_kronecker
 from influence.replica import Replica, load_replica, load_tokenizer
 from influence.tokenization import Encoded, Encoder, make_encoder
 
@@ -268,7 +268,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     write_json(out / "settings.json", settings)
     replica = load_replica(config, "float32", "cpu")
     layers = attributed_layers(replica.model, "linear")
-    shapes = [LayerShape(layer.name, layer.out_features, layer.in_features) for layer in layers]
+    shapes = layer_shapes(layers)
     sketches = {
         str(side): make_kronecker(shapes, side=side, dim=arguments.dim, seed=arguments.seed)
         for side in arguments.sides

@@ -72,12 +72,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(resolve_name(config), **_load_arguments(config))
-    except ModelLoadError:
-        raise
-    except Exception as error:
-        raise ModelLoadError(_explain(config, "tokenizer", error)) from error
+    return _from_pretrained(AutoTokenizer, config, "tokenizer")
 
 
 def load_description(config: ModelConfig) -> Any:
@@ -88,12 +83,17 @@ def load_description(config: ModelConfig) -> Any:
     """
     from transformers import AutoConfig
 
+    return _from_pretrained(AutoConfig, config, "config")
+
+
+def _from_pretrained(loader: Any, config: ModelConfig, part: str) -> Any:
+    """What `loader` makes of the model's files; `part` is what errors call it."""
     try:
-        return AutoConfig.from_pretrained(resolve_name(config), **_load_arguments(config))
+        return loader.from_pretrained(resolve_name(config), **_load_arguments(config))
     except ModelLoadError:
         raise
     except Exception as error:
-        raise ModelLoadError(_explain(config, "config", error)) from error
+        raise ModelLoadError(_explain(config, part, error)) from error
 
 
 def check_adapter(config: ModelConfig) -> None:

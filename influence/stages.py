@@ -26,7 +26,7 @@ from influence.gradients import (
 )
 from influence.loss import Reduction
 from influence.memory import TokenLimit, computed, out_of_memory
-from influence.projection import LayerShape, make_projection
+from influence.projection import layer_shapes, make_projection
 from influence.replica import Replica
 
 
@@ -53,7 +53,7 @@ class Vectors:
     Attributes:
         positions: index into the unit's encoded rows.
         vectors: (n x dim).
-        norm: (n,) norm of the embedding, or exact norm of the gradient.
+        norm: (n,) norm of the embedding, of the whole gradient, or of its projection.
         loss: (n,) reduced loss in nats; NaN where the stage computes none.
         blocks: the layers of an unprojected gradient (name, offset, length).
     """
@@ -116,10 +116,7 @@ class Toolbox:
                 return make_engine(model, layers, reduction=reduction, full=True)
             projection = make_projection(
                 settings.projection,
-                [
-                    LayerShape(each.name, each.shape.out, each.in_features, each.parts)
-                    for each in layers
-                ],
+                layer_shapes(layers),
                 side=settings.side,
                 dim=settings.dim,
                 seed=settings.seed,
@@ -200,17 +197,13 @@ def split_columns(whole: Vectors, widths: Sequence[int]) -> list[Vectors]:
 
 
 def target_vector(
-    tools: Toolbox, batches: Sequence[Batch], names: Sequence[Sequence[str]]
+    tools: Toolbox, batches: Sequence[Batch], names: Sequence[str]
 ) -> tuple[dict[str, Tensor], int]:
     """Mean over the rows of the (unit) gradients: {layer: (out, in)}, and the number of rows.
 
-    `names` are the rows of every batch. Raises InputError for one without a usable gradient.
+    `names` are those of the rows that the batches' positions index. Raises InputError for a row
+    without a usable gradient.
     """
-    named = {
-        position: name
-        for batch, of_batch in zip(batches, names, strict=True)
-        for position, name in zip(batch.positions, of_batch, strict=True)
-    }
     while True:
         cut = [part for batch in batches for part in tools.limit.cut(batch)]
         tried = _Tried(cut, tools.replica.device)
@@ -221,7 +214,7 @@ def target_vector(
                 tried,
                 reduction=tools.settings.reduction,
                 normalize=tools.settings.normalize,
-                names=[[named[position] for position in batch.positions] for batch in cut],
+                names=[[names[position] for position in batch.positions] for batch in cut],
             )
         except RuntimeError as error:
             if not out_of_memory(error):

@@ -196,10 +196,7 @@ class Worker:
                 f"{unit.file.url}: none of the rows {unit.first}..{unit.last} of this target can "
                 "be scored; see the reasons in the catalogue or drop the group"
             )
-        names = [
-            [f"{unit.file.url} row {encoded[position].row}" for position in batch.positions]
-            for batch in batches
-        ]
+        names = [f"{unit.file.url} row {each.row}" for each in encoded]
         vector, _count = stages.target_vector(tools, batches, names)
         rows = {
             "layer": list(vector),

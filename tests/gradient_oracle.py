@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from tiny_models import tiny_model, with_lora
 
 from influence.gradients import attributed_layers
-from influence.projection import LayerShape
 
 POWER = {"mean": 1.0, "sum": 0.0, "sqrt": 0.5}
 
@@ -46,11 +45,6 @@ def oracle(model, layers, batch, reduction="mean"):
 def flat(gradients) -> torch.Tensor:
     """All layers' gradients side by side."""
     return torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1)
-
-
-def shapes(layers) -> list[LayerShape]:
-    """What a projection needs to know of the layers."""
-    return [LayerShape(x.name, x.shape.out, x.in_features, x.parts) for x in layers]
 
 
 def random_targets(layers, count: int, dtype=torch.float64):

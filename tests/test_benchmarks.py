@@ -19,7 +19,7 @@ from tiny_models import VOCAB, tiny_model
 
 from influence.errors import InputError
 from influence.gradients import attributed_layers
-from influence.projection import LayerShape, make_kronecker
+from influence.projection import layer_shapes, make_kronecker
 from influence.tokenization import Encoded
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -212,7 +212,7 @@ def test_sketch_sides_passes_against_one_backward_a_row():
     np.testing.assert_allclose(exact["products"], truth, rtol=1e-4, atol=1e-6)
 
     # As many directions as features on each side and room for all: the sketch is the identity.
-    shapes = [LayerShape(each.name, each.out_features, each.in_features) for each in layers]
+    shapes = layer_shapes(layers)
     whole = {"200": make_kronecker(shapes, side=200, dim=1_000_000, seed=0)}
     left, right = (sketch_sides.sketch_pass(replica, layers, r, whole, 20) for r in (rows, goals))
     norms = torch.stack(flat).norm(dim=1)

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from gradient_oracle import close, flat, oracle, random_targets, setup, shapes
+from gradient_oracle import close, flat, oracle, random_targets, setup
 from tiny_models import ARCHITECTURES, MIXTURES, random_batch, rows_of, tiny_model, with_lora
 
 from influence.errors import InputError
@@ -20,7 +20,7 @@ from influence.gradients import (
 )
 from influence.gradients.backward import backpropagate
 from influence.gradients.term import Formed, Term
-from influence.projection import KINDS, make_projection
+from influence.projection import KINDS, layer_shapes, make_projection
 
 NAMES = (*ARCHITECTURES, "gemma3", *MIXTURES)
 CASES = [(name, kind) for name in NAMES for kind in ("all", "lora", "all under lora")]
@@ -128,7 +128,7 @@ def test_projection_in_the_backward_pass_is_that_of_the_gradient(
     batch = random_batch()
     _losses, gradients = oracle(model, layers, batch)
     options = {"side": 8, "dim": dim, "seed": 0, "dtype": torch.float64}
-    projected = make_projection(projection, shapes(layers), **options)
+    projected = make_projection(projection, layer_shapes(layers), **options)
     expected = projected.accumulator(len(batch.lengths))
     for layer in layers:
         for part, gradient in enumerate(gradients[layer.name].chunk(layer.parts, dim=1)):

@@ -74,6 +74,7 @@ def attributed_layers(
     chosen = choose_parameters(model, parameters, blocks=blocks, seed=seed)
     names = {id(parameter): name for name, parameter in chosen.items()}
     uses: dict[str, list[Use]] = {name: [] for name in chosen}
+    blocks_of_model = find_decoder(model).blocks
     for module_name, module in model.named_modules():
         own = [
             (own_name, names[id(parameter)])
@@ -84,7 +85,7 @@ def attributed_layers(
         ]
         if not own:
             continue
-        path, prefix = _caller(model, module_name)
+        path, prefix = _caller(model, blocks_of_model, module_name)
         caller = module if not prefix else model.get_submodule(path)
         rule = rule_of(module) if not prefix else BY_SAMPLE
         for own_name, name in own:
@@ -102,7 +103,7 @@ def _layer(name: str, parameter: nn.Parameter, uses: Sequence[Use]) -> Layer:
     return Layer(name, parameter, shapes.pop(), tuple(uses))
 
 
-def _caller(model: nn.Module, name: str) -> tuple[str, str]:
+def _caller(model: nn.Module, blocks: nn.ModuleList, name: str) -> tuple[str, str]:
     """The module whose forward uses the parameters of module `name`, and the way from it to them.
 
     Containers have no forward, peft's wrapper of fused tensors reads its factors' weights instead
@@ -115,7 +116,6 @@ def _caller(model: nn.Module, name: str) -> tuple[str, str]:
     best = len(path)
     while best > 0 and not has_forward(_at(model, path[:best])):
         best -= 1
-    blocks = find_decoder(model).blocks
     inside = False
     for depth in range(best):
         owner = _at(model, path[:depth])

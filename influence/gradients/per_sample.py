@@ -153,14 +153,15 @@ def _add_layer(work: _Work, sums: SampleGradients, layer: Layer, terms: Sequence
     dtype = terms[0].x.dtype
     goals = None if work.targets is None else [t.to(dtype) for t in work.targets[layer.name]]
     scale = work.scale.get(layer.name)
-    unscaled = work.projection is not None and scale is None
-    from_factors = unscaled and work.projection is not None and work.projection.takes_factors
-    if from_factors and work.projection is not None and sums.vectors is not None:
+    projection = work.projection
+    if projection is not None and projection.takes_factors and scale is None:
+        assert sums.vectors is not None
         for term in terms:
-            work.projection.add_term(layer.name, term, sums.vectors)
-    if from_factors and not work.exact_norms:
-        return
-    must_form = work.full or scale is not None or (work.projection is not None and not from_factors)
+            projection.add_term(layer.name, term, sums.vectors)
+        if not work.exact_norms:
+            return
+        projection = None  # done: what follows is for the norms and products
+    must_form = work.full or scale is not None or projection is not None
     if not must_form and _chosen_form(work, layer, terms, goals is not None) == "pair":
         sums.norm += squared_norms(terms, len(sums.norm))
         if goals is not None and sums.products is not None:
@@ -180,11 +181,11 @@ def _add_layer(work: _Work, sums: SampleGradients, layer: Layer, terms: Sequence
         if goals is not None and sums.products is not None:
             parts = [formed_products(formed, goal) for goal in goals]
             formed.add_by_sample(sums.products, torch.cat(parts, dim=1))
-        if sums.vectors is None or from_factors:
+        if sums.vectors is None:
             continue
-        if work.projection is not None:
-            work.projection.add_formed(layer.name, formed, sums.vectors)
-        else:
+        if projection is not None:
+            projection.add_formed(layer.name, formed, sums.vectors)
+        elif work.full:
             _place(sums.vectors, formed, layer, work.offsets[layer.name])
 
 

@@ -14,7 +14,7 @@ import torch
 from influence.errors import InputError
 from influence.gradients.projected import Projection
 from influence.projection.countsketch import make_countsketch
-from influence.projection.halves import HALVES, LayerShape, half_products
+from influence.projection.halves import HALVES, LayerShape, half_products, layer_shapes
 from influence.projection.kronecker import KroneckerProjection, make_kronecker
 from influence.projection.rademacher import make_rademacher, rademacher_projection
 from influence.projection.srht import make_srht
@@ -48,6 +48,7 @@ __all__ = [
     "LayerShape",
     "Projection",
     "half_products",
+    "layer_shapes",
     "make_countsketch",
     "make_kronecker",
     "make_projection",

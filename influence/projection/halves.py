@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.errors import InputError
+from influence.gradients.layers import Layer
 
 HALVES = 2
 
@@ -24,6 +26,11 @@ class LayerShape(NamedTuple):
     @property
     def size(self) -> int:
         return self.parts * self.out * self.in_
+
+
+def layer_shapes(layers: Sequence[Layer]) -> list[LayerShape]:
+    """What a projection needs to know of attributed layers."""
+    return [LayerShape(x.name, x.shape.out, x.in_features, x.parts) for x in layers]
 
 
 def half_products(v: Float[Tensor, "n dim"], w: Float[Tensor, "m dim"]) -> Float[Tensor, "2 n m"]:

@@ -9,15 +9,15 @@ their results are added up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from influence.gradients.contractions import formed_gradients
-from influence.gradients.term import Formed, Term, part_runs
+from influence.projection.formed import FormedProjection
 from influence.projection.halves import HALVES, LayerShape, check_distinct, check_even
 from influence.projection.randomness import places, signs
 
@@ -33,46 +33,16 @@ class _LayerMap:
     padded: int
 
 
-@dataclass(frozen=True)
-class SrhtProjection:
-    """Two halves of dim/2 kept rows each; see the module. Make one with `make_srht`."""
-
-    dim: int
-    dtype: torch.dtype
-    device: torch.device
-    maps: dict[str, _LayerMap]
-    takes_factors: bool = False
-
-    def accumulator(self, rows: int) -> Float[Tensor, "rows dim"]:
-        """Zeros that each layer's part is added to."""
-        return torch.zeros(rows, self.dim, dtype=self.dtype, device=self.device)
-
-    def add_term(self, name: str, term: Term, total: Float[Tensor, "b dim"]) -> None:
-        """Adds the projection of D' X, which is formed for it."""
-        for formed in formed_gradients([term]):
-            self.add_formed(name, formed, total)
-
-    def add_formed(self, name: str, formed: Formed, total: Float[Tensor, "b dim"]) -> None:
-        """Adds the projection of formed gradients."""
-        layer, flat = self.maps[name], formed.gradients.to(self.dtype).flatten(1)
-        if formed.part is None:
-            formed.add_by_sample(total, self._project(layer, 0, flat))
-            return
-        projected = [self._project(layer, p, flat[rows]) for p, rows in part_runs(formed.part)]
-        formed.add_by_sample(total, torch.cat(projected))
-
-    def _project(
-        self, layer: _LayerMap, part: int, flat: Float[Tensor, "c n"]
-    ) -> Float[Tensor, "c dim"]:
-        halves = []
-        for half in range(HALVES):
-            padded = flat.new_zeros(len(flat), layer.padded)
-            torch.mul(flat, layer.signs[part][half], out=padded[:, : flat.shape[1]])
-            kept = layer.kept[part][half]
-            # 1 / sqrt(HALVES) as every projection's halves, 1 / sqrt(k) from the mean over rows.
-            scale = (HALVES * self.dim // HALVES) ** -0.5
-            halves.append(hadamard(padded)[:, kept] * scale)
-        return torch.cat(halves, dim=1)
+def _project(
+    maps: Mapping[str, _LayerMap], dim: int, name: str, part: int, flat: Float[Tensor, "c n"]
+) -> Float[Tensor, "c dim"]:
+    layer, halves = maps[name], []
+    for half in range(HALVES):
+        padded = flat.new_zeros(len(flat), layer.padded)
+        torch.mul(flat, layer.signs[part][half], out=padded[:, : flat.shape[1]])
+        # 1 / sqrt(HALVES) as every projection's halves, 1 / sqrt(dim / HALVES) from the mean.
+        halves.append(hadamard(padded)[:, layer.kept[part][half]] * dim**-0.5)
+    return torch.cat(halves, dim=1)
 
 
 def hadamard(x: Float[Tensor, "c p"]) -> Float[Tensor, "c p"]:
@@ -105,7 +75,7 @@ def make_srht(
     seed: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> SrhtProjection:
+) -> FormedProjection:
     """The randomised Hadamard transform of these layers to `dim` numbers a row.
 
     A layer with fewer than dim/2 numbers is padded to the power of two above dim/2. Keeps one byte
@@ -136,4 +106,4 @@ def make_srht(
             ],
             padded,
         )
-    return SrhtProjection(dim, dtype, torch.device(device), maps)
+    return FormedProjection(dim, dtype, torch.device(device), partial(_project, maps, dim))

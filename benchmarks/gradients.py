@@ -190,7 +190,7 @@ def settings(arguments: argparse.Namespace, job: Job) -> dict[str, Any]:
     return {
         **own,
         "model": arguments.shape or arguments.model,
-        "data": arguments.data or "synthetic",
+        "data": Path(arguments.data).name if arguments.data else "synthetic",
         "max_length": arguments.max_length,
         "budgets": arguments.budgets,
         "processes": arguments.processes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -97,9 +97,14 @@ def _final_norm(base: nn.Module, blocks: nn.ModuleList, hidden_size: int) -> nn.
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
+def eval_mode(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
+    """Evaluation mode inside, every module's own mode back afterwards.
+
+    `modules`: those of the model, where the caller has a list of them.
+    """
+    training = [
+        module for module in (model.modules() if modules is None else modules) if module.training
+    ]
     for module in training:
         module.training = False
     try:

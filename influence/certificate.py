@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from scipy.stats import norm
 
+from influence.certified_result import RecallCertificate
 from influence.fidelity import SCORE_LEVEL, certify, sketch_sd
 from influence.schemas import Fidelity, Interval, Recall, TargetFidelity
 from influence.scores import Scores
@@ -25,11 +26,13 @@ def certificate_of(
     combine: str,
     seed: int,
     landmark_choice: str | None = None,
+    recall: RecallCertificate | None = None,
 ) -> Fidelity:
     """`fidelity.json` of a run. Where nothing was predicted, only the sketch's noise is stated.
 
-    Every landmark counts alike, which is right for a choice in which every row is drawn with
-    (nearly) the same probability; `landmark_choice` says in words which one it was.
+    Every landmark counts alike (those of `scores.calibration`, if given), which is right for a
+    choice in which every row is drawn with (nearly) the same probability; `landmark_choice` says in
+    words which one it was. `recall` takes the place of what leave-one-out says of the recall.
     """
     if scores.loo is None:
         return _exact_certificate(scores, columns, method)
@@ -45,8 +48,11 @@ def certificate_of(
         share=share,
         halves=None if scores.halves is None else scores.halves @ mix,
         loo_halves=None if scores.loo_halves is None else scores.loo_halves @ mix,
+        calibration=scores.calibration,
         seed=seed,
     )
+    if recall is not None:
+        return _certified(per_name, recall, selection, scores, columns, method, landmark_choice)
     # The maximum over columns of a half is biased, so the whole is certified without the halves:
     # recall, the only thing read from it, does not use them.
     whole = certify(
@@ -66,6 +72,32 @@ def certificate_of(
             name: _target_fidelity(certificate, gradients)
             for name, certificate in zip(columns.names, per_name, strict=True)
         },
+    )
+
+
+def _certified(
+    per_name: Sequence[Any],
+    recall: RecallCertificate,
+    selection: Selection,
+    scores: Scores,
+    columns: TargetColumns,
+    method: str,
+    landmark_choice: str | None,
+) -> Fidelity:
+    targets = {}
+    for name, certificate, of_name in zip(columns.names, per_name, recall.named, strict=True):
+        targets[name] = _target_fidelity(certificate, of_name.exact_gradients)
+        targets[name].recall = of_name
+    return Fidelity(
+        method=method,
+        exact=False,
+        landmarks=len(scores.exact_positions),
+        landmark_choice=landmark_choice,
+        recall=recall.selection,
+        targets=targets,
+        estimated=int(np.count_nonzero(~scores.exact[selection.order])),
+        rounds=recall.rounds,
+        reliability=recall.reliability,
     )
 
 

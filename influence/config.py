@@ -127,10 +127,18 @@ class LandmarksConfig(Section):
     """Which candidates get exact gradients, and the regression on them."""
 
     count: Annotated[int, Field(ge=4)] = Field(4096, description="all exact gradients together")
-    choose: Literal["uniform", "stratified", "kmeans++", "certified"] = "uniform"
-    recall: Share = 0.95
-    audit: PositiveInt | None = None
-    kernel: Literal["rbf", "linear", "cosine"] = "rbf"
+    choose: Literal["uniform", "stratified", "kmeans++", "certified"] = Field(
+        "certified",
+        description="certified: uniform ones, then rounds of those that may be selected",
+    )
+    recall: Share = Field(0.95, description="certified: what the 90 % interval has to exceed")
+    initial: Annotated[int, Field(ge=4)] | None = Field(
+        None, description="certified: uniform ones to begin with; default 3.5 sqrt(candidates)"
+    )
+    audit: PositiveInt | None = Field(
+        None, description="certified: random rows at the end; default 1 %, but 256 at least"
+    )
+    kernel: Literal["laplace", "rbf", "linear", "cosine"] = "laplace"
     damping: PositiveFloat = 0.01
 
 

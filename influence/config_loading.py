@@ -26,7 +26,7 @@ BUILT: dict[str, tuple[object, ...]] = {
     "method": ("influence_distillation", "exact", "rds", "random"),
     "embedding.kind": ("jvp", "hidden", "rds"),
     "gradients.reduction": ("mean", "sum", "sqrt"),
-    "landmarks.choose": ("uniform", "stratified"),
+    "landmarks.choose": ("certified", "uniform", "stratified"),
     "optimizer.kind": ("sgd",),
     "optimizer.state": (None,),
     "weights.order": (1,),
@@ -34,8 +34,6 @@ BUILT: dict[str, tuple[object, ...]] = {
 }
 # Sections and fields that no code reads yet: any value but the default would change nothing.
 UNUSED = (
-    "landmarks.recall",
-    "landmarks.audit",
     "warmup",
     "weights.curvature",
     "weights.eta",

@@ -55,7 +55,7 @@ class _Candidates:
         found: list[Unit] = []
         for file, members in self.chosen:
             plan = sparse_units(self.stage, digest, file, members, rows, needs)
-            reuse = reuse_rows(self.job.cache, plan, listed, rows)
+            reuse = reuse_rows(self.job.cache, plan, listed, rows, self.job.held_rows)
             found += reuse.units
             self.lenders.update(unit.key for unit in reuse.lenders)
             self.borrowed += reuse.borrowed
@@ -123,6 +123,18 @@ def exact_units(job: Job, reduce: Any, chosen: Chosen | None) -> ExactUnits:
     if vectors:
         check_target_bytes(job.config, shape, len(vectors))
         run_units(job, vectors)
+    _note_borrowed(job, work)
+    return work.units
+
+
+def further_units(job: Job, reduce: Any, chosen: Chosen) -> ExactUnits:
+    """Units of further rows, after `exact_units`: the targets' own are there."""
+    work = plan_exact(job, reduce, chosen)
+    _note_borrowed(job, work)
+    return work.units
+
+
+def _note_borrowed(job: Job, work: ExactWork) -> None:
     if work.borrowed:
         text = (
             f"{work.borrowed:,} rows are read from {len(work.lenders):,} shards "
@@ -133,4 +145,3 @@ def exact_units(job: Job, reduce: Any, chosen: Chosen | None) -> ExactUnits:
         record = job.log.manifest.stages[work.stage]
         record.borrowed_rows += work.borrowed
         record.notes = sorted({*record.notes, text})
-    return work.units

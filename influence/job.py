@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from influence.cache import Cache
@@ -37,7 +37,10 @@ class Execute(Protocol):
 
 @dataclass
 class Job:
-    """What the steps of one run share. `shape` is there for methods that need gradients."""
+    """What the steps of one run share.
+
+    `shape` is there for methods that need gradients; `held_rows` are the rows of shards by key.
+    """
 
     config: Config
     fingerprints: dict[str, Fingerprint]
@@ -48,6 +51,7 @@ class Job:
     progress: Progress
     execute: Execute | None = None
     shape: ModelShape | None = None
+    held_rows: dict[str, list[int]] = field(default_factory=dict)
 
 
 def run_units(job: Job, units: Sequence[Unit]) -> None:
@@ -103,10 +107,11 @@ def run_units(job: Job, units: Sequence[Unit]) -> None:
 
 
 @contextmanager
-def timed(job: Job, stage: str) -> Iterator[None]:
+def timed(job: Job, stage: str, *, quiet: bool = False) -> Iterator[None]:
     """Add the block's wall time to a stage of the manifest."""
     start = time.monotonic()
-    job.progress.note(f"{stage} ...")
+    if not quiet:
+        job.progress.note(f"{stage} ...")
     yield
     job.log.took(stage, time.monotonic() - start)
 

@@ -1,4 +1,4 @@
-"""Kernels between embeddings: rbf, linear and cosine, in float64."""
+"""Kernels between embeddings: laplace, rbf, linear and cosine, in float64."""
 
 from __future__ import annotations
 
@@ -49,6 +49,16 @@ def rbf(
     return np.exp(squared, out=squared)
 
 
+def laplace(
+    x: Float[np.ndarray, "n e"], z: Float[np.ndarray, "l e"], bandwidth: float
+) -> Float[np.ndarray, "n l"]:
+    """exp(-|x - z| / bandwidth), also known as the exponential or Matern-1/2 kernel."""
+    distances = squared_distances(x, z)
+    np.sqrt(distances, out=distances)
+    distances *= -1.0 / bandwidth
+    return np.exp(distances, out=distances)
+
+
 def linear(
     x: Float[np.ndarray, "n e"], z: Float[np.ndarray, "l e"], bandwidth: float
 ) -> Float[np.ndarray, "n l"]:
@@ -71,4 +81,24 @@ def unit_rows(x: Float[np.ndarray, "n e"]) -> Float[np.ndarray, "n e"]:
     return x / np.where(norm > 0, norm, 1.0)
 
 
-KERNELS: dict[str, Kernel] = {"rbf": rbf, "linear": linear, "cosine": cosine}
+KERNELS: dict[str, Kernel] = {
+    "laplace": laplace,
+    "rbf": rbf,
+    "linear": linear,
+    "cosine": cosine,
+}
+# Those that measure distances in units of a bandwidth.
+WITH_BANDWIDTH = ("laplace", "rbf")
+
+
+def bandwidth_of(kernel: str, x: Float[np.ndarray, "l e"]) -> float:
+    """The median distance between rows for the kernels that have a bandwidth, else 1."""
+    return median_distance(x) if kernel in WITH_BANDWIDTH else 1.0
+
+
+def diagonal(kernel: str, x: Float[np.ndarray, "n e"]) -> Float[np.ndarray, " n"]:
+    """k(x_i, x_i) of every row."""
+    squared = np.einsum("ij,ij->i", x, x)
+    if kernel == "linear":
+        return squared
+    return (squared > 0).astype(np.float64) if kernel == "cosine" else np.ones(len(x))

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt64
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
 from influence.errors import InputError
-from influence.kernels import KERNELS, median_distance
+from influence.kernels import KERNELS, bandwidth_of, diagonal
 
 Chooser = Callable[[np.ndarray, Sequence[str], int], np.ndarray]
 
@@ -48,15 +48,19 @@ class LandmarkRegression:
     calibration: Bool[np.ndarray, " l"]
 
 
-def row_keys(seed: int, digests: Sequence[bytes]) -> UInt64[np.ndarray, " n"]:
+def row_keys(
+    seed: int, digests: Sequence[bytes], *, purpose: bytes = b"landmark"
+) -> UInt64[np.ndarray, " n"]:
     """One number per row, uniform on 64 bits, from the seed and the row's messages alone.
+
+    Numbers for different purposes (16 bytes at most) are independent.
 
     A row keeps its key when rows are added or moved, so the rows with the smallest keys stay the
     same but for new ones that fall among them: their gradients are there already.
     """
     key = seed.to_bytes(8, "little")
     drawn = [
-        hashlib.blake2b(digest, digest_size=8, key=key, person=b"landmark").digest()
+        hashlib.blake2b(digest, digest_size=8, key=key, person=purpose).digest()
         for digest in digests
     ]
     return np.frombuffer(b"".join(drawn), dtype="<u8").astype(np.uint64)
@@ -110,12 +114,17 @@ def _choose_uniform_of(
 
 
 # name -> function of (the key and the source of every eligible row, count)
-CHOOSERS: dict[str, Chooser] = {"uniform": _choose_uniform_of, "stratified": choose_stratified}
+CHOOSERS: dict[str, Chooser] = {
+    "uniform": _choose_uniform_of,
+    "certified": _choose_uniform_of,  # what the rounds begin with
+    "stratified": choose_stratified,
+}
 
 # name -> how the certificate says it
 CHOICES = {
     "uniform": "uniform: every row with the same probability",
     "stratified": "stratified: every source in proportion to its rows, uniform within it",
+    "certified": "certified: uniform ones, then those that may be selected, then an audit",
 }
 
 
@@ -151,8 +160,10 @@ def fit(
     mask = np.ones(count, dtype=bool) if calibration is None else np.asarray(calibration, bool)
     if mask.shape != (count,):
         raise InputError(f"landmarks: a calibration mask of {mask.shape} for {count} landmarks")
-    bandwidth = median_distance(X) if kernel == "rbf" else 1.0
+    bandwidth = bandwidth_of(kernel, X)
     gram = KERNELS[kernel](X, X, bandwidth)
+    # Not by the kernel: the distance of a row to itself has a rounding error, and laplace its root.
+    np.fill_diagonal(gram, diagonal(kernel, X))
     scale = float(np.trace(gram)) / count
     # All embeddings zero: the kernel says nothing, and the answer is the mean whatever the ridge.
     ridge = damping * (scale if scale > 0 else 1.0)

@@ -14,6 +14,9 @@ from influence.errors import InputError
 
 T = TypeVar("T")
 
+# What is raised as a plain RuntimeError: the CPU's allocator, and cuBLAS without room for itself.
+_NO_ROOM = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 @dataclass
 class TokenLimit:
@@ -94,4 +97,4 @@ def out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the CPU's allocator, had no room."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return any(text in str(error) for text in _NO_ROOM)

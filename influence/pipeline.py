@@ -15,7 +15,7 @@ from influence.cache import Cache
 from influence.candidates import SourceFile, scan_files
 from influence.config import Config
 from influence.errors import InputError, InterruptedRunError
-from influence.exact_work import exact_units
+from influence.exact_work import exact_units, further_units
 from influence.fingerprints import stage_fingerprints
 from influence.job import Execute, Job, run_units, timed
 from influence.model_shape import model_shape
@@ -23,7 +23,7 @@ from influence.progress import Progress
 from influence.replica import load_tokenizer
 from influence.run_log import RunLog
 from influence.tokenization import template_fingerprint
-from influence.units import Unit, range_units
+from influence.units import ExactUnits, Unit, range_units
 
 __all__ = ["METHODS", "Execute", "Job", "catalogue", "embedding_units", "prepare", "select"]
 
@@ -120,8 +120,23 @@ def influence_distillation(job: Job, reduce: Any) -> None:
     exact = exact_units(job, reduce, chosen)
     embedding = embedding_units(job)
     run_units(job, [*exact.all, *embedding])
+    if job.config.landmarks.choose == "certified":
+        _rounds(job, reduce, embedding, exact)
+        return
     with timed(job, "regression"):
         reduce.score_landmarks(embedding, exact)
+
+
+def _rounds(job: Job, reduce: Any, embedding: list[Unit], exact: ExactUnits) -> None:
+    """More exact gradients, where the regression says that they decide (`influence.certified`)."""
+    while True:
+        with timed(job, "regression", quiet=True):
+            step = reduce.certified_step(embedding, exact)
+        job.progress.note(step.text)
+        if not step.rows:
+            return
+        exact = further_units(job, reduce, step.rows)
+        run_units(job, exact.candidates)
 
 
 def exact(job: Job, reduce: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,8 +121,11 @@ def _add_stages(plan: Plan, job: Job, reducer: Reducer, shape: ModelShape) -> No
             plan.notes.append(str(error))
         sizes = config.gradients.side, config.gradients.dim
         exact_norms = config.gradients.norms == "exact"
-        spent = cost.gradients(shape, load, chosen_projection, *sizes, exact_norms=exact_norms)
-        _add(plan, job, "gradients", load, work.units.all, spent, work)
+
+        def price(load: Load) -> StageCost:
+            return cost.gradients(shape, load, chosen_projection, *sizes, exact_norms=exact_norms)
+
+        _add(plan, job, "gradients", load, work.units.all, price(load), work)
     else:
         vectors = [unit for members in work.vectors.values() for unit in members]
         try:
@@ -130,13 +134,33 @@ def _add_stages(plan: Plan, job: Job, reducer: Reducer, shape: ModelShape) -> No
             plan.notes.append(str(error))
         spent = cost.target_vectors(shape, targets, len(vectors))
         _add(plan, job, "target_vectors", targets, vectors, spent)
-        spent = cost.inner_products(shape, rows, len(vectors))
-        _add(plan, job, "inner_products", rows, work.units.all, spent, work)
+
+        def price(load: Load) -> StageCost:
+            return cost.inner_products(shape, load, len(vectors))
+
+        _add(plan, job, "inner_products", rows, work.units.all, price(rows), work)
+    if chosen is not None and config.landmarks.choose == "certified":
+        plan.notes.append(_rounds_note(plan, work.stage, rows, everything, price))
     if work.borrowed:
         plan.notes.append(
             f"{work.stage}: {work.borrowed:,} rows are read from {len(work.lenders):,} shards "
             "that were made for another choice of rows"
         )
+
+
+def _rounds_note(
+    plan: Plan, stage: str, first: Load, everything: Load, price: Callable[[Load], StageCost]
+) -> str:
+    """How many rows the rounds may add to the landmarks that were counted, and their time."""
+    config = plan.config.landmarks
+    most = max(0, min(config.count, everything.rows) - first.rows)
+    part = most / max(1, everything.rows)
+    load = Load(most, round(everything.tokens * part), round(everything.response_tokens * part))
+    return (
+        f"{stage}: counted are the {first.rows:,} landmarks to begin with; the rounds add what a "
+        f"recall of {config.recall:g} needs, {most:,} rows at most "
+        f"({_duration(price(load).flops / plan.rate)}; landmarks.count)"
+    )
 
 
 def _embedding_units(job: Job) -> list[Unit]:

@@ -21,6 +21,8 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from influence.intervals import wilson_interval
+
 #: Above this number of points a figure shows a density instead.
 MAX_POINTS = 2000
 BINS = 60
@@ -99,6 +101,29 @@ def predicted_against_exact(
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("predicted without its own gradient")
         axes.set_ylabel("exact score")
+        return _plot(figure, alt)
+
+
+def reliability(
+    predicted: Float[np.ndarray, "b"],
+    observed: Float[np.ndarray, "b"],
+    rows: Int[np.ndarray, "b"],
+    alt: str,
+) -> Plot | None:
+    """Observed frequency (up) of each bin of predicted probability, with a 95 % Wilson interval."""
+    if not len(rows):
+        return None
+    limits = np.array([wilson_interval(o, n) for o, n in zip(observed, rows, strict=True)]).T.clip(
+        0.0, 1.0
+    )
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(height=3.0)
+        axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.7, linestyle=(0, (4, 3)))
+        axes.vlines(predicted, limits[0], limits[1], color=_POOL, linewidth=1.2)
+        axes.scatter(predicted, observed, s=18, color=_CHOSEN, zorder=3)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        axes.set_xlabel("predicted probability")
+        axes.set_ylabel("part that were members")
         return _plot(figure, alt)
 
 

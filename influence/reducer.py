@@ -7,10 +7,10 @@ is called directly. Every method returns a small summary, never the arrays.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,13 +19,15 @@ from influence.cache import Cache
 from influence.candidates import SourceFile
 from influence.catalogue import Catalogue
 from influence.certificate import certificate_of, named_scores
+from influence.certified import Certified, Settings, audit_rows, initial_landmarks, step_text
+from influence.certified_result import certified_scores, recall_certificate
 from influence.config import Config
 from influence.errors import InputError
-from influence.fidelity import true_fidelity
 from influence.quotas import Quota
-from influence.schemas import Fidelity, to_json
+from influence.schemas import to_json
 from influence.scores import Scores
-from influence.selection import Selection, combined_score, parse_budget, select
+from influence.selected import score_columns, selected_counts, source_counts
+from influence.selection import Rule, parse_budget
 from influence.shard_reader import (
     NO_EMBEDDING,
     check_target_rows,
@@ -36,6 +38,14 @@ from influence.shard_reader import (
 )
 from influence.target_columns import mean_vectors, target_columns
 from influence.units import ExactUnits, Unit
+from influence.weights import id_ranks
+
+
+class RoundStep(NamedTuple):
+    """What the next round computes: the rows of each file (none: it is done), and a line for it."""
+
+    rows: list[tuple[SourceFile, list[int]]]
+    text: str
 
 
 class Reducer:
@@ -45,6 +55,7 @@ class Reducer:
         self.config = config
         self.cache = Cache(config.cache_url)
         self.pool: Catalogue | None = None
+        self.certified: Certified | None = None
 
     def load_catalogue(
         self, pool: Sequence[Unit], targets: Mapping[str, Sequence[Unit]]
@@ -108,7 +119,10 @@ class Reducer:
         sources = [pool.sources[position] for position in eligible]
         digests = [pool.digests[position] for position in eligible]
         keys = landmarks.row_keys(self.config.seed, digests)
-        chosen = landmarks.CHOOSERS[config.choose](keys, sources, config.count)
+        count = config.count
+        if config.choose == "certified":
+            count = initial_landmarks(len(eligible), count, config.initial)
+        chosen = landmarks.CHOOSERS[config.choose](keys, sources, count)
         return pool.by_file(eligible[chosen])
 
     def target_rows(self) -> dict[str, list[tuple[SourceFile, list[int]]]]:
@@ -152,6 +166,47 @@ class Reducer:
         exact_rows[positions] = True
         self.scores = Scores(P, exact_rows, positions, Y, model.loo_predictions, halves, loo_halves)
 
+    def certified_step(self, embedding: Sequence[Unit], exact: ExactUnits) -> RoundStep:
+        """Take in the exact scores of the last rows asked for, and ask for the next ones."""
+        pool, first = self._pool, self.certified is None
+        if self.certified is None:
+            self.certified = self._begin_rounds()
+        positions, scores = self._exact_scores(exact, needed=first)
+        lengths = self.config.landmarks.kernel == "linear"
+        if len(positions):
+            X = read_embeddings(self.cache, embedding, pool, positions, lengths=lengths)
+            usable = np.isfinite(X).all(axis=1)
+            halves = None if scores.halves is None else scores.halves[:, usable]
+            self.certified.add(positions[usable], X[usable], scores.P[usable], halves)
+        embedded = np.zeros(len(pool), dtype=bool)
+
+        def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for where, rows in embedding_blocks(self.cache, embedding, pool, lengths=lengths):
+                embedded[where] = True
+                yield where, rows
+
+        def scorable() -> np.ndarray:
+            pool.exclude(np.flatnonzero(~embedded).tolist(), NO_EMBEDDING)
+            return np.asarray([reason is None for reason in pool.reason])
+
+        step = self.certified.next_step(blocks, scorable)
+        if step.kind == "done":
+            self.scores = certified_scores(self.certified)
+        return RoundStep(pool.by_file(step.rows.tolist()), step_text(self.certified, step))
+
+    def _begin_rounds(self) -> Certified:
+        pool, config, seed = self._pool, self.config.landmarks, self.config.seed
+        settings = Settings(
+            recall=config.recall,
+            count=config.count,
+            audit=audit_rows(len(pool.eligible), config.audit),
+            kernel=config.kernel,
+            damping=config.damping,
+            seed=seed,
+        )
+        keys = landmarks.row_keys(seed, pool.digests, purpose=b"audit")
+        return Certified(self._rule(), self.columns.named(), keys, settings)
+
     def score_exact(self, exact: ExactUnits) -> None:
         """Exact scores for every candidate."""
         pool = self._pool
@@ -187,16 +242,7 @@ class Reducer:
     def select(self) -> dict[str, Any]:
         """Choose the rows and their weights; certify; write every file but the report."""
         pool, config = self._pool, self.config.selection
-        selection = select(
-            self.scores.P,
-            column_target=self.columns.target_of,
-            ids=pool.ids,
-            budget=parse_budget(config.budget),
-            combine=config.combine,
-            sources=pool.sources,
-            n_tokens=pool.n_tokens,
-            per_source={name: Quota(q.min, q.max) for name, q in config.per_source.items()},
-        )
+        selection = self._rule()(self.scores.P)
         if self.config.method in ("random", "rds"):
             # These methods rank; the closed form's weights are about gradients only.
             weights = np.full(len(selection.order), selection.n_scored / len(selection.order))
@@ -209,8 +255,9 @@ class Reducer:
             combine=config.combine,
             seed=self.config.seed,
             landmark_choice=landmarks.CHOICES[self.config.landmarks.choose],
+            recall=None if self.certified is None else recall_certificate(self.certified),
         )
-        columns = self._score_columns(selection, fidelity)
+        columns = score_columns(self.scores, selection, fidelity, self.columns, config.combine)
         run = self.config.run
         names = self.columns.names
         outputs.write_scores(run, pool, names, columns)
@@ -218,7 +265,23 @@ class Reducer:
         outputs.write_samples(run, pool, columns)
         self._write_landmarks()
         storage.put(storage.join(run, "fidelity.json"), to_json(fidelity))
-        return self._summary(selection, fidelity, columns)
+        return {
+            "counts": {**self.counts(), **selected_counts(pool, selection, columns, names)},
+            "sources": source_counts(pool, selection),
+            "fidelity": fidelity.model_dump(),
+        }
+
+    def _rule(self) -> Rule:
+        pool, config = self._pool, self.config.selection
+        return Rule(
+            column_target=self.columns.target_of,
+            ranks=id_ranks(pool.ids),
+            budget=parse_budget(config.budget),
+            combine=config.combine,
+            sources=pool.sources,
+            n_tokens=pool.n_tokens,
+            per_source={name: Quota(q.min, q.max) for name, q in config.per_source.items()},
+        )
 
     @property
     def _pool(self) -> Catalogue:
@@ -226,7 +289,9 @@ class Reducer:
             raise RuntimeError("load_catalogue comes first")
         return self.pool
 
-    def _exact_scores(self, exact: ExactUnits) -> tuple[np.ndarray, scoring.ExactScores]:
+    def _exact_scores(
+        self, exact: ExactUnits, *, needed: bool = True
+    ) -> tuple[np.ndarray, scoring.ExactScores]:
         return read_exact_scores(
             self.cache,
             exact,
@@ -234,6 +299,7 @@ class Reducer:
             self.targets,
             self.columns,
             self.config.gradients.normalize,
+            needed=needed,
         )
 
     def _embedded_scores(
@@ -270,57 +336,3 @@ class Reducer:
         exact, predicted = named_scores(self.scores, self.columns)
         ids = [self._pool.ids[position] for position in self.scores.exact_positions]
         outputs.write_landmarks(self.config.run, ids, self.columns.names, exact, predicted)
-
-    def _score_columns(self, selection: Selection, fidelity: Fidelity) -> dict[str, Any]:
-        scores, n = self.scores, len(self._pool)
-        combine = self.config.selection.combine
-        score, best = combined_score(scores.P, self.columns.target_of, combine)
-        labels = [column.label for column in self.columns.columns]
-        weight = np.zeros(n)
-        weight[selection.order] = selection.weights
-        columns: dict[str, Any] = {
-            "score": score,
-            "target": [labels[b] if b >= 0 else None for b in best],
-            "weight": weight,
-            "exact": scores.exact,
-        }
-        for name, values in zip(
-            self.columns.names, (scores.P @ self.columns.named()).T, strict=True
-        ):
-            certificate = fidelity.targets[name]
-            # With too few landmarks the interval of a prediction is unknown: null, not zero.
-            predicted = certificate.score_halfwidth
-            half = np.where(
-                scores.exact,
-                certificate.landmark_halfwidth,
-                np.nan if predicted is None else predicted,
-            )
-            columns[f"score.{name}"] = values
-            columns[f"low.{name}"] = values - half
-            columns[f"high.{name}"] = values + half
-        return columns
-
-    def _summary(
-        self, selection: Selection, fidelity: Fidelity, columns: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        pool = self._pool
-        eligible = pool.eligible
-        lengths = pool.n_response_tokens[eligible].astype(float)
-        spearman = {
-            name: true_fidelity(columns[f"score.{name}"][eligible], lengths, 1).spearman
-            for name in self.columns.names
-        }
-        before = Counter(pool.sources[position] for position in eligible)
-        after = Counter(pool.sources[position] for position in selection.order)
-        weights = selection.weights / selection.weights.sum()
-        return {
-            "counts": {
-                **self.counts(),
-                "selected": len(selection.order),
-                "budget_exceeds_pool": selection.budget_exceeds_pool,
-                "length_spearman": spearman,
-                "effective_rows": float(1.0 / np.square(weights).sum()),
-            },
-            "sources": {name: (before[name], after.get(name, 0)) for name in before},
-            "fidelity": fidelity.model_dump(),
-        }

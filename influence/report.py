@@ -6,8 +6,6 @@ the pool and are escaped wherever they appear.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +21,10 @@ from influence.report_data import (
     read_run,
     source_table,
 )
-from influence.schemas import FailedShard, Interval, Recall, StageRecord, TargetFidelity
+from influence.report_format import FILTERS, decimal
+from influence.schemas import FailedShard, StageRecord, TargetFidelity
 
 TOP_SOURCES = 30
-DASH = "–"
 
 METHODS = {
     "influence_distillation": "Influence Distillation",
@@ -136,6 +134,9 @@ def context(run: RunData) -> dict[str, Any]:
         "widest": max((max(s.pool_share, s.chosen_share) for s in sources), default=1.0),
         "figures": target_figures(run),
         "landmarks": landmark_figures(run),
+        "rounds": run.fidelity.rounds if run.fidelity is not None else [],
+        "reliability": reliability_figure(run),
+        "wanted_recall": (run.config.get("landmarks") or {}).get("recall"),
         "weights": weight_summary(run.scores) if run.scores else None,
         "stages": [stage_row(name, record) for name, record in run.manifest.stages.items()],
         "attributed": sum(r["share"] for r in run.manifest.coverage if r["attributed"]),
@@ -244,6 +245,19 @@ def landmark_figures(run: RunData) -> list[tuple[str, int, plots.Plot | None]]:
     return figures
 
 
+def reliability_figure(run: RunData) -> plots.Plot | None:
+    """Predicted probability of membership against what came out; None without rounds."""
+    bins = run.fidelity.reliability if run.fidelity is not None else []
+    rows = sum(each.rows for each in bins)
+    alt = f"Predicted against observed frequency of members among {rows:,} rows acquired later."
+    return plots.reliability(
+        np.array([each.predicted for each in bins]),
+        np.array([each.observed for each in bins]),
+        np.array([each.rows for each in bins]),
+        alt,
+    )
+
+
 def weight_summary(scores: ScoreColumns) -> WeightSummary | None:
     """The weights in use; None where nothing is selected."""
     weights = scores.weight[scores.weight > 0]
@@ -273,74 +287,3 @@ def stage_row(name: str, record: StageRecord) -> StageRow:
 
 def _ratio(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None
-
-
-def whole(value: float | None) -> str:
-    """1234567 -> 1,234,567."""
-    return DASH if value is None else f"{value:,.0f}"
-
-
-def decimal(value: float | None, digits: int = 2) -> str:
-    """A correlation or ratio with a true minus sign."""
-    if value is None or not math.isfinite(value):
-        return DASH
-    return _signed(f"{value:,.{digits}f}")
-
-
-def significant(value: float | None) -> str:
-    """A score: three significant digits."""
-    if value is None or not math.isfinite(value):
-        return DASH
-    return _signed(f"{value:#.3g}".rstrip("."))
-
-
-def _signed(text: str) -> str:
-    return text.replace("-", "−") if text.strip("-0.,") else text.replace("-", "")
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """0.0512 -> 5.1%."""
-    if value is None:
-        return DASH
-    shown = f"{100 * value:.{digits}f}"
-    if value > 0 and not float(shown):
-        return f"< {10**-digits:.{digits}f}%"
-    return f"{shown}%"
-
-
-def interval(value: Interval) -> str:
-    """0.78 [0.70, 0.84]."""
-    return _bracketed(decimal(value.value), decimal(value.low), decimal(value.high))
-
-
-def recall(value: Recall) -> str:
-    """91% [86%, 95%]."""
-    low, high = percent(value.low, 0), percent(value.high, 0)
-    return _bracketed(percent(value.expected, 0), low, high)
-
-
-def _bracketed(value: str, low: str, high: str) -> str:
-    return value if low == DASH and high == DASH else f"{value} [{low}, {high}]"
-
-
-def seconds(value: float | None) -> str:
-    """Seconds in the unit a person would use: 0.42 s, 12.3 s, 4 min 05 s, 3 h 20 min."""
-    if value is None:
-        return DASH
-    if value < 59.95:
-        return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
-    total = round(value)
-    if total < 3600:
-        return f"{total // 60} min {total % 60:02d} s"
-    return f"{total // 3600} h {total % 3600 // 60:02d} min"
-
-
-FILTERS: dict[str, Callable[..., str]] = {
-    "whole": whole,
-    "decimal": decimal,
-    "significant": significant,
-    "percent": percent,
-    "interval": interval,
-    "recall": recall,
-    "seconds": seconds,
-}

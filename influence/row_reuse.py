@@ -55,6 +55,7 @@ def reuse_rows(
     plan: Sequence[Unit],
     listed: Sequence[str],
     rows_per_shard: int,
+    held: dict[str, list[int]],
 ) -> RowUnits:
     """Of the sparse units of one file (`sparse_units`), keep what is there and plan the rest.
 
@@ -62,6 +63,7 @@ def reuse_rows(
     the very same shards. The rows of the others are looked for in every other listed shard of the
     file, in the order of their keys, and what is found nowhere is cut in row order again. (A
     damaged lender is passed over here; a damaged shard of the plan is computed again by the job.)
+    `held` remembers the rows of shards by key, so that rounds read each of them once.
     """
     there = set(listed)
     own = [unit for unit in plan if unit.key in there]
@@ -75,17 +77,19 @@ def reuse_rows(
     mine = {unit.key for unit in own}
     keys = [key for key in listed if key not in mine and _may_hold(key, file, rows_in_order)]
     lenders = []
+    unread = [key for key in keys if key not in held]
     with ThreadPoolExecutor(READERS) as readers:
-        held = readers.map(lambda key: _rows_of(cache, key), keys)
-        for key, rows in zip(keys, held, strict=True):
-            if wanted.isdisjoint(rows):
-                continue
-            unit = Unit(stage, fingerprint, file, rows[0], rows[-1], needs=needs)
-            if unit.key != key:
-                unit = Unit(stage, fingerprint, file, rows[0], rows[-1], tuple(rows), needs=needs)
-            if unit.key == key:
-                lenders.append(unit)
-                wanted.difference_update(rows)
+        held |= zip(unread, readers.map(lambda key: _rows_of(cache, key), unread), strict=True)
+    for key in keys:
+        rows = held[key]
+        if wanted.isdisjoint(rows):
+            continue
+        unit = Unit(stage, fingerprint, file, rows[0], rows[-1], needs=needs)
+        if unit.key != key:
+            unit = Unit(stage, fingerprint, file, rows[0], rows[-1], tuple(rows), needs=needs)
+        if unit.key == key:
+            lenders.append(unit)
+            wanted.difference_update(rows)
     rest = sparse_units(stage, fingerprint, file, sorted(wanted), rows_per_shard, needs)
     return RowUnits(own, lenders, rest, len(rows_in_order) - len(wanted))
 

@@ -139,6 +139,23 @@ class TargetFidelity(BaseModel):
     reliability: float | None = Field(default=None, description="of sketched scores")
 
 
+class Round(BaseModel):
+    """One round of a certified run: exact rows so far, and the recall with its 90 % interval."""
+
+    exact: int
+    expected: float
+    low: float
+    high: float
+
+
+class ReliabilityBin(BaseModel):
+    """Rows whose membership was predicted alike: mean prediction, part that were members."""
+
+    rows: int
+    predicted: float
+    observed: float
+
+
 class Fidelity(BaseModel):
     """`fidelity.json`. `exact` says that every score is exact: nothing was approximated."""
 
@@ -148,6 +165,9 @@ class Fidelity(BaseModel):
     landmark_choice: str | None = Field(default=None, description="how landmarks were drawn")
     recall: Recall = Field(default_factory=Recall)
     targets: dict[str, TargetFidelity] = Field(default_factory=dict)
+    estimated: int = Field(default=0, description="selected rows whose score is no exact one")
+    rounds: list[Round] = Field(default_factory=list)
+    reliability: list[ReliabilityBin] = Field(default_factory=list)
 
 
 class FailedShard(BaseModel):

@@ -20,6 +20,7 @@ class Scores:
         loo: leave-one-out predictions for them (r x m), or None if nothing is predicted.
         halves: the two halves of their sketches (2 x r x m), or None if unprojected.
         loo_halves: leave-one-out predictions of regressions on either half alone, or None.
+        calibration: which of the exact rows were drawn uniformly, or None for all.
     """
 
     P: Float[np.ndarray, "n m"]
@@ -29,3 +30,4 @@ class Scores:
     loo: Float[np.ndarray, "r m"] | None
     halves: Float[np.ndarray, "2 r m"] | None
     loo_halves: Float[np.ndarray, "2 r m"] | None = None
+    calibration: Bool[np.ndarray, "r"] | None = None

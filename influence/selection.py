@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -36,7 +36,7 @@ class Selection:
     number of rows with scores. `column` is the column of P that picked each row (mean and max: its
     best column) and `score` the score it was picked for. `tau` has one threshold for mean and
     max, one per column for round robin, and with quotas a second axis: the groups in the order of
-    `groups`, the last one for the rows of no quota.
+    `groups`, the last one for the rows of no quota; `group` is the group of every row of the pool.
     """
 
     order: Int[np.ndarray, " k"]
@@ -47,6 +47,51 @@ class Selection:
     groups: tuple[str, ...]
     n_scored: int
     budget_exceeds_pool: bool
+    group: Int[np.ndarray, " n"] | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A selection rule for a pool of n rows, ready to be applied to many matrices of scores.
+
+    `column_target` is the target of each column, `ranks` the place of each row among equal scores
+    (`influence.weights.id_ranks`).
+    """
+
+    column_target: Int[np.ndarray, " m"]
+    ranks: Int[np.ndarray, " n"]
+    budget: Budget
+    combine: str = "round_robin"
+    sources: Sequence[str] | None = None
+    n_tokens: Int[np.ndarray, " n"] | None = None
+    per_source: Mapping[str, Quota] | None = None
+
+    def __call__(self, P: Float[np.ndarray, "n m"]) -> Selection:
+        """Select by these scores; see `select`."""
+        return _select(self, P)
+
+    def on(self, rows: Int[np.ndarray, " b"], k: int) -> Rule:
+        """The same rule for some rows, k of which are taken (with a budget in tokens: its tokens).
+
+        It selects what the whole rule does, if no other row can be selected. Rules with quotas see
+        all sources: they cannot be cut.
+        """
+        return replace(
+            self,
+            ranks=self.ranks[rows],
+            budget=self.budget if self.budget.tokens is not None else Budget(rows=k),
+            sources=None,
+            n_tokens=None if self.n_tokens is None else np.asarray(self.n_tokens)[rows],
+        )
+
+    def decides(self) -> Float[np.ndarray, "m c"]:
+        """The scores that decide are P @ decides(): one for `mean`, else every column."""
+        columns = np.asarray(self.column_target)
+        if self.combine != "mean":
+            return np.eye(len(columns))
+        targets, sizes = np.unique(columns, return_counts=True)
+        size = sizes[np.searchsorted(targets, columns)]
+        return (1.0 / (size * len(targets)))[:, None]
 
 
 def parse_budget(text: str | int | float) -> Budget:
@@ -135,15 +180,21 @@ def select(
     O(n m) for the scores, O(k m log k) for the order and the turns (n for k with quotas).
     Raises InputError naming the config key for infeasible quotas or a budget that holds no row.
     """
-    P, column_target = _check_scores(P, column_target, combine)
     if len(ids) != len(P):
         raise InputError(f"selection: {len(ids)} ids for {len(P)} rows of scores")
+    ranks = id_ranks(ids)
+    return Rule(column_target, ranks, budget, combine, sources, n_tokens, per_source)(P)
+
+
+def _select(rule: Rule, P: Float[np.ndarray, "n m"]) -> Selection:
+    P, column_target = _check_scores(P, rule.column_target, rule.combine)
+    combine, budget, n_tokens = rule.combine, rule.budget, rule.n_tokens
     scored = ~np.isnan(P[:, 0])
     n_scored = int(np.count_nonzero(scored))
     if not n_scored:
         raise InputError("selection: no candidate has a score; see the reasons in the report")
     k, exceeds = _row_limit(budget, scored, n_tokens)
-    quotas = _quotas(per_source, sources, scored, k, budget) if per_source else None
+    quotas = _quotas(rule.per_source, rule.sources, scored, k, budget) if rule.per_source else None
     best = None
     scores = P
     turns = _turns(column_target)
@@ -151,7 +202,7 @@ def select(
         score, best = combined_score(P, column_target, combine)
         scores, turns = score[:, None], [[0]]
     tokens = n_tokens if budget.tokens is not None else None
-    order, picker = _take(scores, turns, id_ranks(ids), k, quotas, tokens, budget.tokens)
+    order, picker = _take(scores, turns, rule.ranks, k, quotas, tokens, budget.tokens)
     if not len(order):
         raise InputError(
             f"selection.budget: {budget.tokens} tokens hold not even the best row; expected more"
@@ -167,6 +218,7 @@ def select(
         groups=() if quotas is None else quotas.names,
         n_scored=n_scored,
         budget_exceeds_pool=exceeds,
+        group=None if quotas is None else quotas.group,
     )
 
 

@@ -118,14 +118,16 @@ def read_exact_scores(
     targets: Mapping[str, Catalogue],
     columns: TargetColumns,
     normalize: bool,
+    *,
+    needed: bool = True,
 ) -> tuple[Int[np.ndarray, "r"], scoring.ExactScores]:
     """(positions, scores) of the rows with a usable gradient that can be scored, in pool order.
 
     Rows without one get their reason in the catalogue. Of a row that several shards hold, the
-    first one counts.
+    first one counts. `needed`: there has to be one.
 
     Raises:
-        InputError: not one candidate, or a target row, has a usable gradient.
+        InputError: not one candidate (if needed), or a target row, has a usable gradient.
     """
     if exact.products:
         names = dict.fromkeys(column.target for column in columns.columns)
@@ -143,7 +145,7 @@ def read_exact_scores(
     kept = np.isin(positions, pool.eligible)
     positions, P = positions[kept], P[kept]
     halves = None if halves is None else halves[:, kept]
-    if not len(positions):
+    if needed and not len(positions):
         raise InputError(f"not one candidate has a usable gradient; reasons: {pool.reasons()}")
     order = np.argsort(positions, kind="stable")
     sorted_halves = None if halves is None else halves[:, order]

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from influence.errors import InputError
 from influence.run_log import read_manifest
-from influence.schemas import Fidelity, Interval
+from influence.schemas import Fidelity, Interval, Recall
 
 MOST_SOURCES = 30
 
@@ -68,31 +68,43 @@ def certificate_table(fidelity: Fidelity) -> Table:
             noise = "none" if target.sketch_sd is None else f"{target.sketch_sd:.4f}"
             table.add_row(Text(name), noise)
         return table
-    table = Table(
-        title=f"certificate ({fidelity.landmarks} landmarks; leave-one-out, 95 % intervals)"
-    )
-    for heading in ("target", "Spearman", "R^2", "recall of the top share", "90 % score ±"):
+    audited = fidelity.recall.audit_low is not None
+    headings = ["target", "Spearman", "R^2", "recall of the top share", "90 % score ±"]
+    headings += ["audited recall, at least"] if audited else []
+    table = Table(title=_certificate_title(fidelity))
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "target" else "right")
     for name, target in fidelity.targets.items():
-        recall = Interval(
-            value=target.recall.expected, low=target.recall.low, high=target.recall.high
-        )
         table.add_row(
             Text(name),
             _interval(target.spearman),
             _number(target.r2),
-            _interval(recall),
+            _recall(target.recall),
             _number(target.score_halfwidth, 4),
+            *([_number(target.recall.audit_low)] if audited else []),
         )
     whole = fidelity.recall
-    table.add_row(
-        "selection",
-        "",
-        "",
-        _interval(Interval(value=whole.expected, low=whole.low, high=whole.high)),
-        "",
-    )
+    last = ["selection", "", "", _recall(whole), ""]
+    table.add_row(*last, *([_number(whole.audit_low)] if audited else []))
+    if fidelity.estimated:
+        table.caption = (
+            f"{fidelity.estimated} of the selected rows have a predicted score: landmarks.count "
+            "was spent; raise it to make them exact"
+        )
     return table
+
+
+def _certificate_title(fidelity: Fidelity) -> str:
+    if not fidelity.rounds:
+        return f"certificate ({fidelity.landmarks} landmarks; leave-one-out, 95 % intervals)"
+    return (
+        f"certificate ({fidelity.landmarks} exact rows in {len(fidelity.rounds)} rounds; 95 % "
+        "intervals, 90 % for the recall)"
+    )
+
+
+def _recall(recall: Recall) -> str:
+    return _interval(Interval(value=recall.expected, low=recall.low, high=recall.high))
 
 
 def stage_table(run: str) -> Table:

@@ -85,7 +85,12 @@ class ExactUnits:
     def all(self) -> list[Unit]:
         """Every unit, targets first: their shards are few and everything waits for them."""
         of_targets = [unit for units in self.targets.values() for unit in units]
-        return [*of_targets, *self.sketches, *(u for us in self.products.values() for u in us)]
+        return [*of_targets, *self.candidates]
+
+    @property
+    def candidates(self) -> list[Unit]:
+        """The candidates' units alone."""
+        return [*self.sketches, *(u for us in self.products.values() for u in us)]
 
 
 def bundled(units: Iterable[Unit]) -> list[Bundle]:

@@ -131,7 +131,7 @@ UNBUILT: dict[str, list[Any]] = {
     "method": ["in2core", "less", "perplexity", "semantic", "length"],
     "embedding.kind": ["auto"],
     "gradients.reduction": ["token_max"],
-    "landmarks.choose": ["kmeans++", "certified"],
+    "landmarks.choose": ["kmeans++"],
     "optimizer.kind": ["adamw"],
     "optimizer.state": ["state.pt"],
     "weights.order": [2],
@@ -162,8 +162,6 @@ def test_what_is_not_built_is_refused_by_name(key: str):
 
 #: A value other than the default for every field that no code reads.
 UNREAD: dict[str, Any] = {
-    "landmarks.recall": 0.9,
-    "landmarks.audit": 10,
     "warmup.fraction": 0.05,
     "warmup.epochs": 2,
     "warmup.learning_rate": 1e-3,

@@ -32,6 +32,8 @@ def _slow_kernel(name: str, x: np.ndarray, z: np.ndarray, bandwidth: float) -> n
         for j, b in enumerate(z):
             if name == "rbf":
                 out[i, j] = np.exp(-np.sum((a - b) ** 2) / (2 * bandwidth**2))
+            elif name == "laplace":
+                out[i, j] = np.exp(-np.linalg.norm(a - b) / bandwidth)
             elif name == "linear":
                 out[i, j] = np.dot(a, b)
             else:

@@ -36,7 +36,10 @@ class Device:
 CPU = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
 
 
-@pytest.mark.parametrize("message", [None, CPU])
+CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+
+
+@pytest.mark.parametrize("message", [None, CPU, CUBLAS])
 @pytest.mark.parametrize("room", [12, 25, 50, 1000])
 def test_every_row_is_computed_once_in_batches_that_fit(room, message):
     batches = [as_batch((12, 11, 9, 8)), as_batch((7, 7, 5, 4, 3), seed=1)]

@@ -16,8 +16,9 @@ from run_fixture import write_run
 from scipy.stats import spearmanr
 
 from influence.errors import InputError
-from influence.report import build_report, decimal, percent, seconds, significant
+from influence.report import build_report
 from influence.report_data import choose_drawn, effective_numbers, read_run, source_table
+from influence.report_format import decimal, percent, seconds, significant
 
 HOSTILE = """<script>alert("x")</script><img src=x onerror='y()'>&amp;{{ 7 * 7 }}$\\frac{"""
 VOID = {"meta", "br", "img", "link", "hr", "input"}

@@ -33,7 +33,7 @@ def rows_of(unit: Unit) -> list[int]:
 
 def reuse(cache: Cache, rows: list[int], per_shard: int = 4):
     plan = sparse_units(STAGE, PRINT, FILE, rows, per_shard)
-    return plan, reuse_rows(cache, plan, list_shards(cache, STAGE, PRINT), per_shard)
+    return plan, reuse_rows(cache, plan, list_shards(cache, STAGE, PRINT), per_shard, {})
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -55,6 +55,21 @@ def test_results_do_not_depend_on_the_replicas(
     assert all(stage.computed == stage.shards for stage in stages.values())
 
 
+def test_certified_rounds_do_not_depend_on_the_replicas(setup: Setup, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "landmarks__choose": "certified",
+        "landmarks__count": 4096,
+        "landmarks__initial": 12,
+        "landmarks__audit": 6,
+        "replicas__gradient_rows_per_shard": 3,
+    }
+    plain = tiny_config(setup, tmp_path / "plain", **changes)
+    one_process.run_select(plain, quiet=True)
+    config = tiny_config(setup, tmp_path / "run", replicas__max=3, **changes)
+    select_job.run_select(config, quiet=True)
+    assert_same_results(plain.run, config.run, "the order of arrival changed a round's choice")
+
+
 class Recorded:
     """Starts replicas and knows the process of each one that is up."""
 

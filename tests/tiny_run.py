@@ -181,7 +181,7 @@ def tiny_config(setup: Setup, run: Path | str, **changes: Any) -> Config:
         "targets": setup.targets,
         "embedding": {"blocks": 2},
         "gradients": {"side": 8, "dim": 64},
-        "landmarks": {"count": 24},
+        "landmarks": {"count": 24, "choose": "uniform"},
         "selection": {"budget": 10},
         "replicas": {
             "num_gpus": 0,

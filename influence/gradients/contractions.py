@@ -25,6 +25,8 @@ Form = Literal["pair", "formed"]
 TRANSIENT_BYTES = 64 * 2**20
 """Bound on what a layer holds for a chunk of samples (one sample at least)."""
 
+_WIDE = (torch.float32, torch.float64)
+
 PAIR_BLOCK = 128
 """Tokens of a block of token pairs; the pairs below the diagonal are those above it once more."""
 
@@ -33,8 +35,10 @@ def wide(term: Term) -> Term:
     """`term` in float32 or higher: half precision would lose the small token gradients' sums."""
 
     def widened(x: Tensor) -> Tensor:
-        return x if x.dtype in (torch.float32, torch.float64) else x.float()
+        return x if x.dtype in _WIDE else x.float()
 
+    if term.x.dtype in _WIDE and (isinstance(term.d, OneHot) or term.d.dtype in _WIDE):
+        return term
     d = term.d if isinstance(term.d, OneHot) else widened(term.d)
     return replace(term, x=widened(term.x), d=d)
 

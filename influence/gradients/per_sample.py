@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from influence.errors import InputError
-from influence.gradients.backward import backpropagate
+from influence.gradients.backward import backpropagate, members_of
 from influence.gradients.contractions import (
     Form,
     cheaper_form,
@@ -105,8 +105,10 @@ def make_engine(
     count = 0 if goals is None else sum(map(len, goals[layers[0].name]))
     scales = {} if scale is None else dict(scale)
     _check_scales(layers, scales)
-    if projection is None or goals is not None:
-        exact_norms = True
+    # Whole vectors give their exact norms at the end, in one pass over them.
+    from_vectors = full or (projection is not None and not exact_norms)
+    exact_norms = goals is not None or not from_vectors
+    members = members_of(model)
     work = _Work(projection, goals, scales, full, exact_norms, form, _offsets(layers))
 
     def engine(batch: TokenBatch) -> SampleGradients:
@@ -125,11 +127,12 @@ def make_engine(
             layers,
             batch,
             reduction=reduction,
-            consume=lambda layer, terms: _add_layer(work, sums, layer, [wide(t) for t in terms]),
+            consume=lambda layer, terms: _consume(work, sums, layer, terms),
+            members=members,
         )
         sums.loss, sums.norm = losses.float(), sums.norm.sqrt()
         if not exact_norms and sums.vectors is not None:
-            sums.norm = torch.linalg.vector_norm(sums.vectors.double(), dim=1)
+            sums.norm = _row_norms(sums.vectors)
         return sums
 
     return engine
@@ -146,6 +149,34 @@ class _Work:
     exact_norms: bool
     form: Form | Literal["auto"]
     offsets: dict[str, int]
+
+
+def _consume(work: _Work, sums: SampleGradients, layer: Layer, terms: Sequence[Term]) -> None:
+    """Add one layer in the precision of the sums."""
+    wider = [wide(term) for term in terms]
+    first = wider[0]
+    only_formed = work.full and not work.exact_norms and layer.name not in work.scale
+    if only_formed and len(wider) == 1 and first.whole and isinstance(first.d, Tensor):
+        assert sums.vectors is not None
+        _form_in_place(sums.vectors, first.x, first.d, work.offsets[layer.name])
+    else:
+        _add_layer(work, sums, layer, wider)
+
+
+def _form_in_place(
+    vectors: Float[Tensor, "b size"],
+    x: Float[Tensor, "b t in"],
+    d: Float[Tensor, "b t out"],
+    at: int,
+) -> None:
+    """D' X of every sample, written where it belongs: LoRA's factors are many and small."""
+    shape = d.shape[2], x.shape[2]
+    blocks = vectors[:, at : at + shape[0] * shape[1]].unflatten(1, shape)
+    if vectors.is_cuda:
+        blocks.copy_(torch.bmm(d.mT, x))
+        return
+    for block, left, right in zip(blocks, d, x, strict=True):
+        torch.mm(left.T, right, out=block)
 
 
 def _add_layer(work: _Work, sums: SampleGradients, layer: Layer, terms: Sequence[Term]) -> None:
@@ -220,6 +251,11 @@ def _accumulator(
     weight = layers[0].parameter
     width = sum(each.size for each in layers)
     return torch.zeros(size, width, dtype=wide_dtype(weight.dtype), device=weight.device)
+
+
+def _row_norms(vectors: Float[Tensor, "b size"]) -> Float[Tensor, " b"]:
+    """Norms in float64, one row after the other: full vectors are too long for a copy of all."""
+    return torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in vectors])
 
 
 def _offsets(layers: Sequence[Layer]) -> dict[str, int]:

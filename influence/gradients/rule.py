@@ -247,10 +247,10 @@ def output_gradients(terms: Mapping[str, TakeTerm]) -> Attach:
                 sink.expect()
 
             def after_backward(gradient: Tensor) -> None:
-                with torch.no_grad():
-                    x = held.pop()
-                    for name, sink in sinks.items():
-                        sink.give(terms[name](module, x, gradient, placement))
+                # The backward pass records no graph of its own: nothing here is differentiable.
+                x = held.pop()
+                for name, sink in sinks.items():
+                    sink.give(terms[name](module, x, gradient, placement))
 
             first.register_hook(after_backward)
             if replaced is not None and isinstance(output, tuple):

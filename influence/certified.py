@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int, UInt64
 from influence.audit import Stratum, draw_sample, plan_audit
 from influence.features import make_features
 from influence.kernels import bandwidth_of
-from influence.membership import Membership, membership, on_threshold
+from influence.membership import Membership, interval, membership, on_threshold
 from influence.posterior import (
     Calibration,
     Evidence,
@@ -33,6 +33,7 @@ from influence.posterior import (
     observe,
     posterior_of,
 )
+from influence.schemas import Round
 from influence.selection import Rule, Selection
 
 # Up to here every exact row is inducing and the posterior is the process itself; beyond it this
@@ -42,7 +43,6 @@ MAX_INDUCING, _UNIFORM_PART = 2048, 0.75
 _AUDIT_PART = 0.25
 # A round takes so much of the rows already exact, and of the members still expected, at least.
 _GROWTH, _EXPECTED_PART, _SMALLEST_ROUND = 0.03, 0.5, 16
-LEVEL = 0.90
 
 Blocks = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
 Kind = Literal["recall", "selected", "audit", "done"]
@@ -98,15 +98,6 @@ class Step(NamedTuple):
 
     kind: Kind
     rows: Int[np.ndarray, " b"]
-
-
-class Round(NamedTuple):
-    """The state after a fit: exact rows, and the recall's mean and 90 % interval."""
-
-    exact: int
-    expected: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -240,10 +231,9 @@ class Certified:
             named=self.named,
             seed=settings.seed,
         )
-        recall = self.belief.recall
-        low, high = np.quantile(recall, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        expected, low, high = interval(self.belief.recall)
         count = int(exact.sum())
-        self.rounds.append(Round(count, float(recall.mean()), float(low), float(high)))
+        self.rounds.append(Round(exact=count, expected=expected, low=low, high=high))
         selected = self.rule(self.P)
         wanted = np.zeros(len(exact), dtype=bool)
         wanted[selected.order] = True

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from influence.audit import Found, missed_at_most
-from influence.certified import LEVEL, Certified
-from influence.membership import reaches
+from influence.certified import Certified
+from influence.membership import interval, reaches
 from influence.posterior import leave_one_out, no_evidence, observe, posterior_of
 from influence.schemas import Recall, ReliabilityBin, Round
 from influence.scores import Scores
@@ -72,11 +72,11 @@ def recall_certificate(certified: Certified) -> RecallCertificate:
     count = int(certified.exact.sum())
 
     def recall(draws: Float[np.ndarray, " d"], audit_low: float | None) -> Recall:
-        low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        expected, low, high = interval(draws)
         return Recall(
-            expected=float(draws.mean()),
-            low=float(low),
-            high=float(high),
+            expected=expected,
+            low=low,
+            high=high,
             audit_low=audit_low,
             exact_gradients=count,
         )
@@ -88,7 +88,7 @@ def recall_certificate(certified: Certified) -> RecallCertificate:
             recall(draws, low)
             for draws, low in zip(belief.named_recall.T, named_bounds, strict=True)
         ],
-        [Round(**each._asdict()) for each in certified.rounds],
+        certified.rounds,
         reliability(certified),
     )
 

@@ -18,6 +18,7 @@ from influence.posterior import Calibration
 from influence.selection import Rule, Selection
 
 DRAWS = 100
+LEVEL = 0.90
 # Of the members expected among the unknown rows, this part may be among those that are not drawn.
 _NEGLIGIBLE = 1e-4
 
@@ -35,6 +36,12 @@ class Membership:
     probability: Float[np.ndarray, " n"]
     recall: Float[np.ndarray, " d"]
     named_recall: Float[np.ndarray, "d names"]
+
+
+def interval(draws: Float[np.ndarray, " d"]) -> tuple[float, float, float]:
+    """(mean, low, high) of a recall's draws: what is expected, and its 90 % interval."""
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(draws.mean()), float(low), float(high)
 
 
 def membership(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -205,7 +205,7 @@ class Reducer:
             seed=seed,
         )
         keys = landmarks.row_keys(seed, pool.digests, purpose=b"audit")
-        return Certified(self._rule(), self.columns.named(), keys, settings)
+        return Certified(self._rule, self.columns.named(), keys, settings)
 
     def score_exact(self, exact: ExactUnits) -> None:
         """Exact scores for every candidate."""
@@ -242,7 +242,7 @@ class Reducer:
     def select(self) -> dict[str, Any]:
         """Choose the rows and their weights; certify; write every file but the report."""
         pool, config = self._pool, self.config.selection
-        selection = self._rule()(self.scores.P)
+        selection = self._rule(self.scores.P)
         if self.config.method in ("random", "rds"):
             # These methods rank; the closed form's weights are about gradients only.
             weights = np.full(len(selection.order), selection.n_scored / len(selection.order))
@@ -271,7 +271,9 @@ class Reducer:
             "fidelity": fidelity.model_dump(),
         }
 
+    @cached_property
     def _rule(self) -> Rule:
+        """The selection rule; made once, as it sorts the ids of the whole pool."""
         pool, config = self._pool, self.config.selection
         return Rule(
             column_target=self.columns.target_of,

@@ -65,6 +65,8 @@ OWN = (
 # Name -> (the option with its interpreter, its script).
 PEERS = {
     "bergson": ("bergson_python", "gradients_peer_bergson.py"),
+    "bergson_lora": ("bergson_python", "gradients_peer_bergson.py"),
+    "bergson_lora_sketch": ("bergson_python", "gradients_peer_bergson.py"),
     "dattri": ("dattri_python", "gradients_peer_dattri.py"),
     "dattri_logra": ("dattri_python", "gradients_peer_dattri.py"),
 }

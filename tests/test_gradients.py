@@ -279,6 +279,27 @@ def test_inputs_are_freed_during_the_backward_pass():
     assert max(alive) <= 1, f"inputs of {max(alive)} finished layers are still held"
 
 
+@pytest.mark.parametrize("exact_norms", [False, True])
+def test_inputs_that_only_a_sketch_needs_do_not_live_until_the_backward_pass(exact_norms):
+    model, layers = setup("llama", "linear")
+    projected = make_projection("kronecker", layer_shapes(layers), side=8, dim=64, seed=0)
+    refs: list[weakref.ref] = []
+    alive: list[int] = []
+    for block in model.model.layers:
+        # The product of gate and up, which autograd has no use for.
+        block.mlp.down_proj.register_forward_pre_hook(
+            lambda _m, args: refs.append(weakref.ref(args[0].untyped_storage()))
+        )
+    model.lm_head.register_forward_hook(
+        lambda *_: alive.append(sum(ref() is not None for ref in refs))
+    )
+    make_engine(model, layers, reduction="mean", projection=projected, exact_norms=exact_norms)(
+        random_batch()
+    )
+    expected = len(model.model.layers) if exact_norms else 0
+    assert alive == [expected], "inputs are held beside their sketches"
+
+
 @pytest.mark.parametrize("form", ["pair", "formed"])
 def test_float32_sums_over_a_large_layer_keep_their_precision(form):
     """A float32 sum over a million numbers in one go is off by more than 1e-5."""

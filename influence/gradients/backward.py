@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -71,6 +71,7 @@ def backpropagate(
     reduction: Reduction,
     consume: Consumer,
     members: Members | None = None,
+    input_sides: Mapping[str, Float[Tensor, "in s"]] | None = None,
 ) -> Float[Tensor, " b"]:
     """Calls `consume(layer, terms)` for each layer during one backward pass; returns the losses.
 
@@ -79,13 +80,15 @@ def backpropagate(
     computes no weight gradient, and the graph starts at the first attributed layer. Terms are
     dropped as soon as they are consumed. A layer that takes no part in the forward is not handed
     over: its gradient is zero. `members`: the model's, where the caller keeps a list of them.
+    `input_sides`: by layer, what its inputs are multiplied by as soon as they are there (see
+    `Projection.input_side`); where a rule has no use for it the terms are those without it.
 
     Raises InputError if a layer's rows cannot be told apart by sample.
     """
     size, tokens = batch.input_ids.shape
     response = response_samples(batch).to(next(model.parameters()).device)
     rows = Rows(size, tokens, response, model.get_output_embeddings())  # type: ignore[operator]
-    sinks = {layer.name: Sink(_handing_over(layer, consume)) for layer in layers}
+    sinks = {each.name: _sink(each, consume, (input_sides or {}).get(each.name)) for each in layers}
     with ExitStack() as stack:
         stack.enter_context(uncollected())
         stack.enter_context(frozen(model, members))
@@ -111,6 +114,16 @@ def _by_module(layers: Sequence[Layer]) -> list[tuple[nn.Module, Rule, dict[str,
             key = (id(use.module), use.rule.name)
             found.setdefault(key, (use.module, use.rule, {}))[2][use.own_name] = layer.name
     return list(found.values())
+
+
+def _sink(layer: Layer, consume: Consumer, side: Tensor | None) -> Sink:
+    hand_over = _handing_over(layer, consume)
+    kinds = {use.rule.inputs.get(use.own_name) for use in layer.uses}
+    if kinds == {"unused"}:
+        return Sink(hand_over, keep=lambda x: x.new_empty(0))
+    if kinds == {"factor"} and side is not None:
+        return Sink(hand_over, keep=lambda x: torch.matmul(x.to(side.dtype), side), sketched=True)
+    return Sink(hand_over)
 
 
 def _handing_over(layer: Layer, consume: Consumer) -> Callable[[list[Term]], None]:

@@ -18,4 +18,5 @@ CONV1D = Rule(
     name="conv1d",
     present=_presentations,
     attach=output_gradients({"weight": weight_term, "bias": bias_term}),
+    inputs={"weight": "factor", "bias": "unused"},
 )

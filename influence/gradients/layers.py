@@ -10,6 +10,7 @@ from torch import nn
 from influence.blocks import find_decoder
 from influence.errors import InputError
 from influence.gradients.by_sample import BY_SAMPLE
+from influence.gradients.lora import LORA, plain_adapter
 from influence.gradients.parameters import Choice, choose_parameters
 from influence.gradients.rule import Presentation, Rule
 from influence.gradients.rules import rule_of
@@ -86,8 +87,10 @@ def attributed_layers(
         if not own:
             continue
         path, prefix = _caller(model, blocks_of_model, module_name)
-        caller = module if not prefix else model.get_submodule(path)
         rule = rule_of(module) if not prefix else BY_SAMPLE
+        if not prefix and (owner := _lora_owner(model, module_name)):
+            path, prefix, rule = owner, module_name.removeprefix(owner + ".") + ".", LORA
+        caller = module if not prefix else model.get_submodule(path)
         for own_name, name in own:
             uses[name].append(Use(caller, prefix + own_name, rule, path))
     return [_layer(name, chosen[name], uses[name]) for name in chosen]
@@ -125,6 +128,14 @@ def _caller(model: nn.Module, blocks: nn.ModuleList, name: str) -> tuple[str, st
             break
         inside = inside or owner is blocks
     return ".".join(path[:best]), ".".join(path[best:]) + "." if best < len(path) else ""
+
+
+def _lora_owner(model: nn.Module, name: str) -> str | None:
+    """The peft layer of which module `name` is a factor, if it is plain LoRA."""
+    owner, *factor = name.rsplit(".", 2)
+    if len(factor) < 2 or factor[0] not in ("lora_A", "lora_B"):
+        return None
+    return owner if plain_adapter(model.get_submodule(owner)) == factor[1] else None
 
 
 def _at(model: nn.Module, path: Sequence[str]) -> nn.Module:

@@ -36,4 +36,5 @@ LINEAR = Rule(
     name="linear",
     present=presentations,
     attach=output_gradients({"weight": weight_term, "bias": bias_term}),
+    inputs={"weight": "factor", "bias": "unused"},
 )

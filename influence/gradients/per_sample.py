@@ -110,6 +110,7 @@ def make_engine(
     exact_norms = goals is not None or not from_vectors
     members = members_of(model)
     work = _Work(projection, goals, scales, full, exact_norms, form, _offsets(layers))
+    sides = {} if exact_norms else _input_sides(projection, layers, scales)
 
     def engine(batch: TokenBatch) -> SampleGradients:
         size = batch.input_ids.shape[0]
@@ -129,6 +130,7 @@ def make_engine(
             reduction=reduction,
             consume=lambda layer, terms: _consume(work, sums, layer, terms),
             members=members,
+            input_sides=sides,
         )
         sums.loss, sums.norm = losses.float(), sums.norm.sqrt()
         if not exact_norms and sums.vectors is not None:
@@ -251,6 +253,16 @@ def _accumulator(
     weight = layers[0].parameter
     width = sum(each.size for each in layers)
     return torch.zeros(size, width, dtype=wide_dtype(weight.dtype), device=weight.device)
+
+
+def _input_sides(
+    projection: Projection | None, layers: Sequence[Layer], scales: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The layers that nothing but the projection takes part in, whose inputs need not be kept."""
+    if projection is None or not projection.takes_factors:
+        return {}
+    sides = {each.name: projection.input_side(each.name) for each in layers}
+    return {n: side for n, side in sides.items() if side is not None and n not in scales}
 
 
 def _row_norms(vectors: Float[Tensor, "b size"]) -> Float[Tensor, " b"]:

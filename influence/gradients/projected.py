@@ -23,6 +23,14 @@ class Projection(Protocol):
     @property
     def takes_factors(self) -> bool: ...
 
+    def input_side(self, name: str) -> Float[Tensor, "in s"] | None:
+        """What a layer's inputs may be multiplied by ahead of `add_term`, for a `sketched` term.
+
+        The product takes far less room than the inputs, which have to be kept from the forward
+        pass until the layer's output gradients arrive. None: the layer's terms need the inputs.
+        """
+        ...
+
     def accumulator(self, rows: int) -> Float[Tensor, "rows dim"]:
         """Zeros that each layer's part is added to."""
         ...

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -137,9 +137,15 @@ class Placement:
 
 @dataclass
 class Sink:
-    """Collects the terms of one parameter; hands them over once every call has given its own."""
+    """Collects the terms of one parameter; hands them over once every call has given its own.
+
+    keep: makes of a layer's input what is kept of it until the gradients of its output arrive;
+    sketched: whether the terms are `sketched` by that.
+    """
 
     consume: Callable[[list[Term]], None]
+    keep: Callable[[Tensor], Tensor] = Tensor.detach
+    sketched: bool = False
     pending: int = 0
     terms: list[Term] = field(default_factory=list)
 
@@ -149,7 +155,7 @@ class Sink:
 
     def give(self, *terms: Term) -> None:
         """The gradients of one call."""
-        self.terms += terms
+        self.terms += [replace(t, sketched=True) for t in terms] if self.sketched else terms
         self.pending -= 1
         if self.pending == 0:
             self.flush()
@@ -171,11 +177,17 @@ class Rule:
     present: how each parameter of its own is presented, by its name in the module.
     attach: (module, the sinks of its attributed parameters, rows of the batch) -> a context in
         which every forward call of the module will give its terms during the backward pass.
+    replaces_forward: whether it does so by a forward of its own, beside which no other rule can
+        see the module's parameters.
+    inputs: the parameters whose terms have the module's input as their factor x, whatever linear
+        map of its last dimension it went through meanwhile, and those whose terms do without it.
     """
 
     name: str
     present: Callable[[nn.Module], dict[str, Presentation]]
     attach: Attach
+    replaces_forward: bool = False
+    inputs: Mapping[str, Literal["factor", "unused"]] = field(default_factory=dict)
 
 
 TakeTerm = Callable[[nn.Module, Tensor, Tensor, Placement], Term]
@@ -230,27 +242,28 @@ def output_gradients(terms: Mapping[str, TakeTerm]) -> Attach:
     @contextmanager
     def attach(module: nn.Module, sinks: Mapping[str, Sink], rows: Rows) -> Iterator[None]:
         def after_forward(_module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
-            # In a list, to be emptied: the graph keeps its hooks alive until the pass is over.
-            held: list[Tensor] = [(args[0] if args else next(iter(kwargs.values()))).detach()]
+            x: Tensor = (args[0] if args else next(iter(kwargs.values()))).detach()
             placement = rows.placement(module)
             first = output[0] if isinstance(output, tuple) else output
             assert isinstance(first, Tensor)
             replaced = None
-            if first.shape[0] == 1 < rows.size and placement.only is None and held[0].ndim == 2:
+            if first.shape[0] == 1 < rows.size and placement.only is None and x.ndim == 2:
                 # Position embeddings are looked up once for the whole batch, and then broadcast:
                 # their gradient would come back summed over the samples.
                 first = replaced = first.expand(rows.size, *first.shape[1:]).clone()
-                held[0] = held[0].expand(rows.size, -1)
+                x = x.expand(rows.size, -1)
             if not first.requires_grad:
                 first = replaced = tracked(first)
             for sink in sinks.values():
                 sink.expect()
+            # To be emptied: the graph keeps its hooks alive until the pass is over.
+            with torch.no_grad():
+                held = {name: sink.keep(x) for name, sink in sinks.items()}
 
             def after_backward(gradient: Tensor) -> None:
                 # The backward pass records no graph of its own: nothing here is differentiable.
-                x = held.pop()
                 for name, sink in sinks.items():
-                    sink.give(terms[name](module, x, gradient, placement))
+                    sink.give(terms[name](module, held.pop(name), gradient, placement))
 
             first.register_hook(after_backward)
             if replaced is not None and isinstance(output, tuple):

@@ -10,7 +10,7 @@ that differs, the parameter is refused by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,7 +54,7 @@ def settled_layers(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[Laye
         wrong = _wrong(model, list(current.values()))
         if not wrong:
             return list(current.values()), _notes(moved)
-        for name, why in wrong.items():
+        for name, why in _with_companions(wrong, current.values()).items():
             current[name] = _one_up(model, current[name], why)
             moved[name] = current[name].uses[0].path
     raise InputError(_refusal(list(wrong), "no module was found that can be run sample by sample"))
@@ -84,6 +84,21 @@ def _wrong(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
         if wrong:
             return wrong
     return {}
+
+
+def _with_companions(wrong: Mapping[str, str], layers: Iterable[Layer]) -> dict[str, str]:
+    """Also the layers whose rule takes the forward of a wrong one's module for itself."""
+    whys: dict[int, str] = {}
+    layers = list(layers)
+    for layer in layers:
+        if layer.name in wrong:
+            whys |= {id(u.module): wrong[layer.name] for u in layer.uses if u.rule.replaces_forward}
+    found = dict(wrong)
+    for layer in layers:
+        for use in layer.uses:
+            if id(use.module) in whys and use.rule.replaces_forward:
+                found.setdefault(layer.name, whys[id(use.module)])
+    return found
 
 
 def _one_up(model: nn.Module, layer: Layer, why: str) -> Layer:

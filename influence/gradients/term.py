@@ -36,12 +36,15 @@ class Term:
 
     sample: the sample of every group; None: group k is sample k.
     part: the part of every group; None: part 0. No two groups of a term are of one sample and part.
+    sketched: x is not the layer's input any more, but what a projection made of it during the
+    forward pass (see `Projection.input_side`); only that projection can use such a term.
     """
 
     x: Float[Tensor, "g t in"]
     d: Left
     sample: Int[Tensor, " g"] | None = None
     part: Int[Tensor, " g"] | None = None
+    sketched: bool = False
 
     @property
     def whole(self) -> bool:
@@ -51,11 +54,12 @@ class Term:
     def rows(self, chosen: slice) -> Term:
         """The groups in `chosen`."""
         d = self.d
-        return Term(
-            self.x[chosen],
-            replace(d, index=d.index[chosen]) if isinstance(d, OneHot) else d[chosen],
-            None if self.sample is None else self.sample[chosen],
-            None if self.part is None else self.part[chosen],
+        return replace(
+            self,
+            x=self.x[chosen],
+            d=replace(d, index=d.index[chosen]) if isinstance(d, OneHot) else d[chosen],
+            sample=None if self.sample is None else self.sample[chosen],
+            part=None if self.part is None else self.part[chosen],
         )
 
     def add_by_sample(self, total: Float[Tensor, "b ..."], values: Float[Tensor, "g ..."]) -> None:
@@ -150,9 +154,10 @@ def _below_each_other(terms: Sequence[Term]) -> Term:
     sample = torch.cat([term.sample for term in terms if term.sample is not None])
     dense = [term.d for term in terms if isinstance(term.d, Tensor)]
     if dense:
-        return Term(x, torch.cat(dense), sample)
+        return replace(terms[0], x=x, d=torch.cat(dense), sample=sample)
     hot = [term.d for term in terms if isinstance(term.d, OneHot)]
-    return Term(x, OneHot(torch.cat([each.index for each in hot]), hot[0].width), sample)
+    index = torch.cat([each.index for each in hot])
+    return replace(terms[0], x=x, d=OneHot(index, hot[0].width), sample=sample)
 
 
 def _side_by_side(terms: Sequence[Term]) -> Term:
@@ -161,6 +166,7 @@ def _side_by_side(terms: Sequence[Term]) -> Term:
     x = torch.cat([term.x for term in terms], dim=1)
     dense = [term.d for term in terms if isinstance(term.d, Tensor)]
     if dense:
-        return Term(x, torch.cat(dense, dim=1))
+        return replace(terms[0], x=x, d=torch.cat(dense, dim=1))
     hot = [term.d for term in terms if isinstance(term.d, OneHot)]
-    return Term(x, OneHot(torch.cat([each.index for each in hot], dim=1), hot[0].width))
+    index = torch.cat([each.index for each in hot], dim=1)
+    return replace(terms[0], x=x, d=OneHot(index, hot[0].width))

@@ -41,6 +41,10 @@ class CountSketchProjection:
     maps: dict[str, tuple[_Side, _Side]]
     takes_factors: bool = True
 
+    def input_side(self, name: str) -> None:
+        """Terms need a layer's inputs."""
+        del name
+
     def accumulator(self, rows: int) -> Float[Tensor, "rows dim"]:
         """Zeros that each layer's part is added to."""
         return torch.zeros(rows, self.dim, dtype=self.dtype, device=self.device)

@@ -25,6 +25,10 @@ class FormedProjection:
     project: Project
     takes_factors: bool = False
 
+    def input_side(self, name: str) -> None:
+        """Terms need a layer's inputs."""
+        del name
+
     def accumulator(self, rows: int) -> Float[Tensor, "rows dim"]:
         """Zeros that each layer's part is added to."""
         return torch.zeros(rows, self.dim, dtype=self.dtype, device=self.device)

@@ -46,6 +46,10 @@ class KroneckerProjection:
     maps: dict[str, _LayerMap]
     takes_factors: bool = True
 
+    def input_side(self, name: str) -> Float[Tensor, "in halves_r"] | None:
+        """The directions of a layer's input side; None where that side is kept as it is."""
+        return self.maps[name].in_signs
+
     def accumulator(self, rows: int) -> Float[Tensor, "rows dim"]:
         """Zeros that each layer's part is added to."""
         return torch.zeros(rows, self.dim, dtype=self.dtype, device=self.device)
@@ -53,7 +57,8 @@ class KroneckerProjection:
     def add_term(self, name: str, term: Term, total: Float[Tensor, "b dim"]) -> None:
         """Adds the projection of D' X, without forming it."""
         layer = self.maps[name]
-        right = _project_rows(term.x.to(self.dtype), layer.in_signs)
+        x = term.x.to(self.dtype)
+        right = _halves_apart(x) if term.sketched else _project_rows(x, layer.in_signs)
         left = _project_left(term.d, layer.out_signs, self.dtype)
         self._scatter(layer, torch.matmul(left.mT, right), term.sample, term.part, total)
 
@@ -124,7 +129,11 @@ def _project_rows(
 ) -> Float[Tensor, "g halves t s"]:
     if side is None:
         return x.unsqueeze(1)
-    return torch.matmul(x, side).view(*x.shape[:2], HALVES, -1).transpose(1, 2)
+    return _halves_apart(torch.matmul(x, side))
+
+
+def _halves_apart(projected: Float[Tensor, "g t halves_s"]) -> Float[Tensor, "g halves t s"]:
+    return projected.view(*projected.shape[:2], HALVES, -1).transpose(1, 2)
 
 
 def make_kronecker(

@@ -75,7 +75,7 @@ def test_recall_and_probabilities_are_true_of_pools_drawn_from_the_model(
 ):
     rule = _rule(combine, quotas=quotas)
     inside, gaps, predicted, observed = [], [], [], []
-    pools = 60
+    pools = 200
     for seed in range(pools):
         pool = Pool(seed)
         found = pool.believed(rule, draws=60)

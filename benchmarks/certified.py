@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,18 @@ from common import read_scores, write_json
 from jaxtyping import Float, Int
 
 from influence import landmarks
-from influence.certified import Certified, Settings, audit_rows, initial_landmarks
+from influence.budget import parse_budget
+from influence.certified import Certified, Settings, Step, audit_rows, initial_landmarks
 from influence.certified_result import recall_certificate
 from influence.config_loading import load_config
 from influence.errors import InfluenceError, InputError
 from influence.landmarks import row_keys
 from influence.pipeline import catalogue_units, embedding_units, prepare
+from influence.predictor import Mapper, posterior_predictor
 from influence.progress import Progress
 from influence.reducer import Reducer
-from influence.selection import Rule, parse_budget
+from influence.score_table import ArrayTable, rows_of
+from influence.selection import Rule
 from influence.shard_reader import read_embeddings
 from influence.weights import id_ranks
 
@@ -115,14 +118,15 @@ def play(
     while True:
         taken[kind] = taken.get(kind, 0) + len(rows)
         rounds.add(rows, pool.X[rows], case.Y[rows], None)
-        step = rounds.next_step(lambda: all_rows(pool), lambda: np.ones(n, dtype=bool))
+        step = next_step(rounds, pool)
         kind, rows = step.kind, step.rows
         if kind == "done":
             break
     claim = recall_certificate(rounds)
     found = claim.selection
     truth = case.rule(case.Y).order
-    true = float(np.isin(truth, case.rule(rounds.P).order).mean())
+    assert rounds.selected is not None
+    true = float(np.isin(truth, rounds.selected.selection.order).mean())
     exact = int(rounds.exact.sum())
     return {
         "k": len(truth),
@@ -147,9 +151,10 @@ def first_landmarks(pool: Pool, seed: int) -> Int[np.ndarray, " l"]:
     return landmarks.choose_uniform(row_keys(seed, pool.digests), count)
 
 
-def all_rows(pool: Pool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The pool as one shard."""
-    yield np.arange(len(pool.X)), pool.X
+def next_step(rounds: Certified, pool: Pool) -> Step:
+    """Fit, predict the pool, and ask for the next rows: what a run does over its shards."""
+    predicted = Mapper(posterior_predictor(rounds.fit(), lengths=False))(pool.X)
+    return rounds.next_step(ArrayTable(*predicted), np.empty(0, dtype=np.int64))
 
 
 def uniform_recall(pool: Pool, case: Case, count: int, kernel: str) -> float:
@@ -205,11 +210,12 @@ def acquired(
     order = first_landmarks(pool, case.seed)
     rounds.add(order, pool.X[order], case.Y[order], None)
     while len(order) < count:
-        step = rounds.next_step(lambda: all_rows(pool), lambda: np.ones(n, dtype=bool))
+        step = next_step(rounds, pool)
         rows = step.rows
         if not by_probability or step.kind != "recall":
             take = max(16, len(rows) if step.kind == "recall" else 0)
-            best = (rounds.P @ case.rule.decides()).max(axis=1)
+            assert rounds.table is not None
+            best = (rows_of(rounds.table, np.arange(n)).P @ case.rule.decides()).max(axis=1)
             best[rounds.exact] = -np.inf
             rows = np.argsort(-best, kind="stable")[: min(take, n - len(order))]
         rounds.add(rows, pool.X[rows], case.Y[rows], None)

@@ -6,16 +6,18 @@ It says which rows can be scored, which are duplicates, and how long they are, b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Bool, Int
 
 from influence.candidates import SourceFile, short_names
 from influence.errors import InputError
 from influence.schemas import REASON_DUPLICATE
+from influence.text_columns import Digests, Labels, Texts
 
 NO_SOURCE = "(none)"
 
@@ -39,14 +41,14 @@ class Catalogue:
     files: list[SourceFile]
     file: Int[np.ndarray, "n"]
     row: Int[np.ndarray, "n"]
-    ids: list[str]
-    sources: list[str]
-    groups: list[str | None]
-    digests: list[bytes]
+    ids: Texts
+    sources: Labels
+    groups: Labels
+    digests: Digests
     n_tokens: Int[np.ndarray, "n"]
     n_response_tokens: Int[np.ndarray, "n"]
     truncated: Bool[np.ndarray, "n"]
-    reason: list[str | None]
+    reason: Labels
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,29 +56,38 @@ class Catalogue:
     @property
     def eligible(self) -> Int[np.ndarray, "e"]:
         """Positions of the rows that can be scored and are no duplicates."""
-        return np.flatnonzero([reason is None for reason in self.reason])
+        return np.flatnonzero(self.scorable)
+
+    @property
+    def scorable(self) -> Bool[np.ndarray, "n"]:
+        """Which rows can be scored and are no duplicates."""
+        return self.reason.missing
 
     def positions(self, file: SourceFile, rows: Sequence[int]) -> Int[np.ndarray, "r"]:
         """Positions of rows of a file (they are contiguous, from the file's first row)."""
         start = self._starts()[file.url]
         return start + np.asarray(rows, dtype=np.int64)
 
-    def by_file(self, positions: Iterable[int]) -> list[tuple[SourceFile, list[int]]]:
+    def by_file(
+        self, positions: Sequence[int] | Int[np.ndarray, "p"]
+    ) -> list[tuple[SourceFile, list[int]]]:
         """Group positions by file: (file, rows within it), in file order."""
-        grouped: dict[int, list[int]] = {}
-        for position in positions:
-            grouped.setdefault(int(self.file[position]), []).append(int(self.row[position]))
-        return [(self.files[index], grouped[index]) for index in sorted(grouped)]
+        wanted = np.asarray(positions, dtype=np.int64)
+        files = self.file[wanted]
+        return [
+            (self.files[index], self.row[wanted[files == index]].tolist())
+            for index in np.unique(files).tolist()
+        ]
 
     def reasons(self) -> dict[str, int]:
         """How many rows have no score, by reason, most frequent first."""
-        return dict(Counter(reason for reason in self.reason if reason is not None).most_common())
+        counts = {text: count for text, count in self.reason.counts().items() if text is not None}
+        return dict(Counter(counts).most_common())
 
-    def exclude(self, positions: Sequence[int], reason: str) -> None:
+    def exclude(self, positions: Sequence[int] | Int[np.ndarray, "p"], reason: str) -> None:
         """Give rows a reason for having no score, where they have none yet."""
-        for position in positions:
-            if self.reason[position] is None:
-                self.reason[position] = reason
+        rows = np.asarray(positions, dtype=np.int64)
+        self.reason.put(rows[self.scorable[rows]], reason)
 
     def _starts(self) -> dict[str, int]:
         starts, total = {}, 0
@@ -104,32 +115,41 @@ def build_catalogue(
     if not parts:
         raise InputError("the files hold no rows; expected at least one sample")
     whole = pa.concat_tables(parts)
-    index = np.repeat(np.arange(len(files)), [file.rows for file in files])
-    rows = whole.column("row").to_numpy()
     names = short_names([file.url for file in files])
-    ids = [
-        value if value is not None else f"{names[files[index[position]].url]}:{rows[position]}"
-        for position, value in enumerate(whole.column("id").to_pylist())
-    ]
-    reason = whole.column("reason").to_pylist()
-    digests = whole.column("digest").to_pylist()
+    index = np.repeat(np.arange(len(files), dtype=np.int32), [file.rows for file in files])
+    digests = Digests.of(whole.column("digest"))
+    reason = Labels(whole.column("reason"))
     if drop_duplicates:
-        seen: set[bytes] = set()
-        for position, digest in enumerate(digests):
-            if reason[position] is None:
-                if digest in seen:
-                    reason[position] = REASON_DUPLICATE
-                seen.add(digest)
+        scorable = np.flatnonzero(reason.missing)
+        reason.put(scorable[digests.repeats(scorable)], REASON_DUPLICATE)
     return Catalogue(
         files=list(files),
         file=index,
-        row=rows,
-        ids=ids,
-        sources=[value or NO_SOURCE for value in whole.column("source").to_pylist()],
-        groups=whole.column("group").to_pylist(),
+        row=whole.column("row").to_numpy(),
+        ids=_ids(whole, [names[file.url] for file in files], index),
+        sources=_sources(whole.column("source")),
+        groups=Labels(whole.column("group")),
         digests=digests,
         n_tokens=whole.column("n_tokens").to_numpy(),
         n_response_tokens=whole.column("n_response_tokens").to_numpy(),
         truncated=whole.column("truncated").to_numpy(),
         reason=reason,
     )
+
+
+def _ids(whole: pa.Table, names: Sequence[str], index: Int[np.ndarray, "n"]) -> Texts:
+    """The `id` column, and FILE:ROW where it is null."""
+    given = whole.column("id")
+    if not given.null_count:
+        return Texts(given)
+    files = pa.array(names).take(pa.array(index))
+    rows = whole.column("row").cast(pa.string()).combine_chunks()
+    places = pc.binary_join_element_wise(files, rows, ":")  # pyright: ignore
+    return Texts(pc.coalesce(given.combine_chunks(), places))  # pyright: ignore
+
+
+def _sources(given: pa.ChunkedArray) -> Labels:
+    """The `source` column; NO_SOURCE where it is null or empty."""
+    labels = Labels(given)
+    labels.put(np.flatnonzero(labels.missing | labels.empty), NO_SOURCE)
+    return labels

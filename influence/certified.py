@@ -10,7 +10,6 @@ This module holds arrays and decisions. Where rows' scores and embeddings come f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import ceil, sqrt
 from typing import Literal, NamedTuple
@@ -26,7 +25,6 @@ from influence.posterior import (
     Calibration,
     Evidence,
     Posterior,
-    believe,
     calibrate,
     leave_one_out,
     no_evidence,
@@ -34,7 +32,9 @@ from influence.posterior import (
     posterior_of,
 )
 from influence.schemas import Round
+from influence.score_table import OverlaidTable, ScoreTable, scored_rows
 from influence.selection import Rule, Selection
+from influence.table_selection import Selected, select_table
 
 # Up to here every exact row is inducing and the posterior is the process itself; beyond it this
 # part of the inducing rows is uniform and the others are the first that the rounds acquired.
@@ -44,7 +44,6 @@ _AUDIT_PART = 0.25
 # A round takes so much of the rows already exact, and of the members still expected, at least.
 _GROWTH, _EXPECTED_PART, _SMALLEST_ROUND = 0.03, 0.5, 16
 
-Blocks = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
 Kind = Literal["recall", "selected", "audit", "done"]
 
 
@@ -152,9 +151,10 @@ class Certified:
     keys: UInt64[np.ndarray, " n"]
     settings: Settings
     known: Known | None = None
-    P: Float[np.ndarray, "n m"] = field(default_factory=lambda: np.empty((0, 0)))
-    variance: Float[np.ndarray, " n"] = field(default_factory=lambda: np.empty(0))
+    table: ScoreTable | None = None
+    selected: Selected | None = None
     posterior: Posterior | None = None
+    calibration: Calibration | None = None
     rounds: list[Round] = field(default_factory=list)
     audit: Audit | None = None
     belief: Membership | None = None
@@ -179,23 +179,8 @@ class Certified:
             }
         self.known = self.known.joined(positions, X, Y, halves)
 
-    def next_step(self, blocks: Blocks, scorable: Callable[[], Bool[np.ndarray, " n"]]) -> Step:
-        """Fit, look at every row's embedding once, and say which rows to acquire.
-
-        `blocks` gives (positions, embeddings) of all rows, shard by shard; `scorable`, asked
-        afterwards, says which of them may have a score.
-        """
-        known = self._known
-        posterior, calibration = self._fit()
-        self.P = np.full((len(self.keys), known.Y.shape[1]), np.nan)
-        self.variance = np.full(len(self.keys), np.nan)
-        for where, rows in blocks():
-            self.P[where], self.variance[where] = believe(posterior, rows)
-        self.P[known.positions], self.variance[known.positions] = known.Y, 0.0
-        self.P[~scorable()] = np.nan
-        return self._decide(calibration)
-
-    def _fit(self) -> tuple[Posterior, Calibration]:
+    def fit(self) -> Posterior:
+        """The process after all exact rows; what it believes of every row is asked for next."""
         known, before = self._known, self.posterior
         uniform = slice(0, known.uniform)
         inducing = known.X[_inducing(len(known.X), known.uniform)]
@@ -203,10 +188,23 @@ class Certified:
             evidence, seen = before.evidence, before.evidence.rows
         else:
             evidence, seen = self._prior(inducing), 0
-        posterior = posterior_of(observe(evidence, known.X[seen:], known.Y[seen:]))
-        self.posterior = posterior
-        left_out = leave_one_out(posterior, known.X[uniform], known.Y[uniform])
-        return posterior, calibrate(left_out)
+        self.posterior = posterior_of(observe(evidence, known.X[seen:], known.Y[seen:]))
+        left_out = leave_one_out(self.posterior, known.X[uniform], known.Y[uniform])
+        self.calibration = calibrate(left_out)
+        return self.posterior
+
+    def next_step(self, believed: ScoreTable, barred: Int[np.ndarray, " x"]) -> Step:
+        """Which rows to acquire, after what the process believes of every row with an embedding.
+
+        `believed` is of the last `fit`; the exact rows' scores are laid over it here. `barred`:
+        rows that cannot be scored after all.
+        """
+        known = self._known
+        order = np.argsort(known.positions)
+        self.table = OverlaidTable(
+            believed, known.positions[order], known.Y[order], np.sort(np.asarray(barred, np.int64))
+        )
+        return self._decide()
 
     def _prior(self, inducing: Float[np.ndarray, "r e"]) -> Evidence:
         """Bandwidth, ridge and mean are those of the uniform landmarks in every round."""
@@ -220,25 +218,27 @@ class Certified:
         ridge = settings.damping * (scale if scale > 0 else 1.0)
         return no_evidence(features, ridge=ridge, mean=known.Y[: known.uniform].mean(axis=0))
 
-    def _decide(self, calibration: Calibration) -> Step:
-        exact, settings = self.exact, self.settings
+    def _decide(self) -> Step:
+        exact, settings, table = self.exact, self.settings, self.table
+        assert table is not None
+        assert self.calibration is not None
+        self.selected = select_table(self.rule, table)
         self.belief = membership(
             self.rule,
-            self.P,
-            self.variance,
+            table,
             exact,
-            calibration,
+            self.calibration,
+            selected=self.selected,
             named=self.named,
             seed=settings.seed,
         )
         expected, low, high = interval(self.belief.recall)
         count = int(exact.sum())
         self.rounds.append(Round(exact=count, expected=expected, low=low, high=high))
-        selected = self.rule(self.P)
-        wanted = np.zeros(len(exact), dtype=bool)
-        wanted[selected.order] = True
-        wanted = np.flatnonzero((wanted | on_threshold(self.rule, selected, self.P)) & ~exact)
-        left = np.flatnonzero(~exact & np.isfinite(self.P[:, 0]))
+        selected = self.selected.selection
+        wanted = np.union1d(selected.order, on_threshold(self.rule, self.selected))
+        wanted = wanted[~exact[wanted]]
+        left = np.flatnonzero(~exact & scored_rows(table))
         room = settings.count - count
         # The audit's rows are kept free while the others are enough to make the selection exact.
         free = room if self.audit is not None else room - min(self.audit_size, len(left))

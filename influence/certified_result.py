@@ -36,8 +36,9 @@ def certified_scores(certified: Certified) -> Scores:
     order = np.argsort(known.positions)
     loo = known.Y - leave_one_out(posterior, known.X, known.Y).residuals
     halves = known.halves
+    assert certified.table is not None
     return Scores(
-        P=certified.P,
+        table=certified.table,
         exact=certified.exact,
         exact_positions=known.positions[order],
         exact_scores=known.Y[order],
@@ -114,17 +115,20 @@ def audit_bounds(certified: Certified) -> AuditBounds | None:
     sooner), and a budget in tokens drops several short rows for a long one: there is no bound of
     the selection then, nor where estimates were selected in the end.
     """
-    audit, known = certified.audit, certified.known
-    if audit is None or known is None:
+    audit, known, last = certified.audit, certified.known, certified.selected
+    if audit is None or known is None or last is None:
         return None
-    scores = np.full(certified.P.shape, np.nan)
-    scores[known.positions] = known.Y
-    before, k = audit.before, len(audit.selected.order)
-    members = [reaches(certified.rule, audit.selected, scores)]
-    for column in (scores @ certified.named).T:
-        there = before[np.isfinite(column[before])]
-        head = np.sort(column[there])[::-1][:k]
-        members.append(column >= head[-1] if len(head) == k else np.isfinite(column))
+    k, n = len(audit.selected.order), len(certified.keys)
+    before = np.isin(known.positions, audit.before)
+    of_known = [reaches(certified.rule, audit.selected, known.Y, known.positions)]
+    for column in (known.Y @ certified.named).T:
+        head = np.sort(column[before])[::-1][:k]
+        of_known.append(column >= head[-1] if len(head) == k else np.ones(len(column), bool))
+    members = []
+    for reached in of_known:
+        member = np.zeros(n, dtype=bool)
+        member[known.positions[reached]] = True
+        members.append(member)
     bounds = []
     for member in members:
         found = [
@@ -134,8 +138,7 @@ def audit_bounds(certified: Certified) -> AuditBounds | None:
         bounds.append(max(0.0, 1.0 - missed_at_most(found) / k))
     rule = certified.rule
     counted = rule.budget.tokens is None and not (rule.combine == "round_robin" and rule.per_source)
-    selected = rule(certified.P).order
-    exact = bool(certified.exact[selected].all())
+    exact = bool(certified.exact[last.selection.order].all())
     return AuditBounds(bounds[0] if counted and exact else None, bounds[1:])
 
 
@@ -148,7 +151,8 @@ def reliability(certified: Certified) -> list[ReliabilityBin]:
     rows = np.fromiter(certified.predicted, np.int64, len(certified.predicted))
     predicted = np.fromiter(certified.predicted.values(), np.float64, len(rows))
     member = np.zeros(len(certified.keys), dtype=bool)
-    member[certified.rule(certified.P).order] = True
+    assert certified.selected is not None
+    member[certified.selected.selection.order] = True
     return reliability_bins(predicted, member[rows], EDGES)
 
 

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from influence.selection import parse_budget
+from influence.budget import parse_budget
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]

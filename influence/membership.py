@@ -7,20 +7,25 @@ it does, and the recall that is stated comes with its distribution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import norm
 
+from influence.heads import read_heads
 from influence.posterior import Calibration
-from influence.selection import Rule, Selection
+from influence.score_table import ScoreBlock, ScoreTable, rows_of, scored_rows
+from influence.selection import Rule, Selection, pick, terms_of
+from influence.table_selection import Selected
 
 DRAWS = 100
 LEVEL = 0.90
 # Of the members expected among the unknown rows, this part may be among those that are not drawn.
 _NEGLIGIBLE = 1e-4
+# Probabilities are added up in units of this.
+_UNIT = 2.0**40
 
 
 @dataclass(frozen=True)
@@ -46,56 +51,83 @@ def interval(draws: Float[np.ndarray, " d"]) -> tuple[float, float, float]:
 
 def membership(
     rule: Rule,
-    P: Float[np.ndarray, "n m"],
-    variance: Float[np.ndarray, " n"],
+    table: ScoreTable,
     exact: Bool[np.ndarray, " n"],
     calibration: Calibration,
     *,
+    selected: Selected,
     named: Float[np.ndarray, "m names"],
     seed: int,
     draws: int = DRAWS,
 ) -> Membership:
     """Draw the unknown scores and select, `draws` times.
 
-    P holds exact scores and, for the other rows, the posterior mean (NaN: a row without scores);
-    `variance` is the posterior's, in units of the squared scale. The errors of one row are
-    correlated between targets, those of different rows are drawn independently; the scale is drawn
-    anew each time, as its estimate from l residuals is uncertain (a chi-squared of l).
+    The table holds exact scores and, for the other rows, the posterior mean with its variance in
+    units of the squared scale. The errors of one row are correlated between targets, those of
+    different rows are drawn independently; the scale is drawn anew each time, as its estimate from
+    l residuals is uncertain (a chi-squared of l). `selected` is what the rule selects of the table.
 
     A probability is the frequency over the draws, joined as one further draw by the probability to
     exceed the draws' mean threshold: so rows that no draw selected keep an order. `named` turns
     scores per column into scores per name.
     """
-    selected = rule(P)
-    k, mix = len(selected.order), rule.decides()
-    rest = np.flatnonzero(~exact & ~np.isnan(P[:, 0]))
-    tau = _thresholds(rule, selected)
-    likely = [_tail(P, variance, calibration, mix, tau, rest)]
-    for column in named.T[:, :, None]:
-        likely.append(_tail(P, variance, calibration, column, _kth(P @ column, k), rest))
-    drawn = np.unique(np.concatenate([_plausible(rest, tail) for tail in likely]))
+    k = len(selected.selection.order)
+    terms = terms_of(rule, scored_rows(table))
+    tau = _thresholds(rule, selected.selection)
+    heads = read_heads(table, lambda P: P @ named, np.full((named.shape[1], 1), k))
+    of_names = [np.array([head.scores.min()]) for (head,) in heads]
+    tails = _Tails(rule, calibration, named, tau, selected.selection.group, of_names, exact)
+    drawn = _plausible(table, tails)
     if not drawn.size:
-        return Membership(np.zeros(len(P)), np.ones(draws), np.ones((draws, named.shape[1])))
+        return Membership(np.zeros(table.size), np.ones(draws), np.ones((draws, named.shape[1])))
     # What is neither known nor plausible is no member in any draw: the rule need not see it.
-    seen = np.unique(np.concatenate([drawn, np.flatnonzero(exact), selected.order]))
-    if rule.per_source:
-        seen = np.arange(len(P))
-    small = rule if rule.per_source else rule.on(seen, k)
+    seen = np.unique(np.concatenate([drawn, np.flatnonzero(exact), selected.selection.order]))
+    P, variance = rows_of(table, seen)
+    there = ~np.isnan(P[:, 0])  # an exact row may have no score after all
+    seen, P, variance = seen[there], P[there], variance[there]
     place, known = np.searchsorted(seen, drawn), exact[seen]
     count, recall = np.zeros(len(seen)), np.empty(draws)
     named_recall = np.empty((draws, named.shape[1]))
-    tau = np.zeros(())
-    rng = np.random.Generator(np.random.PCG64([seed, len(P), int(exact.sum())]))
-    for d, sample in enumerate(_samples(P[seen], variance[seen], place, calibration, rng, draws)):
-        member = small(sample)
-        count[member.order] += 1
-        recall[d] = known[member.order].mean()
+    mean_tau = np.zeros(())
+    rng = np.random.Generator(np.random.PCG64([seed, table.size, int(exact.sum())]))
+    for d, sample in enumerate(_samples(P, variance, place, calibration, rng, draws)):
+        member = pick(rule, sample, terms, seen)
+        rows = np.searchsorted(seen, member.order)
+        count[rows] += 1
+        recall[d] = known[rows].mean()
         named_recall[d] = _named_recall(sample @ named, known, k)
-        tau = tau + _thresholds(small, member) / draws
-    tail = _tail(P[seen], variance[seen], calibration, mix, tau, place)
-    probability = np.zeros(len(P))
+        mean_tau = mean_tau + _thresholds(rule, member) / draws
+    group = selected.selection.group
+    above = _row_thresholds(mean_tau, None if group is None else group[drawn])
+    tail = _tail(P[place], variance[place], calibration, rule.decides(), above)
+    probability = np.zeros(table.size)
     probability[drawn] = (count[place] + tail) / (draws + 1)
     return Membership(probability, recall, named_recall)
+
+
+@dataclass(frozen=True)
+class _Tails:
+    """The probability of unknown rows to exceed the selection's and every name's threshold."""
+
+    rule: Rule
+    calibration: Calibration
+    named: Float[np.ndarray, "m names"]
+    tau: np.ndarray
+    group: Int[np.ndarray, " n"] | None
+    of_names: Sequence[Float[np.ndarray, " 1"]]
+    exact: Bool[np.ndarray, " n"]
+
+    def __call__(
+        self, block: ScoreBlock
+    ) -> tuple[Int[np.ndarray, " u"], Float[np.ndarray, "u likelies"]]:
+        """(positions of the block's unknown rows, their probabilities)."""
+        unknown = ~self.exact[block.positions] & ~np.isnan(block.P[:, 0])
+        rows, P, variance = block.positions[unknown], block.P[unknown], block.variance[unknown]
+        above = _row_thresholds(self.tau, None if self.group is None else self.group[rows])
+        columns = [_tail(P, variance, self.calibration, self.rule.decides(), above)]
+        for column, tau in zip(self.named.T[:, :, None], self.of_names, strict=True):
+            columns.append(_tail(P, variance, self.calibration, column, tau))
+        return rows, np.stack(columns, axis=1)
 
 
 def _samples(
@@ -117,16 +149,25 @@ def _samples(
         yield sample
 
 
-def _plausible(
-    rows: Int[np.ndarray, " u"], probability: Float[np.ndarray, " u"]
-) -> Int[np.ndarray, " b"]:
-    """The rows that hold all but a negligible part of the expected members, in order."""
-    order = np.argsort(-probability, kind="stable")
-    held = np.cumsum(probability[order])
-    total = float(held[-1]) if len(held) else 0.0
-    if total <= 0:
+def _plausible(table: ScoreTable, tails: _Tails) -> Int[np.ndarray, " b"]:
+    """The rows that hold all but a negligible part of the expected members, in order.
+
+    Those whose probability exceeds what each row may be left out with. Totals are sums of whole
+    numbers, so that they do not depend on the blocks.
+    """
+    totals, unknown = 0, 0
+    for block in table.blocks():
+        rows, probability = tails(block)
+        totals = totals + np.floor(probability * _UNIT).astype(np.int64).sum(axis=0)
+        unknown += len(rows)
+    if not unknown:
         return np.empty(0, dtype=np.int64)
-    return np.sort(rows[order[: int(np.searchsorted(held, (1 - _NEGLIGIBLE) * total)) + 1]])
+    least = _NEGLIGIBLE * np.asarray(totals, dtype=np.float64) / _UNIT / unknown
+    found = []
+    for block in table.blocks():
+        rows, probability = tails(block)
+        found.append(rows[(probability > least).any(axis=1)])
+    return np.concatenate(found)
 
 
 def _named_recall(
@@ -138,55 +179,58 @@ def _named_recall(
     return exact[head].mean(axis=0)
 
 
-def _kth(scores: Float[np.ndarray, "n 1"], k: int) -> Float[np.ndarray, " 1"]:
-    """The k-th largest score."""
-    there = scores[~np.isnan(scores)]
-    return np.partition(there, len(there) - k)[len(there) - k : len(there) - k + 1]
-
-
-def reaches(rule: Rule, selected: Selection, P: Float[np.ndarray, "n m"]) -> Bool[np.ndarray, " n"]:
-    """Which rows have a deciding score at the selection's threshold or above (NaN: no)."""
-    mixed = P @ rule.decides()
-    tau = _thresholds(rule, selected)
+def reaches(
+    rule: Rule,
+    selected: Selection,
+    P: Float[np.ndarray, "r m"],
+    positions: Int[np.ndarray, " r"],
+) -> Bool[np.ndarray, " r"]:
+    """Which of these rows have a deciding score at the selection's threshold or above."""
+    mixed, tau = P @ rule.decides(), _own_thresholds(rule, selected, positions)
     # A sum of columns may differ from the rule's own in its last bits.
     near = (mixed >= tau) | np.isclose(mixed, tau, rtol=1e-9, atol=0.0)
     return np.asarray(near.any(axis=1))
 
 
-def on_threshold(
-    rule: Rule, selected: Selection, P: Float[np.ndarray, "n m"]
-) -> Bool[np.ndarray, " n"]:
-    """Which rows hold the selection's thresholds: the best ones that were not selected."""
-    close = np.isclose(P @ rule.decides(), _thresholds(rule, selected), rtol=1e-9, atol=0.0)
-    held = np.asarray(close.any(axis=1))
-    held[selected.order] = False
-    return held
+def on_threshold(rule: Rule, selected: Selected) -> Int[np.ndarray, " t"]:
+    """The rows that hold the selection's thresholds: the best ones that were not selected."""
+    tau = _own_thresholds(rule, selected.selection, selected.rows)
+    close = np.isclose(selected.P @ rule.decides(), tau, rtol=1e-9, atol=0.0).any(axis=1)
+    return np.setdiff1d(selected.rows[close], selected.selection.order)
+
+
+def _own_thresholds(
+    rule: Rule, selected: Selection, positions: Int[np.ndarray, " r"]
+) -> np.ndarray:
+    group = None if selected.group is None else selected.group[positions]
+    return _row_thresholds(_thresholds(rule, selected), group)
 
 
 def _thresholds(rule: Rule, selected: Selection) -> np.ndarray:
-    """What a row's deciding scores have to exceed: (c,), or (n, c) with quotas."""
+    """What deciding scores have to exceed: (c,), or (g, c) with quotas."""
     width = rule.decides().shape[1]
     tau = np.asarray(selected.tau, dtype=np.float64)
-    if selected.group is not None:
-        tau = tau[:, selected.group].T
+    tau = tau.T if selected.group is not None else tau
     return np.broadcast_to(tau, (*tau.shape[:-1], width))
 
 
+def _row_thresholds(tau: np.ndarray, group: Int[np.ndarray, " r"] | None) -> np.ndarray:
+    """(c,), or with quotas the thresholds of each row's group (r, c)."""
+    return tau if group is None else tau[group]
+
+
 def _tail(
-    P: Float[np.ndarray, "n m"],
-    variance: Float[np.ndarray, " n"],
+    P: Float[np.ndarray, "b m"],
+    variance: Float[np.ndarray, " b"],
     calibration: Calibration,
     mix: Float[np.ndarray, "m c"],
     threshold: np.ndarray,
-    rows: Int[np.ndarray, " b"],
 ) -> Float[np.ndarray, " b"]:
     """The probability that one of P @ mix exceeds its threshold, the columns taken as independent.
 
-    threshold: (c,), or (n, c).
+    threshold: (c,), or (b, c).
     """
     scaled = mix * calibration.scale[:, None]
     deviation = np.sqrt(np.einsum("mc,mk,kc->c", scaled, calibration.correlation, scaled))
-    unit = np.sqrt(variance[rows])[:, None] * np.maximum(deviation, np.finfo(float).tiny)
-    tau = threshold if threshold.ndim == 1 else threshold[rows]
-    below = (tau - P[rows] @ mix) / unit
-    return -np.expm1(norm.logcdf(below).sum(axis=1))
+    unit = np.sqrt(variance)[:, None] * np.maximum(deviation, np.finfo(float).tiny)
+    return -np.expm1(norm.logcdf((threshold - P @ mix) / unit).sum(axis=1))

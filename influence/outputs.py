@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,15 @@ from influence import storage
 from influence.candidates import read_examples, read_table
 from influence.catalogue import Catalogue
 from influence.schemas import SELECTION_FIELDS, scores_schema
+from influence.score_table import ScoreTable
 from influence.selection import Selection
 
 ROWS_PER_PART = 500_000
+# Numbers of a part of scores/ at most: 2^24 float64 are 128 MiB.
+VALUES_PER_PART = 1 << 24
+WRITERS = 4
 SAMPLE_ROWS = 10
+_OF_SAMPLE = ("score", "target", "weight")
 SAMPLE_CHARACTERS = 1_500
 # Besides the parts of scores/ and selection/. The manifest is last: it says that a run began here.
 RESULTS = (
@@ -31,6 +38,7 @@ RESULTS = (
     "report.html",
     "manifest.json",
 )
+ColumnsOf = Callable[[np.ndarray, np.ndarray], Mapping[str, Any]]
 _PART = re.compile(r"part-\d+\.parquet")
 
 
@@ -51,34 +59,68 @@ def write_scores(
     run: str,
     catalogue: Catalogue,
     names: Sequence[str],
-    columns: Mapping[str, Any],
+    table: ScoreTable,
+    columns: ColumnsOf,
 ) -> int:
     """Write `scores/part-*.parquet`, one row per candidate; returns the number of parts.
 
-    `columns` holds `score`, `weight`, `exact` (arrays of length n), `target` (list) and for each
-    name `score.NAME`, `low.NAME`, `high.NAME`; NaN becomes null.
+    `columns` makes of some rows' positions and scores `score`, `weight`, `exact` (arrays),
+    `target` (list) and for each name `score.NAME`, `low.NAME`, `high.NAME`; NaN becomes null.
+    Memory for a few parts.
     """
     schema = scores_schema(list(names))
+    wide = table.columns + 3 * len(names) + 8
+    rows = max(1, min(ROWS_PER_PART, VALUES_PER_PART // wide))
+    parts = (
+        _score_part(catalogue, schema, start, columns(start + np.arange(len(P)), P))
+        for start, P in _parts_of(table, rows)
+    )
+    return _write_parts(storage.join(run, "scores"), parts)
+
+
+def _parts_of(table: ScoreTable, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(first position, scores) of `rows` rows at a time; NaN for a row without any."""
+    start, P = 0, np.full((min(rows, table.size), table.columns), np.nan)
+    for block in table.blocks():
+        done = 0
+        while done < len(block.positions):
+            stop = start + len(P)
+            upto = int(np.searchsorted(block.positions, stop))
+            P[block.positions[done:upto] - start] = block.P[done:upto]
+            done = max(done, upto)
+            if done < len(block.positions):
+                yield start, P
+                start, P = stop, np.full((min(rows, table.size - stop), table.columns), np.nan)
+    while True:
+        yield start, P
+        start += len(P)
+        if start >= table.size:
+            return
+        P = np.full((min(rows, table.size - start), table.columns), np.nan)
+
+
+def _score_part(
+    catalogue: Catalogue, schema: pa.Schema, start: int, columns: Mapping[str, Any]
+) -> pa.Table:
+    part = slice(start, start + len(columns["score"]))
     own = {
-        "id": catalogue.ids,
-        "source": catalogue.sources,
-        "n_tokens": catalogue.n_tokens,
-        "n_response_tokens": catalogue.n_response_tokens,
-        "truncated": catalogue.truncated,
-        "reason": catalogue.reason,
+        "id": catalogue.ids[part].arrow,
+        "source": catalogue.sources[part].arrow,
+        "n_tokens": catalogue.n_tokens[part],
+        "n_response_tokens": catalogue.n_response_tokens[part],
+        "truncated": catalogue.truncated[part],
+        "reason": catalogue.reason[part].arrow,
     }
     arrays = []
     for field in schema:
-        values = own.get(field.name, columns.get(field.name))
-        if isinstance(values, np.ndarray) and values.dtype.kind == "f" and field.nullable:
+        values: Any = own.get(field.name, columns.get(field.name))
+        if isinstance(values, pa.Array):
+            arrays.append(values.cast(field.type))
+        elif isinstance(values, np.ndarray) and values.dtype.kind == "f" and field.nullable:
             arrays.append(pa.array(values, type=field.type, mask=np.isnan(values)))
         else:
             arrays.append(pa.array(values, type=field.type))
-    table = pa.Table.from_arrays(arrays, schema=schema)
-    starts = range(0, max(1, table.num_rows), ROWS_PER_PART)
-    parts = [table.slice(start, ROWS_PER_PART) for start in starts]
-    _write_parts(storage.join(run, "scores"), parts)
-    return len(parts)
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def write_selection(
@@ -87,12 +129,12 @@ def write_selection(
     """Write `selection/part-*.parquet` and `selection.jsonl`, best first.
 
     Each row has its input columns, then rank (from 1), score, and weight of mean 1 (w k / n).
-    `scores` (n,) is the `score` column of the whole pool.
+    `scores` (k,) is the `score` column of the selected rows.
     """
     order = selection.order
     table = _input_rows(catalogue, order)
     weights = selection.weights * len(order) / selection.n_scored
-    added = [np.arange(1, len(order) + 1), scores[order], weights]
+    added = [np.arange(1, len(order) + 1), scores, weights]
     for field, values in zip(SELECTION_FIELDS, added, strict=True):
         if field.name in table.column_names:
             # The pool is itself an earlier selection: its rank, score and weight are superseded.
@@ -108,17 +150,19 @@ def write_selection(
 def write_samples(
     run: str,
     catalogue: Catalogue,
-    columns: Mapping[str, Any],
+    positions: Mapping[str, np.ndarray],
+    columns: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Write `samples.json`: the best and the worst scored rows with their text, cut to a length."""
-    scores = np.asarray(columns["score"])
-    scored = np.flatnonzero(~np.isnan(scores))
-    ranked = scored[np.argsort(-scores[scored], kind="stable")]
-    worst = ranked[::-1][:SAMPLE_ROWS]
-    samples = {"best": ranked[:SAMPLE_ROWS], "worst": worst}
+    """Write `samples.json`: the `best` and the `worst` rows with their text, cut to a length.
+
+    `columns` holds score, target and weight of either's rows.
+    """
     document = {
-        kind: [_sample(catalogue, int(position), columns) for position in positions]
-        for kind, positions in samples.items()
+        kind: [
+            _sample(catalogue, int(position), {k: columns[kind][k][i] for k in _OF_SAMPLE})
+            for i, position in enumerate(rows)
+        ]
+        for kind, rows in positions.items()
     }
     data = json.dumps(document, ensure_ascii=False, indent=1).encode()
     storage.put(storage.join(run, "samples.json"), data)
@@ -152,9 +196,9 @@ def _sample(catalogue: Catalogue, position: int, columns: Mapping[str, Any]) -> 
     return {
         "id": catalogue.ids[position],
         "source": catalogue.sources[position],
-        "score": float(columns["score"][position]),
-        "target": columns["target"][position],
-        "weight": float(columns["weight"][position]),
+        "score": float(columns["score"]),
+        "target": columns["target"],
+        "weight": float(columns["weight"]),
         "messages": messages,
     }
 
@@ -221,14 +265,27 @@ def _as_text(table: pa.Table, names: set[str]) -> pa.Table:
     return table
 
 
-def _write_parts(folder: str, parts: list[pa.Table]) -> None:
-    names = [f"part-{index:05d}.parquet" for index in range(len(parts))]
-    for name, part in zip(names, parts, strict=True):
-        storage.put(storage.join(folder, name), _parquet(part))
+def _write_parts(folder: str, parts: Iterable[pa.Table]) -> int:
+    """Put the parts, a few at once; returns their number."""
+    names: list[str] = []
+    with ThreadPoolExecutor(WRITERS) as writers:
+        ahead: deque[Future[None]] = deque()
+        for part in parts:
+            names.append(f"part-{len(names):05d}.parquet")
+            if len(ahead) == WRITERS:
+                ahead.popleft().result()
+            ahead.append(writers.submit(_put_part, storage.join(folder, names[-1]), part))
+        for written in ahead:
+            written.result()
     for info in storage.list_objects(folder):
         name = info.url.rsplit("/", 1)[1]
         if _PART.fullmatch(name) and name not in names:
             storage.delete(info.url)  # a part of an earlier, larger result of this run directory
+    return len(names)
+
+
+def _put_part(url: str, part: pa.Table) -> None:
+    storage.put(url, _parquet(part))
 
 
 def _parquet(table: pa.Table) -> bytes:

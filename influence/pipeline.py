@@ -22,6 +22,7 @@ from influence.model_shape import model_shape
 from influence.progress import Progress
 from influence.replica import load_tokenizer
 from influence.run_log import RunLog
+from influence.score_shards import score_units
 from influence.tokenization import template_fingerprint
 from influence.units import ExactUnits, Unit, range_units
 
@@ -124,14 +125,27 @@ def influence_distillation(job: Job, reduce: Any) -> None:
         _rounds(job, reduce, embedding, exact)
         return
     with timed(job, "regression"):
-        reduce.score_landmarks(embedding, exact)
+        predictor = reduce.fit_landmarks(embedding, exact)
+    scores = predicted(job, embedding, predictor)
+    with timed(job, "scores", quiet=True):
+        reduce.take_predicted(scores)
+
+
+def predicted(job: Job, embedding: list[Unit], predictor: str) -> list[Unit]:
+    """Scores of every candidate by a predictor, where its embedding was made or can be read."""
+    job.fingerprints["scores"], units = score_units(embedding, predictor)
+    run_units(job, units)
+    return units
 
 
 def _rounds(job: Job, reduce: Any, embedding: list[Unit], exact: ExactUnits) -> None:
     """More exact gradients, where the regression says that they decide (`influence.certified`)."""
     while True:
         with timed(job, "regression", quiet=True):
-            step = reduce.certified_step(embedding, exact)
+            predictor = reduce.fit_round(embedding, exact)
+        scores = predicted(job, embedding, predictor)
+        with timed(job, "regression", quiet=True):
+            step = reduce.next_round(scores)
         job.progress.note(step.text)
         if not step.rows:
             return
@@ -157,8 +171,11 @@ def rds(job: Job, reduce: Any) -> None:
         for name, files in job.target_files.items()
     }
     run_units(job, [*(unit for units in targets.values() for unit in units), *embedding])
-    with timed(job, "scores"):
-        reduce.score_embeddings(embedding, targets)
+    with timed(job, "regression", quiet=True):
+        predictor = reduce.fit_means(embedding, targets)
+    scores = predicted(job, embedding, predictor)
+    with timed(job, "scores", quiet=True):
+        reduce.take_cosines(scores)
 
 
 def random(job: Job, reduce: Any) -> None:

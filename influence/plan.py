@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from influence import cost
+from influence.budget import parse_budget
 from influence.catalogue import Catalogue
 from influence.config import Config
 from influence.cost import Load, ReplicaMemory, StageCost
@@ -28,7 +29,6 @@ from influence.progress import Progress
 from influence.reducer import Reducer
 from influence.replica import resolve_dtype
 from influence.run_log import RunLog
-from influence.selection import parse_budget
 from influence.units import Unit, range_units
 
 # What matrix products of this kind reach of a machine's rate for large ones: measured on

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from influence.errors import InputError
+from influence.text_columns import Labels
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,12 @@ def open_quotas(
     """
     _check_shares(per_source)
     names = (*per_source, "")
-    # Not through an array of strings: numpy gives every one of them the room of the longest.
-    labels = sorted(set(sources))
-    code = {label: index for index, label in enumerate(labels)}
-    codes = np.fromiter((code[source] for source in sources), np.int64, len(sources))
+    coded = sources if isinstance(sources, Labels) else Labels(sources)
+    used = np.unique(coded.codes)
+    labels = sorted(str(coded.values[code]) for code in used)
+    place = {label: index for index, label in enumerate(labels)}
+    to_label = np.asarray([place.get(str(value), -1) for value in coded.values], dtype=np.int64)
+    codes = to_label[coded.codes]
     matches = [
         next((g for g, key in enumerate(per_source) if fnmatchcase(label, key)), len(per_source))
         for label in labels

@@ -7,7 +7,7 @@ is called directly. Every method returns a small summary, never the arrays.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from influence import landmarks, outputs, scoring, storage
+from influence.budget import parse_budget
 from influence.cache import Cache
 from influence.candidates import SourceFile
 from influence.catalogue import Catalogue
@@ -23,20 +24,29 @@ from influence.certified import Certified, Settings, audit_rows, initial_landmar
 from influence.certified_result import certified_scores, recall_certificate
 from influence.config import Config
 from influence.errors import InputError
+from influence.predictor import (
+    cosine_predictor,
+    posterior_predictor,
+    regression_predictor,
+    write_predictor,
+)
 from influence.quotas import Quota
 from influence.schemas import to_json
+from influence.score_shards import ShardTable
+from influence.score_table import ArrayTable, OverlaidTable, rows_of, scored_rows
 from influence.scores import Scores
-from influence.selected import score_columns, selected_counts, source_counts
-from influence.selection import Rule, parse_budget
+from influence.selected import ScoreColumns, extremes, selected_counts, source_counts
+from influence.selection import Rule, combined_score
 from influence.shard_reader import (
     NO_EMBEDDING,
     check_target_rows,
-    embedding_blocks,
     read_catalogue,
     read_embeddings,
     read_exact_scores,
 )
+from influence.table_selection import select_table
 from influence.target_columns import mean_vectors, target_columns
+from influence.text_columns import Labels
 from influence.units import ExactUnits, Unit
 from influence.weights import id_ranks
 
@@ -116,9 +126,8 @@ class Reducer:
                 f"method influence_distillation needs at least 4 candidates that can be scored; "
                 f"found {len(eligible)}: use method: exact"
             )
-        sources = [pool.sources[position] for position in eligible]
-        digests = [pool.digests[position] for position in eligible]
-        keys = landmarks.row_keys(self.config.seed, digests)
+        sources = Labels.of(pool.sources.codes[eligible], pool.sources.values)
+        keys = landmarks.row_keys(self.config.seed, pool.digests)[eligible]
         count = config.count
         if config.choose == "certified":
             count = initial_landmarks(len(eligible), count, config.initial)
@@ -139,16 +148,15 @@ class Reducer:
             found.setdefault(column.target, []).append(per_file[0])
         return found
 
-    def score_landmarks(self, embedding: Sequence[Unit], exact: ExactUnits) -> None:
-        """Fit on the landmarks' exact scores and predict every other candidate, shard by shard.
+    def fit_landmarks(self, embedding: Sequence[Unit], exact: ExactUnits) -> str:
+        """Fit on the landmarks' exact scores; returns the key of what predicts every other row.
 
         The kernel `linear` sees the embeddings with their lengths, the others unit rows. A
-        prediction depends on the regression and on the rows of its own shard alone.
+        prediction depends on the regression and on the row alone.
         """
-        pool, config = self._pool, self.config.landmarks
-        lengths = config.kernel == "linear"
+        config, lengths = self.config.landmarks, self._lengths
         positions, scores = self._exact_scores(exact)
-        X = read_embeddings(self.cache, embedding, pool, positions, lengths=lengths)
+        X = read_embeddings(self.cache, embedding, self._pool, positions, lengths=lengths)
         usable = np.isfinite(X).all(axis=1)
         positions, Y = positions[usable], scores.P[usable]
         halves = None if scores.halves is None else scores.halves[:, usable]
@@ -158,41 +166,59 @@ class Reducer:
             # For the certificate: what the regression would say had it seen one half alone.
             both = solve(np.concatenate([*halves], axis=1)).loo_predictions
             loo_halves = np.stack(np.split(both, 2, axis=1))
-        P = self._embedded_scores(
-            embedding, lambda rows: landmarks.predict(model, rows), lengths=lengths
-        )
-        P[positions] = Y
-        exact_rows = np.zeros(len(pool), dtype=bool)
-        exact_rows[positions] = True
-        self.scores = Scores(P, exact_rows, positions, Y, model.loo_predictions, halves, loo_halves)
+        self._landmarks = (positions, Y, model.loo_predictions, halves, loo_halves)
+        predictor = regression_predictor(model, lengths=lengths)
+        return write_predictor(self.config.cache_url, predictor)
 
-    def certified_step(self, embedding: Sequence[Unit], exact: ExactUnits) -> RoundStep:
-        """Take in the exact scores of the last rows asked for, and ask for the next ones."""
-        pool, first = self._pool, self.certified is None
+    def take_predicted(self, units: Sequence[Unit]) -> None:
+        """The score shards of `fit_landmarks`, with the landmarks' exact scores over them."""
+        positions, Y, loo, halves, loo_halves = self._landmarks
+        table = OverlaidTable(self._shard_table(units), positions, Y, np.empty(0, np.int64))
+        exact = np.zeros(len(self._pool), dtype=bool)
+        exact[positions] = True
+        self.scores = Scores(table, exact, positions, Y, loo, halves, loo_halves)
+
+    def fit_round(self, embedding: Sequence[Unit], exact: ExactUnits) -> str:
+        """Take in the exact scores of the last rows asked for, and fit again.
+
+        Returns the key of what the process believes of every row.
+        """
+        first = self.certified is None
         if self.certified is None:
             self.certified = self._begin_rounds()
         positions, scores = self._exact_scores(exact, needed=first)
-        lengths = self.config.landmarks.kernel == "linear"
+        lengths = self._lengths
         if len(positions):
-            X = read_embeddings(self.cache, embedding, pool, positions, lengths=lengths)
+            X = read_embeddings(self.cache, embedding, self._pool, positions, lengths=lengths)
             usable = np.isfinite(X).all(axis=1)
             halves = None if scores.halves is None else scores.halves[:, usable]
             self.certified.add(positions[usable], X[usable], scores.P[usable], halves)
-        embedded = np.zeros(len(pool), dtype=bool)
+        predictor = posterior_predictor(self.certified.fit(), lengths=lengths)
+        return write_predictor(self.config.cache_url, predictor)
 
-        def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for where, rows in embedding_blocks(self.cache, embedding, pool, lengths=lengths):
-                embedded[where] = True
-                yield where, rows
-
-        def scorable() -> np.ndarray:
-            pool.exclude(np.flatnonzero(~embedded).tolist(), NO_EMBEDDING)
-            return np.asarray([reason is None for reason in pool.reason])
-
-        step = self.certified.next_step(blocks, scorable)
+    def next_round(self, units: Sequence[Unit]) -> RoundStep:
+        """Ask for the next rows, after the score shards of `fit_round`."""
+        certified = self.certified
+        assert certified is not None
+        step = certified.next_step(self._shard_table(units), np.empty(0, np.int64))
         if step.kind == "done":
-            self.scores = certified_scores(self.certified)
-        return RoundStep(pool.by_file(step.rows.tolist()), step_text(self.certified, step))
+            self.scores = certified_scores(certified)
+        return RoundStep(self._pool.by_file(step.rows.tolist()), step_text(certified, step))
+
+    @property
+    def _lengths(self) -> bool:
+        return self.config.landmarks.kernel == "linear"
+
+    def _shard_table(self, units: Sequence[Unit]) -> ShardTable:
+        """The score shards; rows without an embedding get their reason."""
+        pool = self._pool
+        table = ShardTable(self.cache, units, pool, pool.scorable, len(self.columns.columns))
+        missing = pool.scorable & ~scored_rows(table)
+        if missing.any():
+            pool.exclude(np.flatnonzero(missing).tolist(), NO_EMBEDDING)
+            if not len(pool.eligible):
+                raise InputError(f"not one row could be embedded; reasons: {pool.reasons()}")
+        return table
 
     def _begin_rounds(self) -> Certified:
         pool, config, seed = self._pool, self.config.landmarks, self.config.seed
@@ -209,28 +235,30 @@ class Reducer:
 
     def score_exact(self, exact: ExactUnits) -> None:
         """Exact scores for every candidate."""
-        pool = self._pool
         positions, scores = self._exact_scores(exact)
-        P = np.full((len(pool), len(self.columns.columns)), np.nan)
-        P[positions] = scores.P
-        P[[reason is not None for reason in pool.reason]] = np.nan
-        self.scores = Scores(P, ~np.isnan(P[:, 0]), positions, scores.P, None, scores.halves)
+        scored = self._pool.scorable[positions]
+        positions, P = positions[scored], scores.P[scored]
+        halves = None if scores.halves is None else scores.halves[:, scored]
+        self._all_exact(positions, P, halves)
 
-    def score_embeddings(
-        self, embedding: Sequence[Unit], targets: Mapping[str, Sequence[Unit]]
-    ) -> None:
-        """RDS+: cosine with the targets' mean embeddings."""
-        pool = self._pool
+    def fit_means(self, embedding: Sequence[Unit], targets: Mapping[str, Sequence[Unit]]) -> str:
+        """RDS+: cosine with the targets' mean embeddings; returns the key of what predicts it."""
+        del embedding
         rows = {}
         for name, units in targets.items():
             catalogue = self.targets[name]
             everything = np.arange(len(catalogue))
             rows[name] = read_embeddings(self.cache, units, catalogue, everything)
             check_target_rows(name, catalogue, rows[name])
-        means = mean_vectors(self.columns, rows)
-        P = self._embedded_scores(embedding, lambda rows: scoring.cosine_scores(rows, means))
-        eligible = pool.eligible
-        self._all_exact(eligible, P[eligible])
+        predictor = cosine_predictor(mean_vectors(self.columns, rows))
+        return write_predictor(self.config.cache_url, predictor)
+
+    def take_cosines(self, units: Sequence[Unit]) -> None:
+        """The score shards of `fit_means`."""
+        table = self._shard_table(units)
+        positions = self._pool.eligible
+        none = np.empty((0, len(self.columns.columns)))
+        self.scores = Scores(table, self._pool.scorable, positions, none, None, None)
 
     def score_random(self) -> None:
         """Uniform random numbers, the same in every column."""
@@ -241,8 +269,12 @@ class Reducer:
 
     def select(self) -> dict[str, Any]:
         """Choose the rows and their weights; certify; write every file but the report."""
-        pool, config = self._pool, self.config.selection
-        selection = self._rule(self.scores.P)
+        pool, config, table = self._pool, self.config.selection, self.scores.table
+        certified = self.certified
+        selected = certified.selected if certified is not None else None
+        if selected is None:
+            selected = select_table(self._rule, table)
+        selection = selected.selection
         if self.config.method in ("random", "rds"):
             # These methods rank; the closed form's weights are about gradients only.
             weights = np.full(len(selection.order), selection.n_scored / len(selection.order))
@@ -255,18 +287,24 @@ class Reducer:
             combine=config.combine,
             seed=self.config.seed,
             landmark_choice=landmarks.CHOICES[self.config.landmarks.choose],
-            recall=None if self.certified is None else recall_certificate(self.certified),
+            recall=None if certified is None else recall_certificate(certified),
         )
-        columns = score_columns(self.scores, selection, fidelity, self.columns, config.combine)
+        columns = ScoreColumns.of(self.scores, selection, fidelity, self.columns, config.combine)
         run = self.config.run
-        names = self.columns.names
-        outputs.write_scores(run, pool, names, columns)
-        outputs.write_selection(run, pool, selection, columns["score"])
-        outputs.write_samples(run, pool, columns)
+        outputs.write_scores(run, pool, self.columns.names, table, columns)
+        of_selected = combined_score(
+            selected.scores(selection.order), self.columns.target_of, config.combine
+        )[0]
+        outputs.write_selection(run, pool, selection, of_selected)
+        best, worst = extremes(table, self.columns, config.combine, outputs.SAMPLE_ROWS)
+        samples = {"best": best, "worst": worst}
+        of_samples = {kind: columns(p, rows_of(table, p).P) for kind, p in samples.items()}
+        outputs.write_samples(run, pool, samples, of_samples)
         self._write_landmarks()
         storage.put(storage.join(run, "fidelity.json"), to_json(fidelity))
+        counts = selected_counts(pool, selection, table, self.columns)
         return {
-            "counts": {**self.counts(), **selected_counts(pool, selection, columns, names)},
+            "counts": {**self.counts(), **counts},
             "sources": source_counts(pool, selection),
             "fidelity": fidelity.model_dump(),
         }
@@ -304,30 +342,13 @@ class Reducer:
             needed=needed,
         )
 
-    def _embedded_scores(
-        self,
-        embedding: Sequence[Unit],
-        score: Callable[[np.ndarray], np.ndarray],
-        *,
-        lengths: bool = False,
-    ) -> np.ndarray:
-        """Scores (n x m) of every row by its embedding; a row without one gets its reason."""
-        pool = self._pool
-        P = np.full((len(pool), len(self.columns.columns)), np.nan)
-        embedded = np.zeros(len(pool), dtype=bool)
-        for where, rows in embedding_blocks(self.cache, embedding, pool, lengths=lengths):
-            P[where] = score(rows)
-            embedded[where] = True
-        pool.exclude(np.flatnonzero(~embedded).tolist(), NO_EMBEDDING)
-        if not len(pool.eligible):
-            raise InputError(f"not one row could be embedded; reasons: {pool.reasons()}")
-        P[[reason is not None for reason in pool.reason]] = np.nan
-        return P
-
-    def _all_exact(self, positions: np.ndarray, values: np.ndarray) -> None:
+    def _all_exact(
+        self, positions: np.ndarray, values: np.ndarray, halves: np.ndarray | None = None
+    ) -> None:
         P = np.full((len(self._pool), values.shape[1]), np.nan)
         P[positions] = values
-        self.scores = Scores(P, ~np.isnan(P[:, 0]), positions, values, None, None)
+        exact = ~np.isnan(P[:, 0])
+        self.scores = Scores(ArrayTable(P), exact, positions, values, None, halves)
 
     def _write_landmarks(self) -> None:
         url = storage.join(self.config.run, "landmarks.parquet")

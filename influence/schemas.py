@@ -63,6 +63,20 @@ def shard_schema(layout: VectorLayout) -> pa.Schema:
     return pa.schema([*ROW_FIELDS, *vector], metadata=metadata)
 
 
+def score_shard_schema(layout: VectorLayout) -> pa.Schema:
+    """Schema of a shard of predicted scores: the row, then its scores and their variance.
+
+    `vector` holds one score per column of the run's targets and, last, the variance; it is null for
+    a row without an embedding.
+    """
+    itemsize = {"float32": 4, "float64": 8}[layout.dtype]
+    fields = [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("vector", pa.binary(itemsize * layout.dim)),
+    ]
+    return pa.schema(fields, metadata={b"vector": layout.model_dump_json().encode()})
+
+
 def layout_of(schema: pa.Schema) -> VectorLayout:
     """Read the vector layout back from a shard's schema metadata."""
     return VectorLayout.model_validate_json((schema.metadata or {})[b"vector"])

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from influence.score_table import ScoreTable
+
 
 @dataclass(frozen=True)
 class Scores:
     """Scores of the whole pool (n rows, m columns); higher is better, NaN has no score.
 
     Attributes:
-        P: every row's scores, exact or predicted.
+        table: every row's scores, exact or predicted.
         exact: rows whose scores are no prediction.
         exact_positions: positions of the rows with exact scores, increasing.
         exact_scores: their scores (r x m).
@@ -23,7 +25,7 @@ class Scores:
         calibration: which of the exact rows were drawn uniformly, or None for all.
     """
 
-    P: Float[np.ndarray, "n m"]
+    table: ScoreTable
     exact: Bool[np.ndarray, "n"]
     exact_positions: Int[np.ndarray, "r"]
     exact_scores: Float[np.ndarray, "r m"]

@@ -61,13 +61,6 @@ def sketched_halves(
     return half_products(torch.from_numpy(rows), torch.from_numpy(targets)).numpy()
 
 
-def cosine_scores(
-    units: Float[np.ndarray, "n d"], targets: Float[np.ndarray, "m d"]
-) -> Float[np.ndarray, "n m"]:
-    """Cosine with each target's mean unit embedding (RDS+, arXiv 2503.01807), in float64."""
-    return units.astype(np.float64) @ targets.astype(np.float64).T
-
-
 def random_scores(seed: int, digests: Sequence[bytes]) -> Float[np.ndarray, "n 1"]:
     """Uniform numbers in [0, 1) that depend on the seed and the row's messages alone."""
     key = seed.to_bytes(8, "little")

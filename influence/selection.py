@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from influence.budget import Budget, row_limit
 from influence.errors import InputError
 from influence.quotas import Quota, QuotaState, open_quotas
 from influence.weights import id_ranks, ranked, round_robin_weights
 
 COMBINATIONS = ("mean", "max", "round_robin")
-_BUDGET = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKmMbB]?)\s*(%|rows|tokens)?\s*")
-_SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-_BUDGET_FORMS = "expected a number of rows (5000), a percentage (5%) or tokens (2M tokens)"
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much to select; exactly one field is set. `share` is of the scored rows, in (0, 1]."""
-
-    rows: int | None = None
-    share: float | None = None
-    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,37 +82,6 @@ class Rule:
         return (1.0 / (size * len(targets)))[:, None]
 
 
-def parse_budget(text: str | int | float) -> Budget:
-    """`5000`, `5%`, `2M tokens`, `500k tokens`; raises InputError naming selection.budget."""
-    if isinstance(text, bool):
-        raise InputError(f"selection.budget: {text}; {_BUDGET_FORMS}")
-    if isinstance(text, int | float):
-        if 0 < text < 1:
-            raise InputError(
-                f"selection.budget: {text} is neither rows nor a percentage; write {text * 100:g}%"
-            )
-        if text < 1 or not np.isfinite(text) or text != int(text):
-            raise InputError(f"selection.budget: {text}; {_BUDGET_FORMS}")
-        return Budget(rows=int(text))
-    match = _BUDGET.fullmatch(text)
-    if match is None:
-        raise InputError(f"selection.budget: {text!r}; {_BUDGET_FORMS}")
-    number, suffix, unit = match.groups()
-    value = float(number.replace("_", ""))
-    if unit == "%":
-        if suffix or not 0 < value <= 100:
-            raise InputError(f"selection.budget: {text!r}; expected a percentage in (0, 100]")
-        return Budget(share=value / 100)
-    if unit is None and not suffix and 0 < value < 1:
-        return parse_budget(value)
-    count = value * _SUFFIX[suffix.lower()]
-    if count < 1 or abs(count - round(count)) > 1e-6:
-        raise InputError(f"selection.budget: {text!r} is no whole number; {_BUDGET_FORMS}")
-    if unit == "tokens":
-        return Budget(tokens=round(count))
-    return Budget(rows=round(count))
-
-
 def combined_score(
     P: Float[np.ndarray, "n m"], column_target: Int[np.ndarray, " m"], combine: str
 ) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
@@ -187,56 +144,97 @@ def select(
 
 
 def _select(rule: Rule, P: Float[np.ndarray, "n m"]) -> Selection:
-    P, column_target = _check_scores(P, rule.column_target, rule.combine)
-    combine, budget, n_tokens = rule.combine, rule.budget, rule.n_tokens
-    scored = ~np.isnan(P[:, 0])
+    P, _ = _check_scores(P, rule.column_target, rule.combine)
+    terms = terms_of(rule, ~np.isnan(P[:, 0]))
+    return pick(rule, P, terms, np.arange(len(P)))
+
+
+class OutOfRowsError(Exception):
+    """The rows that a selection is made from do not hold what the budget does."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a rule means for a pool: rows to take, its quotas, the rows with scores."""
+
+    k: int
+    exceeds: bool
+    n_scored: int
+    quotas: QuotaState | None
+
+
+def terms_of(rule: Rule, scored: Bool[np.ndarray, " n"]) -> Terms:
+    """The rule for a pool of which these rows have scores.
+
+    Raises InputError naming the config key for infeasible quotas, or if there is no scored row.
+    """
     n_scored = int(np.count_nonzero(scored))
     if not n_scored:
         raise InputError("selection: no candidate has a score; see the reasons in the report")
-    k, exceeds = _row_limit(budget, scored, n_tokens)
-    quotas = _quotas(rule.per_source, rule.sources, scored, k, budget) if rule.per_source else None
-    best = None
-    scores = P
-    turns = _turns(column_target)
-    if combine != "round_robin":
-        score, best = combined_score(P, column_target, combine)
-        scores, turns = score[:, None], [[0]]
-    tokens = n_tokens if budget.tokens is not None else None
-    order, picker = _take(scores, turns, rule.ranks, k, quotas, tokens, budget.tokens)
+    k, exceeds = row_limit(rule.budget, scored, rule.n_tokens)
+    quotas = None
+    if rule.per_source:
+        if rule.budget.tokens is not None:
+            raise InputError(
+                "selection.per_source: quotas are shares of rows and do not go with a token "
+                "budget; write selection.budget in rows or as a percentage"
+            )
+        if rule.sources is None:
+            raise InputError("selection.per_source: the candidates carry no source; drop the quota")
+        quotas = open_quotas(rule.per_source, rule.sources, scored, k)
+    return Terms(k, exceeds, n_scored, quotas)
+
+
+def deciding(rule: Rule, P: Float[np.ndarray, "b m"]) -> Float[np.ndarray, "b c"]:
+    """The scores that the rule ranks rows by: one for `mean` and `max`, else every column."""
+    if rule.combine == "round_robin":
+        return P
+    return combined_score(P, rule.column_target, rule.combine)[0][:, None]
+
+
+def pick(
+    rule: Rule, P: Float[np.ndarray, "s m"], terms: Terms, rows: Int[np.ndarray, " s"]
+) -> Selection:
+    """The selection, if `rows` of the pool (with these scores) hold whatever can be taken.
+
+    `rule` and `terms` are those of the whole pool. Positions in the result are the pool's.
+    """
+    budget, quotas = rule.budget, terms.quotas
+    scores = deciding(rule, P)
+    best, turns = None, _turns(np.asarray(rule.column_target))
+    if rule.combine != "round_robin":
+        best, turns = combined_score(P, rule.column_target, rule.combine)[1], [[0]]
+    group = None if quotas is None else quotas.group[rows]
+    if quotas is not None and group is not None:
+        # Copies: taking rows uses the quotas up.
+        quotas = replace(
+            quotas,
+            group=group,
+            barred=quotas.barred[rows],
+            owed=quotas.owed.copy(),
+            room=quotas.room.copy(),
+        )
+    tokens = None
+    if budget.tokens is not None and rule.n_tokens is not None:
+        tokens = np.asarray(rule.n_tokens)[rows]
+    order, picker = _take(scores, turns, rule.ranks[rows], terms.k, quotas, tokens, budget.tokens)
     if not len(order):
         raise InputError(
             f"selection.budget: {budget.tokens} tokens hold not even the best row; expected more"
         )
     picks = [order[picker == column] for column in range(scores.shape[1])]
-    weights, tau = round_robin_weights(scores, picks, None if quotas is None else quotas.group)
+    weights, tau = round_robin_weights(scores, picks, group, n_scored=terms.n_scored)
     return Selection(
-        order=order,
+        order=rows[order],
         weights=weights[order],
         column=picker if best is None else best[order],
         score=np.asarray(scores[order, picker], dtype=np.float64),
         tau=tau,
         groups=() if quotas is None else quotas.names,
-        n_scored=n_scored,
-        budget_exceeds_pool=exceeds,
-        group=None if quotas is None else quotas.group,
+        n_scored=terms.n_scored,
+        budget_exceeds_pool=terms.exceeds,
+        group=None if terms.quotas is None else terms.quotas.group,
     )
-
-
-def _quotas(
-    per_source: Mapping[str, Quota],
-    sources: Sequence[str] | None,
-    scored: Bool[np.ndarray, " n"],
-    k: int,
-    budget: Budget,
-) -> QuotaState:
-    if budget.tokens is not None:
-        raise InputError(
-            "selection.per_source: quotas are shares of rows and do not go with a token "
-            "budget; write selection.budget in rows or as a percentage"
-        )
-    if sources is None:
-        raise InputError("selection.per_source: the candidates carry no source; drop the quota")
-    return open_quotas(per_source, sources, scored, k)
 
 
 def _check_scores(
@@ -259,22 +257,6 @@ def _check_scores(
             "score for every target or for none: check this target's gradients"
         )
     return P, column_target
-
-
-def _row_limit(budget: Budget, scored: np.ndarray, n_tokens: np.ndarray | None) -> tuple[int, bool]:
-    """The most rows the budget can hold, and whether it is larger than the pool."""
-    n = int(np.count_nonzero(scored))
-    if budget.tokens is not None:
-        if n_tokens is None or len(n_tokens) != len(scored):
-            raise InputError("selection.budget: a token budget needs the tokens of every row")
-        tokens = np.asarray(n_tokens)[scored]
-        shortest = max(1, int(tokens.min()))
-        return min(n, budget.tokens // shortest), bool(budget.tokens > tokens.sum())
-    if budget.share is not None:
-        return max(1, round(budget.share * n)), False
-    if budget.rows is None or budget.rows < 1:
-        raise InputError(f"selection.budget: {budget}; {_BUDGET_FORMS}")
-    return min(budget.rows, n), budget.rows > n
 
 
 def _turns(column_target: Int[np.ndarray, " m"]) -> list[list[int]]:
@@ -328,4 +310,4 @@ def _next_free(head: Int[np.ndarray, " _"], start: int, barred: np.ndarray) -> i
             return start + int(free[0])
         start += size
         size *= 2
-    raise AssertionError("a column ran out of rows although the budget was checked")
+    raise OutOfRowsError("a column ran out of rows")

@@ -12,7 +12,7 @@ from functools import reduce
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from influence import scoring
 from influence.cache import Cache, Shard
@@ -53,6 +53,25 @@ def read_catalogue(cache: Cache, units: Sequence[Unit], *, drop_duplicates: bool
     return build_catalogue(list(files.values()), tables, drop_duplicates=drop_duplicates)
 
 
+def usable_embeddings(
+    shard: Shard, *, lengths: bool
+) -> tuple[Bool[np.ndarray, " b"], np.ndarray | None]:
+    """(which rows have a usable embedding, those rows' embeddings, or None where there is none).
+
+    Unit rows as they were stored, or with `lengths` as they were before, in float32.
+    """
+    norm = shard.floats("norm")
+    usable = scoring.usable_norm(norm)
+    if not usable.any():
+        return usable, None  # its vectors have no width
+    vectors = shard.vectors()
+    usable &= np.isfinite(vectors).all(axis=1)
+    kept = vectors[usable]
+    if lengths:
+        kept = kept.astype(np.float32) * norm[usable, None].astype(np.float32)
+    return usable, kept
+
+
 def embedding_blocks(
     cache: Cache, units: Sequence[Unit], catalogue: Catalogue, *, lengths: bool = False
 ) -> Iterator[tuple[Int[np.ndarray, " b"], Float[np.ndarray, "b e"]]]:
@@ -62,17 +81,11 @@ def embedding_blocks(
     A shard without a usable row is passed over. Rows that are duplicates are there, too.
     """
     for unit, shard in read_shards(cache, units):
-        norm = shard.floats("norm")
-        usable = scoring.usable_norm(norm)
-        if not usable.any():
-            continue  # its vectors have no width
-        vectors = shard.vectors()
-        usable &= np.isfinite(vectors).all(axis=1)
-        kept = vectors[usable].astype(np.float32)
-        if lengths:
-            kept *= norm[usable, None].astype(np.float32)
+        usable, kept = usable_embeddings(shard, lengths=lengths)
+        if kept is None:
+            continue
         rows = shard.table.column("row").to_numpy()[usable]
-        yield catalogue.positions(unit.file, rows), kept
+        yield catalogue.positions(unit.file, rows), kept.astype(np.float32)
 
 
 def read_embeddings(

@@ -16,14 +16,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from influence.errors import InputError
+from influence.text_columns import Texts
 
 
 def id_ranks(ids: Sequence[str]) -> Int[np.ndarray, " n"]:
     """The place of every row in the order of ids, equal ids by position: the tie breaker."""
-    ranks = np.empty(len(ids), dtype=np.int64)
-    # Not through an array of strings: numpy gives every one of them the room of the longest.
-    ranks[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
-    return ranks
+    return (ids if isinstance(ids, Texts) else Texts(ids)).ranks()
 
 
 def ranked(
@@ -42,13 +40,16 @@ def round_robin_weights(
     P: Float[np.ndarray, "n m"],
     picks: Sequence[Int[np.ndarray, " _"]],
     groups: Int[np.ndarray, " n"] | None = None,
+    *,
+    n_scored: int | None = None,
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " m"] | Float[np.ndarray, "m g"]]:
     """(weights (n,), tau) of rows that several columns picked in turn.
 
     `picks[c]` are the positions that column c picked (a position may be in several). tau_c is
     the largest P[:, c] among rows that no column picked, so that with one column this is the closed
     form of the module's docstring. A row's weight is the sum over the columns that picked it of
-    P[row, c] - tau_c, scaled so that all weights sum to n, the number of rows with scores.
+    P[row, c] - tau_c, scaled so that all weights sum to n, the number of rows with scores
+    (`n_scored`, where P holds only some of them).
     With `groups` (the quota group of every row, 0..g-1) tau is one number per column and group, and
     a pick is held against its own group; a group with no row left takes the column's overall tau.
     Equal weights for all picks where a pick does not exceed its tau, or where no row is left
@@ -78,10 +79,11 @@ def round_robin_weights(
         excess = p[rows] - tau[column, code[rows]]
         closed_form = closed_form and bool(np.all(excess > 0))
         raw[rows] += excess
-    total = int(np.count_nonzero(scored))
+    total = int(np.count_nonzero(scored)) if n_scored is None else n_scored
     if not closed_form:
         raw = selected.astype(np.float64)
-    weights = raw * (total / raw.sum())
+    # The sum of the selected rows alone: its order does not depend on which others are there.
+    weights = raw * (total / raw[selected].sum())
     return weights, tau[:, 0] if groups is None else tau
 
 

@@ -25,6 +25,7 @@ from influence.config import Config
 from influence.errors import InputError, ModelLoadError
 from influence.fingerprints import embedding_values
 from influence.loss import Reduction
+from influence.predictor import Mapper, Predictor, read_predictor
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
 from influence.schemas import (
     ROW_FIELDS,
@@ -33,6 +34,7 @@ from influence.schemas import (
     shard_schema,
     target_vector_schema,
 )
+from influence.score_shards import score_table_of
 from influence.stages import StageSettings, Toolbox, Vectors
 from influence.tokenization import Encoded, make_encoder
 from influence.units import Bundle, Unit
@@ -72,6 +74,7 @@ class Worker:
         self._encode: Any = None
         self._toolbox: Toolbox | None = None
         self._load_error: ModelLoadError | None = None
+        self._mapper: tuple[str, Predictor, Mapper] | None = None
         self._model_free = 0.0
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._io_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
@@ -89,6 +92,8 @@ class Worker:
             return [
                 UnitResult(member.key, "exists", 0, 0, 0.0, 0.0, None) for member in bundle.units
             ]
+        if unit.stage == "scores":
+            return [self._model_thread.submit(self._score, unit).result()]
         encoded = self._io_thread.submit(self._read, unit).result()
         tokens = sum(row.n_tokens for row in encoded if row.reason is None)
         if unit.stage == "catalogue":
@@ -134,16 +139,42 @@ class Worker:
             return self._encode(read_rows(unit.file, unit.rows, unit.group_by))
         return self._encode(read_examples(unit.file, unit.first, unit.last, unit.group_by))
 
+    def _score(self, unit: Unit) -> UnitResult:
+        """Predicted scores of the rows of one embedding shard; needs no model."""
+        start = time.monotonic()
+        key, embedding = unit.needs
+        if self._mapper is None or self._mapper[0] != key:
+            predictor = read_predictor(self.config.cache_url, key)
+            self._mapper = (key, predictor, Mapper(predictor, self._device()))
+        _, predictor, mapper = self._mapper
+        table = score_table_of(self.cache.read(embedding), predictor, mapper)
+        meta = {
+            "stage": unit.stage,
+            "fingerprint": unit.fingerprint,
+            "first": unit.first,
+            "last": unit.last,
+            "device": self._device(),
+            "torch": torch.__version__,
+        }
+        outcome = self.cache.commit(unit, table, meta)
+        seconds = time.monotonic() - start
+        return UnitResult(unit.key, outcome, table.num_rows, 0, seconds, 0.0, None)
+
+    def _device(self) -> str:
+        """The device of this replica; on a CPU with as many threads as the config gives it."""
+        device = choose_device(self.config.model.device, self.config.replicas.num_gpus)
+        if device != "cuda":
+            # The number of threads decides the order of sums: fixed by the config alone.
+            torch.set_num_threads(self.config.replicas.num_cpus)
+        return device
+
     def _tools(self) -> Toolbox:
         if self._load_error is not None:
             raise self._load_error
         if self._toolbox is None:
             config = self.config
             dtype = resolve_dtype(config.model.dtype, config.replicas.num_gpus, config.model.device)
-            device = choose_device(config.model.device, config.replicas.num_gpus)
-            if device != "cuda":
-                # The number of threads decides the order of sums: fixed by the config alone.
-                torch.set_num_threads(config.replicas.num_cpus)
+            device = self._device()
             try:
                 replica = load_replica(config.model, dtype, device)
             except ModelLoadError as error:

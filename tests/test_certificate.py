@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from influence.budget import Budget
 from influence.certificate import certificate_of, deciding_score, named_scores
 from influence.fidelity import certify
+from influence.score_table import ArrayTable
 from influence.scores import Scores
-from influence.selection import Budget, combined_score, select
+from influence.selection import combined_score, select
 from influence.target_columns import Column, TargetColumns
 
 COLUMNS = TargetColumns(
@@ -36,20 +38,20 @@ def _scores(seed: int = 0, *, halves: bool = False, predicted: bool = True) -> S
     noise = rng.normal(scale=0.1, size=Y.shape)
     loo = Y + rng.normal(scale=0.7, size=Y.shape) if predicted else None
     if not halves:
-        return Scores(P, exact, positions, Y, loo, None)
+        return Scores(ArrayTable(P), exact, positions, Y, loo, None)
     both = np.stack([Y + noise, Y - noise])
     loo_halves = None
     if loo is not None:
         apart = rng.normal(scale=0.2, size=Y.shape)
         loo_halves = np.stack([loo + apart, loo - apart])
-    return Scores(P, exact, positions, Y, loo, both, loo_halves)
+    return Scores(ArrayTable(P), exact, positions, Y, loo, both, loo_halves)
 
 
 def _select(scores: Scores, combine: str, k: int = 12):
     ids = [f"{i:03d}" for i in range(N)]
     target_of = COLUMNS.target_of
     return select(
-        scores.P, column_target=target_of, ids=ids, budget=Budget(rows=k), combine=combine
+        scores.table.P, column_target=target_of, ids=ids, budget=Budget(rows=k), combine=combine
     )
 
 
@@ -126,13 +128,13 @@ def test_the_whole_is_certified_by_the_combined_score(combine: str):
 def test_the_deciding_score_is_positive_exactly_for_what_round_robin_takes(seed: int, k: int):
     scores = _scores(seed)
     selection = _select(scores, "round_robin", k)
-    margin = deciding_score(selection, COLUMNS, "round_robin")(scores.P)
+    margin = deciding_score(selection, COLUMNS, "round_robin")(scores.table.P)
     # Turns by brute force: target j mod 2, its column (j div 2) mod 2, the best row still free.
     taken: list[int] = []
     for turn in range(k):
         column = 2 * (turn % 2) + (turn // 2) % 2
         free = [i for i in range(3, N) if i not in taken]
-        taken.append(max(free, key=lambda i: scores.P[i, column]))
+        taken.append(max(free, key=lambda i: scores.table.P[i, column]))
     assert set(np.flatnonzero(margin > 0)) == set(taken), "the threshold is not round robin's"
     rest = [i for i in range(3, N) if i not in taken]
     assert margin[rest].max() == pytest.approx(0, abs=1e-12), "the best row left is the threshold"
@@ -142,8 +144,8 @@ def test_the_deciding_score_is_positive_exactly_for_what_round_robin_takes(seed:
 def test_the_deciding_score_ranks_as_the_selection_does(combine: str):
     scores = _scores()
     selection = _select(scores, combine)
-    decides = deciding_score(selection, COLUMNS, combine)(scores.P)
-    expected = combined_score(scores.P, COLUMNS.target_of, combine)[0]
+    decides = deciding_score(selection, COLUMNS, combine)(scores.table.P)
+    expected = combined_score(scores.table.P, COLUMNS.target_of, combine)[0]
     np.testing.assert_array_equal(decides, expected)
     ranked = np.argsort(np.where(np.isnan(decides), np.inf, -decides))[:12]
     assert ranked.tolist() == selection.order.tolist()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from influence.budget import Budget
 from influence.certified import Certified, Settings, audit_rows, initial_landmarks
 from influence.certified_result import (
     audit_bounds,
@@ -15,8 +16,10 @@ from influence.certified_result import (
     reliability_bins,
 )
 from influence.features import make_features
+from influence.posterior import believe
 from influence.quotas import Quota
-from influence.selection import Budget, Rule
+from influence.score_table import ArrayTable, rows_of
+from influence.selection import Rule
 
 N, K = 600, 30
 
@@ -52,12 +55,12 @@ def _run(certified: Certified, pool: Pool, *, shards: int = 7, broken=frozenset(
         usable = np.array([row for row in rows if row not in broken], dtype=np.int64)
         scorable[[row for row in rows if row in broken]] = False
         certified.add(usable, pool.X[usable], pool.Y[usable], None)
-
-        def blocks():
-            for where in np.array_split(np.arange(N), shards):
-                yield where, pool.X[where].astype(np.float32)
-
-        step = certified.next_step(blocks, lambda: scorable)
+        posterior = certified.fit()
+        P, variance = np.empty((N, 2)), np.empty(N)
+        for where in np.array_split(np.arange(N), shards):
+            P[where], variance[where] = believe(posterior, pool.X[where].astype(np.float32))
+        table = ArrayTable(P, variance, step=-(-N // shards))
+        step = certified.next_step(table, np.flatnonzero(~scorable))
         kinds.append(step.kind)
         if step.kind == "done":
             return kinds
@@ -73,9 +76,10 @@ def test_what_is_handed_out_is_exact_and_nearly_all_of_the_truth(combine: str):
         pool, certified = _pool(seed), _begin(combine)
         kinds = _run(certified, pool)
         assert kinds.count("audit") == 1
-        selected = certified.rule(certified.P)
+        selected = certified.selected.selection
         assert certified.exact[selected.order].all(), "an estimate was handed out"
-        np.testing.assert_array_equal(certified.P[certified.exact], pool.Y[certified.exact])
+        scores = rows_of(certified.table, np.flatnonzero(certified.exact)).P
+        np.testing.assert_array_equal(scores, pool.Y[certified.exact])
         truth = certified.rule(pool.Y)
         recalls.append(len(np.intersect1d(truth.order, selected.order)) / K)
         certificate = recall_certificate(certified)
@@ -93,7 +97,7 @@ def test_what_is_handed_out_is_exact_and_nearly_all_of_the_truth(combine: str):
 def test_thresholds_are_exact_so_that_weights_are():
     pool, certified = _pool(1), _begin()
     _run(certified, pool)
-    selected = certified.rule(certified.P)
+    selected = certified.selected.selection
     known = np.where(certified.exact[:, None], pool.Y, np.nan)
     np.testing.assert_allclose(certified.rule(known).tau, selected.tau, rtol=1e-12)
 
@@ -114,7 +118,7 @@ def test_the_count_is_never_exceeded(count: int):
     kinds = _run(certified, pool)
     assert certified.exact.sum() <= count
     certificate = recall_certificate(certified)
-    estimated = (~certified.exact[certified.rule(certified.P).order]).sum()
+    estimated = (~certified.exact[certified.selected.selection.order]).sum()
     if estimated:
         assert certificate.selection.audit_low is None, "a bound of what was not audited"
     if count == 200:
@@ -127,7 +131,7 @@ def test_rows_that_turn_out_to_have_no_gradient_are_passed_over():
     truth = certified.rule(pool.Y).order
     broken = frozenset(truth[::3].tolist())
     _run(certified, pool, broken=broken)
-    selected = certified.rule(certified.P).order
+    selected = certified.selected.selection.order
     assert not broken & set(selected.tolist())
     assert certified.exact[selected].all()
 
@@ -135,7 +139,8 @@ def test_rows_that_turn_out_to_have_no_gradient_are_passed_over():
 def test_a_pool_that_is_exact_from_the_start_needs_no_rounds():
     pool, certified = _pool(5), _begin()
     certified.add(np.arange(N), pool.X, pool.Y, None)
-    step = certified.next_step(lambda: iter([]), lambda: np.ones(N, dtype=bool))
+    certified.fit()
+    step = certified.next_step(ArrayTable(np.zeros((N, 2))), np.empty(0, dtype=np.int64))
     assert step.kind == "done"
     assert recall_certificate(certified).selection.low == 1.0
 
@@ -193,7 +198,7 @@ def test_beyond_the_inducing_rows_the_rounds_go_on(monkeypatch: pytest.MonkeyPat
     uniform = {row.tobytes() for row in certified.known.X[:80]}
     inside = sum(row.tobytes() in uniform for row in features.inducing)
     assert inside == 75, "rows that the rounds acquired have no part in the features"
-    selected = certified.rule(certified.P)
+    selected = certified.selected.selection
     truth = certified.rule(pool.Y)
     assert np.isin(truth.order, selected.order).mean() >= 0.85
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from influence.budget import Budget
 from influence.features import make_features
 from influence.membership import Membership, membership, on_threshold
 from influence.posterior import (
@@ -17,7 +18,9 @@ from influence.posterior import (
     posterior_of,
 )
 from influence.quotas import Quota
-from influence.selection import Budget, Rule, select
+from influence.score_table import ArrayTable
+from influence.selection import Rule, select
+from influence.table_selection import select_table
 
 N, RIDGE, K = 400, 0.05, 24
 
@@ -31,6 +34,13 @@ def _rule(combine: str, *, quotas: bool = False) -> Rule:
         sources=[("a", "b")[i % 2] for i in range(N)],
         per_source={"a": Quota(0.0, 0.4)} if quotas else None,
     )
+
+
+def believed(rule, P, variance, exact, calibration, *, step=N, seed=0, **options) -> Membership:
+    """The membership of a table in blocks of `step` rows."""
+    table = ArrayTable(P, variance, step)
+    selected = select_table(rule, table)
+    return membership(rule, table, exact, calibration, selected=selected, seed=seed, **options)
 
 
 class Pool:
@@ -55,15 +65,8 @@ class Pool:
 
     def believed(self, rule: Rule, draws: int = 100) -> Membership:
         named = np.array([[0.5, 0.0], [0.5, 0.0], [0.0, 1.0]])
-        return membership(
-            rule,
-            self.P,
-            self.variance,
-            self.exact,
-            self.calibration,
-            named=named,
-            seed=0,
-            draws=draws,
+        return believed(
+            rule, self.P, self.variance, self.exact, self.calibration, named=named, draws=draws
         )
 
 
@@ -110,22 +113,30 @@ def test_names_are_judged_by_their_own_best_rows():
     alone = Rule(np.array([0]), np.arange(N), Budget(rows=K), "mean")
     column = pool.P[:, 2:]
     calibration = Calibration(pool.calibration.scale[2:], np.eye(1), pool.calibration.rows)
-    other = membership(
-        alone, column, pool.variance, pool.exact, calibration, named=np.eye(1), seed=3
-    )
+    other = believed(alone, column, pool.variance, pool.exact, calibration, named=np.eye(1), seed=3)
     assert found.named_recall[:, 1].mean() == pytest.approx(other.recall.mean(), abs=0.03)
+
+
+@pytest.mark.parametrize("quotas", [False, True])
+def test_blocks_change_nothing(quotas: bool):
+    pool, rule = Pool(6), _rule("mean" if quotas else "round_robin", quotas=quotas)
+    named = np.array([[0.5, 0.0], [0.5, 0.0], [0.0, 1.0]])
+    values = (rule, pool.P, pool.variance, pool.exact, pool.calibration)
+    whole, other = (believed(*values, named=named, step=step) for step in (N, 7))
+    np.testing.assert_array_equal(whole.probability, other.probability)
+    np.testing.assert_array_equal(whole.recall, other.recall)
+    np.testing.assert_array_equal(whole.named_recall, other.named_recall)
 
 
 def test_with_every_score_known_nothing_is_missed():
     pool = Pool(2)
-    found = membership(
+    found = believed(
         _rule("round_robin"),
         pool.Y,
         np.zeros(N),
         np.ones(N, dtype=bool),
         pool.calibration,
         named=np.eye(3),
-        seed=0,
     )
     assert found.recall.min() == found.named_recall.min() == 1.0
     assert found.probability.max() == 0.0
@@ -149,7 +160,7 @@ def test_a_rule_selects_as_select_does_and_knows_who_holds_its_thresholds(combin
     )
     found = rule(pool.Y)
     np.testing.assert_array_equal(found.order, expected.order)
-    holders = np.flatnonzero(on_threshold(rule, found, pool.Y))
+    holders = on_threshold(rule, select_table(rule, ArrayTable(pool.Y, step=33)))
     assert 1 <= len(holders) <= 3
     for row in holders:
         without = pool.Y.copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from shard_tables import one_catalogue
 from influence import outputs, storage
 from influence.candidates import scan_files
 from influence.catalogue import Catalogue
+from influence.score_table import ArrayTable, ScoreBlock
+from influence.selected import extremes
 from influence.selection import Selection
+from influence.target_columns import Column, TargetColumns
 
 ADDED = ("influence_rank", "influence_score", "influence_weight")
 
@@ -84,7 +88,7 @@ def test_selected_rows_keep_their_columns_in_rank_order(tmp_path, pool):
     order, scores = [4, 1, 5, 0], np.array([0.5, 0.25, np.nan, -1.0, 1.0, 0.125])
     run = str(tmp_path / "run")
     selection = _selection(order, [2.0, 1.5, 1.0, 0.5], 5)
-    returned = outputs.write_selection(run, catalogue, selection, scores)
+    returned = outputs.write_selection(run, catalogue, selection, scores[order])
     table = _read(tmp_path / "run" / "selection")
     assert table.equals(returned)
     names = ["messages", "id", "tags", "extra", "quality"]
@@ -102,7 +106,7 @@ def test_selected_rows_keep_their_columns_in_rank_order(tmp_path, pool):
 def test_the_jsonl_equals_the_parquet_line_by_line(tmp_path, pool):
     _, catalogue = pool
     selection = _selection([1, 2, 3], [2, 2, 2], 6)
-    outputs.write_selection(str(tmp_path / "run"), catalogue, selection, np.arange(6.0))
+    outputs.write_selection(str(tmp_path / "run"), catalogue, selection, np.array([1.0, 2, 3]))
     lines = _lines(tmp_path / "run" / "selection.jsonl")
     assert lines == _read(tmp_path / "run" / "selection").to_pylist()
     data = (tmp_path / "run" / "selection.jsonl").read_bytes()
@@ -148,10 +152,10 @@ def test_columns_that_clash_become_json_and_only_those(tmp_path):
 def test_an_earlier_selection_can_be_the_pool(tmp_path, pool):
     _, catalogue = pool
     first = _selection([5, 3, 1], [3, 2, 1], 6)
-    outputs.write_selection(str(tmp_path / "one"), catalogue, first, np.arange(6.0))
+    outputs.write_selection(str(tmp_path / "one"), catalogue, first, np.array([5.0, 3, 1]))
     again = _catalogue(tmp_path / "one" / "selection.jsonl")
     second = _selection([2, 0], [2, 1], 3)
-    table = outputs.write_selection(str(tmp_path / "two"), again, second, np.array([7.0, 8, 9]))
+    table = outputs.write_selection(str(tmp_path / "two"), again, second, np.array([9.0, 7.0]))
     assert [table.column_names.count(name) for name in ADDED] == [1, 1, 1]
     assert table.column("influence_rank").to_pylist() == [1, 2]
     assert table.column("influence_score").to_pylist() == [9.0, 7.0], "the earlier scores stayed"
@@ -162,12 +166,12 @@ def test_parts_of_an_earlier_larger_result_are_removed(tmp_path, pool, monkeypat
     _, catalogue = pool
     monkeypatch.setattr(outputs, "ROWS_PER_PART", 2)
     run, folder = str(tmp_path / "run"), tmp_path / "run" / "selection"
-    scores = np.arange(6.0)
+    scores = np.array([5.0, 4, 3, 2, 1])
     outputs.write_selection(run, catalogue, _selection([5, 4, 3, 2, 1], [1.2] * 5, 6), scores)
     assert len(list(folder.iterdir())) == 3
     assert _read(folder).column("influence_rank").to_pylist() == [1, 2, 3, 4, 5]
     (folder / "notes.txt").write_text("the user's own")
-    outputs.write_selection(run, catalogue, _selection([0, 1], [3, 3], 6), scores)
+    outputs.write_selection(run, catalogue, _selection([0, 1], [3, 3], 6), scores[:2])
     assert _read(folder).column("influence_rank").to_pylist() == [1, 2], "rows of both results"
     assert (folder / "notes.txt").exists(), "a file that is no part was deleted"
 
@@ -197,7 +201,10 @@ def test_every_candidate_has_a_line_and_the_unscored_have_nulls(tmp_path, pool, 
     columns["target"][2] = None
     columns["weight"][2] = 0.0
     monkeypatch.setattr(outputs, "ROWS_PER_PART", 4)
-    assert outputs.write_scores(str(tmp_path), catalogue, names, columns) == 2
+    P = np.random.default_rng(1).normal(size=(6, 2))
+    P[2] = np.nan
+    table = _SparseTable(P, step=3)
+    assert outputs.write_scores(str(tmp_path), catalogue, names, table, _of(columns, P)) == 2
     table = _read(tmp_path / "scores")
     assert table.num_rows == 6
     for i, row in enumerate(table.to_pylist()):
@@ -210,8 +217,30 @@ def test_every_candidate_has_a_line_and_the_unscored_have_nulls(tmp_path, pool, 
         for name in floats:
             expected = None if i == 2 else columns[name][i]
             assert row[name] == expected, f"{name}: a missing score must be null, not NaN"
-    outputs.write_scores(str(tmp_path), _head(catalogue, 3), [], _columns(3, []))
+    small = ArrayTable(P[:3])
+    outputs.write_scores(str(tmp_path), _head(catalogue, 3), [], small, _of(_columns(3, []), P))
     assert _read(tmp_path / "scores").num_rows == 3, "a part of the larger result stayed"
+
+
+class _SparseTable(ArrayTable):
+    """Blocks hold only rows with scores, as those of shards do."""
+
+    def blocks(self):
+        for block in super().blocks():
+            yield ScoreBlock(*(part[np.isfinite(block.P[:, 0])] for part in block))
+
+
+def _of(columns: dict[str, Any], P: np.ndarray) -> Callable[[np.ndarray, np.ndarray], Any]:
+    """The columns of some rows, which must come with the scores of the same rows."""
+
+    def rows(positions: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
+        np.testing.assert_array_equal(scores, P[positions], "scores of other rows")
+        return {
+            name: [values[i] for i in positions] if isinstance(values, list) else values[positions]
+            for name, values in columns.items()
+        }
+
+    return rows
 
 
 def _head(catalogue: Catalogue, n: int) -> Catalogue:
@@ -227,11 +256,18 @@ def test_samples_are_the_best_and_the_worst_with_their_text_cut(tmp_path):
     columns = _columns(n, [])
     columns["score"][3] = 50.0
     columns["score"][7] = np.nan
-    outputs.write_samples(str(tmp_path), catalogue, columns)
+    score = columns["score"]
+    single = TargetColumns((Column("t", "t", (0,)),), ("t",))
+    table = ArrayTable(score[:, None], step=4)
+    chosen = dict(zip(("best", "worst"), extremes(table, single, "mean", 10), strict=True))
+    of_chosen = {
+        kind: _of(columns, score[:, None])(rows, score[rows, None]) for kind, rows in chosen.items()
+    }
+    outputs.write_samples(str(tmp_path), catalogue, chosen, of_chosen)
     found = json.loads(storage.read_bytes(str(tmp_path / "samples.json")))
     scored = [i for i in range(n) if i != 7]
-    best = sorted(scored, key=lambda i: -columns["score"][i])[: outputs.SAMPLE_ROWS]
-    worst = sorted(scored, key=lambda i: columns["score"][i])[: outputs.SAMPLE_ROWS]
+    best = sorted(scored, key=lambda i: -score[i])[: outputs.SAMPLE_ROWS]
+    worst = sorted(scored, key=lambda i: score[i])[: outputs.SAMPLE_ROWS]
     for kind, expected in (("best", best), ("worst", worst)):
         assert [sample["id"] for sample in found[kind]] == [f"pool.jsonl:{i}" for i in expected]
         for sample, i in zip(found[kind], expected, strict=True):

@@ -8,9 +8,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from influence.budget import Budget, parse_budget
 from influence.errors import InputError
 from influence.quotas import Quota, open_quotas
-from influence.selection import Budget, combined_score, parse_budget, select
+from influence.selection import combined_score, select
 from influence.weights import round_robin_weights
 
 ROWS = 24

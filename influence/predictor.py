@@ -1,0 +1,223 @@
+"""What turns embeddings into predicted scores, as a file that every replica can read.
+
+A fitted regression, a process after its observations and the mean embeddings of RDS+ all come down
+to the same arithmetic, P = k(X, centres) A + b, and for a process the variance
+k(x, x) - |k(x, centres) S|^2 + ridge. So the map over the pool's embeddings knows nothing of how
+they were made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+
+from influence import storage
+from influence.errors import InputError
+from influence.landmarks import LandmarkRegression
+from influence.posterior import Posterior
+
+# Kernel values of one block: 2^20 float32 are 4 MiB, which stay in a core's cache.
+_BLOCK_ENTRIES = 1 << 20
+
+
+class Predicted(NamedTuple):
+    """Scores in float64, and their variances in units of the squared scale (0 where unknown)."""
+
+    P: Float[np.ndarray, "b m"]
+    variance: Float[np.ndarray, " b"]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """P = k(x, centres) to_mean + mean; with `to_spread` also a variance.
+
+    lengths: whether the embeddings come with their lengths, or as unit rows.
+    """
+
+    kernel: str
+    bandwidth: float
+    lengths: bool
+    ridge: float
+    centres: Float[np.ndarray, "r e"]
+    to_mean: Float[np.ndarray, "r m"]
+    mean: Float[np.ndarray, " m"]
+    to_spread: Float[np.ndarray, "r q"]
+
+    @property
+    def columns(self) -> int:
+        """Scores of a row."""
+        return self.to_mean.shape[1]
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits of everything in it."""
+        digest = hashlib.blake2b(digest_size=16)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            digest.update(repr((field.name, getattr(value, "shape", value))).encode())
+            if isinstance(value, np.ndarray):
+                digest.update(np.ascontiguousarray(value, np.float64).tobytes())
+        return digest.hexdigest()
+
+
+def regression_predictor(model: LandmarkRegression, *, lengths: bool) -> Predictor:
+    """Of a landmark regression; it states no variance."""
+    none = np.empty((len(model.landmarks), 0))
+    return Predictor(
+        model.kernel,
+        model.bandwidth,
+        lengths,
+        0.0,
+        model.landmarks,
+        model.alpha,
+        model.mean,
+        none,
+    )
+
+
+def posterior_predictor(posterior: Posterior, *, lengths: bool) -> Predictor:
+    """Of a process: the mean phi'w, and the variance of a score not yet observed."""
+    evidence, features = posterior.evidence, posterior.evidence.features
+    return Predictor(
+        features.kernel,
+        features.bandwidth,
+        lengths,
+        evidence.ridge,
+        features.inducing,
+        features.whiten @ posterior.weights,
+        evidence.mean,
+        features.whiten @ posterior.shrink,
+    )
+
+
+def cosine_predictor(means: Float[np.ndarray, "m e"]) -> Predictor:
+    """Cosine with each target's mean unit embedding (RDS+, arXiv 2503.01807)."""
+    m = len(means)
+    return Predictor("linear", 1.0, False, 0.0, means, np.eye(m), np.zeros(m), np.empty((m, 0)))
+
+
+class Mapper:
+    """A predictor on a device, ready to be applied to block after block.
+
+    Kernel values and variances in float32: an error of 1e-6 is far below what a regression does not
+    know. Scores are summed up in float64, so that a target's do not depend on the others.
+    """
+
+    def __init__(self, predictor: Predictor, device: str = "cpu") -> None:
+        self._predictor, self._device = predictor, device
+        # Distances do not change under a common shift, but their digits do: see kernels.py.
+        shifted = predictor.kernel in ("rbf", "laplace")
+        width = predictor.centres.shape[1]
+        centre = predictor.centres.mean(axis=0) if shifted else np.zeros(width)
+        self._centre = self._tensor(centre)
+        centres = predictor.centres - centre
+        if predictor.kernel == "cosine":
+            centres = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-300)
+        self._centres = self._tensor(centres)
+        self._squares = self._tensor(np.einsum("ij,ij->i", centres, centres))
+        self._to_mean = self._tensor(predictor.to_mean, torch.float64)
+        self._to_spread = self._tensor(predictor.to_spread)
+
+    def __call__(self, X: Float[np.ndarray, "b e"]) -> Predicted:
+        """Scores of rows of embeddings (finite, of any float type)."""
+        predictor = self._predictor
+        width = predictor.centres.shape[1]
+        if X.ndim != 2 or X.shape[1] != width:
+            raise InputError(f"embeddings of shape {X.shape}: expected rows of {width} numbers")
+        P = np.empty((len(X), predictor.columns))
+        variance = np.zeros(len(X))
+        step = max(1, _BLOCK_ENTRIES // max(len(predictor.centres), width))
+        for start in range(0, len(X), step):
+            rows = slice(start, start + step)
+            x = torch.from_numpy(X[rows]).to(self._device, torch.float32)
+            cross, diagonal = self._kernel(x)
+            P[rows] = (cross.double() @ self._to_mean).cpu().numpy()
+            if predictor.to_spread.shape[1]:
+                explained = (cross @ self._to_spread).square_().sum(1)
+                left = (diagonal - explained).clamp_min_(0.0)
+                variance[rows] = left.double().cpu().numpy() + predictor.ridge
+        P += predictor.mean
+        return Predicted(P, variance)
+
+    def _kernel(
+        self, x: Float[torch.Tensor, "b e"]
+    ) -> tuple[Float[torch.Tensor, "b r"], Float[torch.Tensor, " b"]]:
+        """k(x, centres) and k(x, x)."""
+        predictor = self._predictor
+        if predictor.kernel == "linear":
+            return x @ self._centres.T, x.square().sum(1)
+        if predictor.kernel == "cosine":
+            norm = x.norm(dim=1, keepdim=True)
+            unit = x / torch.where(norm > 0, norm, 1.0)
+            return unit @ self._centres.T, (norm[:, 0] > 0).to(x.dtype)
+        x = x - self._centre
+        squared = torch.addmm(self._squares, x, self._centres.T, alpha=-2.0)
+        squared += x.square().sum(1, keepdim=True)
+        squared.clamp_min_(0.0)
+        if predictor.kernel == "laplace":
+            squared.sqrt_().mul_(-1.0 / predictor.bandwidth)
+        else:
+            squared.mul_(-0.5 / predictor.bandwidth**2)
+        return squared.exp_(), torch.ones(len(x), device=x.device)
+
+    def _tensor(self, values: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, dtype)
+
+
+def write_predictor(cache_url: str, predictor: Predictor) -> str:
+    """Put it into the cache, named by its contents; returns its key."""
+    key = f"regression/{predictor.digest}.parquet"
+    scalars, names, shapes, data = {}, [], [], []
+    for field in fields(predictor):
+        value = getattr(predictor, field.name)
+        if isinstance(value, np.ndarray):
+            names.append(field.name)
+            shapes.append(list(value.shape))
+            data.append(np.ascontiguousarray(value, np.float64).tobytes())
+        else:
+            scalars[field.name] = value
+    table = pa.table(
+        {"name": names, "shape": shapes, "data": pa.array(data, type=pa.large_binary())}
+    ).replace_schema_metadata({b"scalars": json.dumps(scalars).encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="none", use_dictionary=False)
+    url = storage.join(cache_url, key)
+    if not storage.put_new(url, sink.getvalue().to_pybytes()) and not _whole(cache_url, key):
+        storage.put(url, sink.getvalue().to_pybytes())
+    return key
+
+
+def read_predictor(cache_url: str, key: str) -> Predictor:
+    """Read what `write_predictor` left.
+
+    Raises:
+        InputError: the object is not the one that its name says.
+    """
+    table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(cache_url, key))))
+    scalars = json.loads((table.schema.metadata or {})[b"scalars"])
+    arrays: dict[str, Any] = {
+        name: np.frombuffer(data, np.float64).reshape(shape).copy()
+        for name, shape, data in zip(
+            *(table.column(c).to_pylist() for c in ("name", "shape", "data")), strict=True
+        )
+    }
+    predictor = Predictor(**scalars, **arrays)
+    if f"regression/{predictor.digest}.parquet" != key:
+        raise InputError(f"{key}: its contents are not what its name says; remove it")
+    return predictor
+
+
+def _whole(cache_url: str, key: str) -> bool:
+    try:
+        read_predictor(cache_url, key)
+    except (InputError, pa.ArrowException, OSError, KeyError, ValueError):
+        return False
+    return True

@@ -1,0 +1,171 @@
+"""Columns of texts for pools of millions of rows, with a few bytes a row beside the text itself.
+
+Both are sequences of `str | None`. A list of Python strings takes a hundred bytes a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Bool, Int, UInt8
+
+_AT_ONCE = 1 << 16
+
+
+class Texts(Sequence):
+    """Texts that may all be different, as one Arrow array."""
+
+    def __init__(self, values: pa.Array | pa.ChunkedArray | Sequence[str | None]) -> None:
+        given: Any = values
+        if not isinstance(values, pa.Array | pa.ChunkedArray):
+            given = pa.array(values, pa.large_string())
+        # Offsets of 64 bits: a chunk of string holds 2 GiB at most.
+        chunks = given.cast(pa.large_string())
+        self.arrow = chunks.combine_chunks() if isinstance(chunks, pa.ChunkedArray) else chunks
+
+    def __len__(self) -> int:
+        return len(self.arrow)
+
+    @overload
+    def __getitem__(self, index: int) -> str | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> Texts: ...
+    def __getitem__(self, index: int | slice) -> str | Texts | None:
+        if isinstance(index, slice):
+            return Texts(self.arrow[index])
+        return self.arrow[int(index)].as_py()
+
+    def __iter__(self) -> Iterator[str | None]:
+        for start in range(0, len(self), _AT_ONCE):
+            yield from self.arrow.slice(start, _AT_ONCE).to_pylist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def ranks(self) -> Int[np.ndarray, " n"]:
+        """The place of every row in the order of the texts, equal ones by position."""
+        # Arrow sorts by bytes, which for UTF-8 is the order of code points, and stably.
+        order = pc.sort_indices(self.arrow).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+        ranks = np.empty(len(order), dtype=np.int64)
+        ranks[order] = np.arange(len(order))
+        return ranks
+
+
+class Labels(Sequence):
+    """Texts of which few are different: a code a row. `put` changes some rows."""
+
+    def __init__(self, values: pa.Array | pa.ChunkedArray | Sequence[str | None]) -> None:
+        given: Any = values
+        if not isinstance(values, pa.Array | pa.ChunkedArray):
+            given = pa.array(values, pa.string())
+        if isinstance(given, pa.ChunkedArray):
+            given = given.combine_chunks()
+        coded = given.dictionary_encode(null_encoding="encode")
+        self.values: list[str | None] = coded.dictionary.to_pylist()
+        self.codes = np.array(coded.indices, dtype=np.int32)
+
+    @classmethod
+    def of(cls, codes: Int[np.ndarray, " n"], values: list[str | None]) -> Labels:
+        """From the codes themselves."""
+        made = cls([])
+        made.codes, made.values = codes, values
+        return made
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @overload
+    def __getitem__(self, index: int) -> str | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> Labels: ...
+    def __getitem__(self, index: int | slice) -> str | Labels | None:
+        if isinstance(index, slice):
+            return Labels.of(self.codes[index].copy(), self.values)
+        return self.values[self.codes[index]]
+
+    def __iter__(self) -> Iterator[str | None]:
+        values = self.values
+        for start in range(0, len(self), _AT_ONCE):
+            yield from (values[code] for code in self.codes[start : start + _AT_ONCE].tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def arrow(self) -> pa.Array:
+        """The texts as an Arrow array."""
+        return pa.array(self.values, pa.string()).take(pa.array(self.codes))
+
+    @property
+    def missing(self) -> Bool[np.ndarray, " n"]:
+        """Which rows have no text."""
+        none = np.asarray([value is None for value in self.values], dtype=bool)
+        return none[self.codes] if len(none) else np.zeros(len(self), dtype=bool)
+
+    @property
+    def empty(self) -> Bool[np.ndarray, " n"]:
+        """Which rows have the empty text."""
+        none = np.asarray([value == "" for value in self.values], dtype=bool)
+        return none[self.codes] if len(none) else np.zeros(len(self), dtype=bool)
+
+    def put(self, rows: Int[np.ndarray, " r"], value: str) -> None:
+        """Give some rows another text."""
+        if value not in self.values:
+            self.values = [*self.values, value]
+        self.codes[rows] = self.values.index(value)
+
+    def counts(self, rows: Int[np.ndarray, " r"] | None = None) -> dict[str | None, int]:
+        """How often each text occurs among some rows (default: all), by first occurrence."""
+        codes = self.codes if rows is None else self.codes[rows]
+        found, first, times = np.unique(codes, return_index=True, return_counts=True)
+        order = np.argsort(first)
+        return {self.values[found[i]]: int(times[i]) for i in order}
+
+
+class Digests(Sequence):
+    """Digests of 16 bytes, one a row."""
+
+    def __init__(self, raw: UInt8[np.ndarray, "n 16"]) -> None:
+        self._raw = raw
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> Digests:
+        """From a column of 16 bytes fixed size."""
+        parts = []
+        for chunk in column.chunks:
+            data = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)
+            start = chunk.offset * 16
+            parts.append(data[start : start + 16 * len(chunk)].reshape(-1, 16))
+        return cls(np.concatenate(parts) if parts else np.empty((0, 16), np.uint8))
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> Digests: ...
+    def __getitem__(self, index: int | slice) -> bytes | Digests:
+        if isinstance(index, slice):
+            return Digests(self._raw[index])
+        return self._raw[index].tobytes()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (row.tobytes() for row in self._raw)
+
+    def repeats(self, rows: Int[np.ndarray, " r"]) -> Bool[np.ndarray, " r"]:
+        """Which of these rows (in increasing order) have the digest of an earlier one of them."""
+        halves = np.ascontiguousarray(self._raw[rows]).view("<u8")
+        order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal ones by position
+        ordered = halves[order]
+        again = np.zeros(len(rows), dtype=bool)
+        again[order[1:]] = (ordered[1:] == ordered[:-1]).all(axis=1)
+        return again

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from influence.config import Config
+from influence.credentials import refuse_credentials, refuse_in_override
 from influence.errors import InputError
 
 # Key -> the values whose code is part of this version.
@@ -43,17 +44,6 @@ UNUSED = (
     "prices",
 )
 
-_SECRET_KEY = re.compile(
-    r"(secret|password|passwd|credential|(api|access|account|private)_?key|(^|[._])(\w+_)?token$)",
-    re.I,
-)
-# A secret key may itself hold slashes: whatever stands between a colon (that no port number
-# follows) and an "@" in a URL.
-_SECRET_VALUE = re.compile(
-    r"(\bAKIA[0-9A-Z]{16}\b|\bASIA[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{20,}"
-    r"|://[^/@\s]*:(?!\d+/)[^@\s]+@|X-Amz-(Signature|Credential|Security-Token)=)"
-)
-
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config, apply `a.b=value` overrides, validate, refuse what is not built.
@@ -70,11 +60,11 @@ def parse_config(data: object, overrides: Sequence[str] = (), name: str = "confi
         raise InputError(
             f"{name}: expected a mapping of keys to values, found {type(data).__name__}"
         )
-    _refuse_credentials(data, name)
+    refuse_credentials(data, name)
     data = copy.deepcopy(data)
     for override in overrides:
         _apply_override(data, override)
-    _refuse_credentials(data, name)
+    refuse_credentials(data, name)
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
@@ -133,15 +123,11 @@ def dump_config(config: Config) -> str:
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if _SECRET_VALUE.search(override):
-        shown = "" if _SECRET_VALUE.search(key) else f" {key}"
-        raise InputError(f"--set{shown}: holds a credential; {_CREDENTIAL_ADVICE}")
+    refuse_in_override(override)
     if not separator or not key.strip():
         raise InputError(
             f"--set {key!r}: expected KEY=VALUE, for example --set selection.budget=5%"
         )
-    if _SECRET_KEY.search(key):
-        raise InputError(f"--set {key}: looks like a credential; {_CREDENTIAL_ADVICE}")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -156,27 +142,6 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             raise InputError(f"--set {key}: {part!r} holds {child!r}, not a section")
         node = child
     node[parts[-1]] = value
-
-
-_CREDENTIAL_ADVICE = (
-    "credentials are never read from a config: set them in the environment "
-    "(AWS_ACCESS_KEY_ID, ..., HF_TOKEN) or use the node's role"
-)
-
-
-def _refuse_credentials(node: object, name: str, key: str = "") -> None:
-    if isinstance(node, dict):
-        for child, value in node.items():
-            where = f"{key}.{child}" if key else str(child)
-            # A section of that name (a source, a target) is no credential; what it holds may be.
-            if _SECRET_KEY.search(str(child)) and not isinstance(value, dict):
-                raise InputError(f"{name}: {where}: looks like a credential; {_CREDENTIAL_ADVICE}")
-            _refuse_credentials(value, name, where)
-    elif isinstance(node, list):
-        for position, value in enumerate(node):
-            _refuse_credentials(value, name, f"{key}[{position}]")
-    elif isinstance(node, str) and _SECRET_VALUE.search(node):
-        raise InputError(f"{name}: {key}: holds a credential; {_CREDENTIAL_ADVICE}")
 
 
 def _explain(error: ValidationError, name: str) -> str:

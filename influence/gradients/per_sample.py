@@ -174,6 +174,9 @@ def _form_in_place(
     """D' X of every sample, written where it belongs: LoRA's factors are many and small."""
     shape = d.shape[2], x.shape[2]
     blocks = vectors[:, at : at + shape[0] * shape[1]].unflatten(1, shape)
+    if len(blocks) == 1:
+        torch.mm(d[0].T, x[0], out=blocks[0])
+        return
     if vectors.is_cuda:
         blocks.copy_(torch.bmm(d.mT, x))
         return

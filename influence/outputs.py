@@ -187,7 +187,7 @@ def _sample(catalogue: Catalogue, position: int, columns: Mapping[str, Any]) -> 
     file = catalogue.files[catalogue.file[position]]
     row = int(catalogue.row[position])
     (example,) = read_examples(file, row, row)
-    messages = []
+    messages, target = [], columns["target"]
     for message in example.messages:
         text = message.content
         if len(text) > SAMPLE_CHARACTERS:
@@ -197,7 +197,7 @@ def _sample(catalogue: Catalogue, position: int, columns: Mapping[str, Any]) -> 
         "id": catalogue.ids[position],
         "source": catalogue.sources[position],
         "score": float(columns["score"]),
-        "target": columns["target"],
+        "target": target.as_py() if isinstance(target, pa.Scalar) else target,
         "weight": float(columns["weight"]),
         "messages": messages,
     }
@@ -290,5 +290,11 @@ def _put_part(url: str, part: pa.Table) -> None:
 
 def _parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    # Scores are noise to a compressor, and most of a part.
+    codecs = {
+        field.name: "none" if pa.types.is_floating(field.type) else "zstd" for field in table.schema
+    }
+    nested = any(pa.types.is_nested(field.type) for field in table.schema)
+    compression: Any = "zstd" if nested else codecs
+    pq.write_table(table, sink, compression=compression)
     return sink.getvalue().to_pybytes()

@@ -123,7 +123,7 @@ class Mapper:
             centres = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-300)
         self._centres = self._tensor(centres)
         self._squares = self._tensor(np.einsum("ij,ij->i", centres, centres))
-        self._to_mean = self._tensor(predictor.to_mean, torch.float64)
+        self._to_mean = self._tensor(predictor.to_mean.T, torch.float64)
         self._to_spread = self._tensor(predictor.to_spread)
 
     def __call__(self, X: Float[np.ndarray, "b e"]) -> Predicted:
@@ -139,7 +139,7 @@ class Mapper:
             rows = slice(start, start + step)
             x = torch.from_numpy(X[rows]).to(self._device, torch.float32)
             cross, diagonal = self._kernel(x)
-            P[rows] = (cross.double() @ self._to_mean).cpu().numpy()
+            P[rows] = (self._to_mean @ cross.double().T).T.cpu().numpy()
             if predictor.to_spread.shape[1]:
                 explained = (cross @ self._to_spread).square_().sum(1)
                 left = (diagonal - explained).clamp_min_(0.0)

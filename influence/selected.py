@@ -7,6 +7,7 @@ from math import ceil
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
 from influence.catalogue import Catalogue
@@ -69,7 +70,7 @@ class ScoreColumns:
         exact = self.exact[positions]
         found: dict[str, Any] = {
             "score": score,
-            "target": [labels[b] if b >= 0 else None for b in best],
+            "target": pa.array(labels).take(pa.array(best, mask=best < 0)),
             "weight": weight,
             "exact": exact,
         }

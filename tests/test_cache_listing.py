@@ -11,6 +11,7 @@ from cache_runs import FOREIGN, Shared, call, left_in, places, planned
 from tiny_run import Setup, tiny_config
 
 from influence.one_process import run_select
+from influence.report_format import size
 
 
 def test_the_listing_counts_what_is_there(
@@ -94,3 +95,10 @@ def test_the_help_teaches(
     assert code == 0
     for word in words:
         assert word in text, f"{' '.join(command)} --help does not teach {word!r}"
+
+
+def test_sizes_are_in_the_unit_a_person_would_use() -> None:
+    shown = [size(value) for value in (0, 999, 1000, 12_345_678, 999_960_000, 2.5e12, 3e15)]
+    assert shown == [
+        *("0 bytes", "999 bytes", "1.0 kB", "12.3 MB", "1.0 GB", "2.5 TB", "3,000.0 TB")
+    ], "a wrong unit, or a number that rounds into the next one"

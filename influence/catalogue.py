@@ -86,6 +86,11 @@ class Catalogue:
         return starts
 
 
+def row_id(value: str | None, name: str, row: int) -> str:
+    """A row's id in every result: the `id` column's value, or NAME:ROW with the file's name."""
+    return value if value is not None else f"{name}:{row}"
+
+
 def build_catalogue(
     files: Sequence[SourceFile],
     tables: Mapping[str, Sequence[pa.Table]],
@@ -108,7 +113,7 @@ def build_catalogue(
     rows = whole.column("row").to_numpy()
     names = short_names([file.url for file in files])
     ids = [
-        value if value is not None else f"{names[files[index[position]].url]}:{rows[position]}"
+        row_id(value, names[files[index[position]].url], rows[position])
         for position, value in enumerate(whole.column("id").to_pylist())
     ]
     reason = whole.column("reason").to_pylist()

@@ -6,6 +6,7 @@ Everything that another program may read is declared here and nowhere else.
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -78,6 +79,38 @@ def target_vector_schema() -> pa.Schema:
             pa.field("vector", pa.large_binary(), nullable=False),
         ]
     )
+
+
+class ExportLayout(BaseModel):
+    """What an exported file's `vector` column holds (JSON under `influence` in its metadata).
+
+    `values` is what the fingerprint covers; `blocks` as in `VectorLayout`; `shard` the cache key.
+    Embeddings are unit rows and `norm` their length before; gradients are not normalised.
+    """
+
+    stage: str
+    fingerprint: str
+    values: dict[str, Any]
+    dtype: str
+    dim: int
+    blocks: list[tuple[str, int, int]] = []
+    shard: str
+
+
+def export_schema(layout: ExportLayout) -> pa.Schema:
+    """Schema of an exported file: the rows of one shard that have a vector."""
+    element = {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64()}
+    inner = pa.field("element", element[layout.dtype], nullable=False)
+    fields = [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("source", pa.string()),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("vector", pa.list_(inner, layout.dim), nullable=False),
+        pa.field("norm", pa.float64()),
+        pa.field("n_tokens", pa.int32(), nullable=False),
+    ]
+    return pa.schema(fields, metadata={b"influence": layout.model_dump_json().encode()})
 
 
 def scores_schema(names: list[str]) -> pa.Schema:
@@ -211,6 +244,41 @@ class Manifest(BaseModel):
     counts: dict[str, Any] = Field(default_factory=dict)
     coverage: list[dict[str, Any]] = Field(default_factory=list)
     stages: dict[str, StageRecord] = Field(default_factory=dict)
+
+
+class CachedFingerprint(BaseModel):
+    """The shards of one stage and fingerprint in a cache."""
+
+    stage: str
+    fingerprint: str
+    shards: int
+    rows: int | None = Field(description="null where the shards' names do not tell")
+    bytes: int
+    newest: datetime
+    used_by: list[str] = Field(default_factory=list, description="of the configs and runs given")
+    values: dict[str, Any] | None = Field(
+        default=None, description="what the fingerprint covers, if one of those uses it"
+    )
+    made: dict[str, Any] = Field(
+        default_factory=dict, description="else: vectors, device, torch of one shard's footer"
+    )
+
+
+class OtherObjects(BaseModel):
+    """Objects in a cache directory that are no shards."""
+
+    objects: int = 0
+    bytes: int = 0
+    examples: list[str] = Field(default_factory=list, description="the first names")
+
+
+class CacheListing(BaseModel):
+    """What `influence cache list --json` writes."""
+
+    cache: str
+    fingerprints: list[CachedFingerprint] = Field(default_factory=list)
+    empty: OtherObjects = Field(default_factory=OtherObjects, description="no bytes: damaged")
+    foreign: OtherObjects = Field(default_factory=OtherObjects, description="no shard's name")
 
 
 def to_json(document: BaseModel) -> bytes:

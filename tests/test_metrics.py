@@ -62,21 +62,23 @@ def wait_for(run: str, arrived: Callable[[Read], bool]) -> Read:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("method", ["exact", "influence_distillation"])
-def test_the_counters_say_what_the_manifest_says(setup: Setup, tmp_path: Path, method: str) -> None:
-    config = tiny_config(setup, tmp_path / "run", method=method, replicas__max=2)
+def test_the_counters_say_what_the_manifest_says(setup: Setup, tmp_path: Path) -> None:
+    # With inner products, for shards of two targets that share one pass.
+    changes: dict[str, Any] = {"gradients__projection": "exact", "replicas__max": 2}
+    config = tiny_config(setup, tmp_path / "run", **changes)
     select_job.run_select(config, quiet=True)
     stages = manifest_of(config.run).stages
     made = {name: record for name, record in stages.items() if record.computed}
-    assert {"catalogue", "gradients"} <= made.keys()
+    assert made.keys() == {"catalogue", "target_vectors", "inner_products", "embedding"}
     rows = sum(record.rows for record in made.values())
     read = wait_for(config.run, lambda read: read("ray_influence_samples_total") >= rows)
     for stage, record in made.items():
+        passes = record.computed / (2 if stage == "inner_products" else 1)
         expected = {
             "ray_influence_samples_total": record.rows,
             "ray_influence_tokens_total": record.tokens,
             "ray_influence_shards_total": record.computed + record.reused,
-            "ray_influence_shard_seconds_count": record.computed,
+            "ray_influence_shard_seconds_count": passes,
             "ray_influence_model_seconds_total": record.model_seconds,
             "ray_influence_busy_seconds_total": record.replica_seconds,
         }
@@ -84,11 +86,10 @@ def test_the_counters_say_what_the_manifest_says(setup: Setup, tmp_path: Path, m
         assert found == pytest.approx(expected), f"{stage}: counters and manifest disagree"
     assert read("ray_influence_shard_failures_total") == 0
     assert read("ray_influence_retries_total") == 0
-    for stage, record in made.items():
-        assert record.model_seconds + record.set_up_seconds <= record.replica_seconds * 1.05, (
-            f"{stage}: more time in the model than replicas had: time is counted twice"
-        )
-    again = tiny_config(setup, tmp_path / "again", method=method, cache=config.cache_url)
+    model = sum(record.model_seconds + record.set_up_seconds for record in made.values())
+    held = sum(record.replica_seconds for record in made.values())
+    assert 0 < model < held, "more time in the model than replicas had: time is counted twice"
+    again = tiny_config(setup, tmp_path / "again", cache=config.cache_url, **changes)
     select_job.run_select(again, quiet=True)
     time.sleep(11)  # longer than Ray's interval
     assert reader(again.run)("ray_influence_samples_total") == 0, "reused shards count as computed"

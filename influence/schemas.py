@@ -253,9 +253,16 @@ class Manifest(BaseModel):
     @property
     def model_share(self) -> float | None:
         """`StageRecord.model_share` of all stages in which a model was at work."""
-        stages = [record for record in self.stages.values() if record.model_share is not None]
+        stages = self._with_model()
         whole = sum(record.replica_seconds for record in stages)
         return sum(record.model_seconds for record in stages) / whole if whole else None
+
+    @property
+    def set_up_share(self) -> float | None:
+        """Part of the same time that went into loading models and building what they need."""
+        stages = self._with_model()
+        whole = sum(record.replica_seconds for record in stages)
+        return sum(record.set_up_seconds for record in stages) / whole if whole else None
 
     @property
     def model_share_of_up(self) -> float | None:
@@ -265,6 +272,9 @@ class Manifest(BaseModel):
         if not model or self.replicas is None or not self.replicas.up_seconds:
             return None
         return model / self.replicas.up_seconds
+
+    def _with_model(self) -> list[StageRecord]:
+        return [record for record in self.stages.values() if record.model_share is not None]
 
 
 def to_json(document: BaseModel) -> bytes:

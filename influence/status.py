@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -142,6 +143,7 @@ def status_document(status: Status) -> dict[str, Any]:
         "not_begun": [] if manifest.pace is None else manifest.pace.not_begun,
         "replicas": None if manifest.replicas is None else manifest.replicas.model_dump(),
         "model_share": manifest.model_share,
+        "set_up_share": manifest.set_up_share,
         "model_share_of_up": manifest.model_share_of_up,
         "results": status.results,
     }
@@ -205,9 +207,9 @@ def print_status(status: Status, console: Console) -> None:
 
 
 def _stages(status: Status) -> Table:
-    table = Table()
+    table = compact_table()
     headings = ("stage", "shards", "committed", "missing", "failed", "reused", "seconds")
-    for heading in (*headings, "in the model"):
+    for heading in (*headings, "in model"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for name, record in status.manifest.stages.items():
         planned, committed = status.planned(name), status.committed.get(name, 0)
@@ -222,6 +224,11 @@ def _stages(status: Status) -> Table:
             "" if record.model_share is None else percent(record.model_share),
         )
     return table
+
+
+def compact_table(**options: Any) -> Table:
+    """A table of eight columns that fits into 80 characters."""
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **options)
 
 
 def _lines_of_time(status: Status) -> list[str]:
@@ -262,6 +269,8 @@ def share_text(manifest: Manifest) -> str:
     if manifest.model_share is None:
         return ""
     text = f"models at work: {percent(manifest.model_share)} of the time with shards to compute"
+    if manifest.set_up_share:
+        text += f" (setting up: {percent(manifest.set_up_share)})"
     if manifest.model_share_of_up is not None:
         text += f", {percent(manifest.model_share_of_up)} of the time that replicas were up"
     return text

@@ -109,6 +109,10 @@ def test_a_run_at_work_says_how_far_it_is(
     after = status_of(run, capsys)
     assert (after["state"], after["doing"], after["seconds_left"]) == ("done", None, None)
     assert all(stage["missing"] == 0 for stage in after["stages"].values())
+    narrow = Console(file=io.StringIO(), width=80)
+    print_status(read_status(run), narrow)
+    text = narrow.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text, f"cut off on a terminal of 80 columns:\n{text}"
 
 
 def test_a_finished_run_from_another_directory(
@@ -222,7 +226,11 @@ def test_the_share_of_time_in_the_model_is_that_of_the_time_with_work(tmp_path: 
     console = Console(file=io.StringIO(), width=200)
     console.print(stage_table(str(tmp_path)))
     table = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "models at work: 70.0% of the time with shards to compute, 35.0% of" in table
+    expected = (
+        "models at work: 70.0% of the time with shards to compute (setting up: 5.0%), 35.0% of the "
+        "time that replicas were up"
+    )
+    assert expected in " ".join(table.split())
 
 
 def test_the_catalogue_is_no_time_of_a_model() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -58,8 +59,14 @@ class Catalogue:
 
     def positions(self, file: SourceFile, rows: Sequence[int]) -> Int[np.ndarray, "r"]:
         """Positions of rows of a file (they are contiguous, from the file's first row)."""
-        start = self._starts()[file.url]
+        start = self._starts[file.url]
         return start + np.asarray(rows, dtype=np.int64)
+
+    def tokens_of(self, file: SourceFile, rows: Iterable[int]) -> int:
+        """Tokens of those rows of a file that a model would see, duplicates too."""
+        start = self._starts[file.url]
+        seen = (None, REASON_DUPLICATE)
+        return sum(int(self.n_tokens[start + r]) for r in rows if self.reason[start + r] in seen)
 
     def by_file(self, positions: Iterable[int]) -> list[tuple[SourceFile, list[int]]]:
         """Group positions by file: (file, rows within it), in file order."""
@@ -78,6 +85,7 @@ class Catalogue:
             if self.reason[position] is None:
                 self.reason[position] = reason
 
+    @cached_property
     def _starts(self) -> dict[str, int]:
         starts, total = {}, 0
         for file in self.files:

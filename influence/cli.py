@@ -83,11 +83,33 @@ def plan(
 
 
 @app.command(epilog=EXIT_CODES)
-def status(run: RunDirectory) -> None:
-    """Say what of a run is committed, what is missing, and what failed."""
-    from influence.status import print_status, read_status
+def status(
+    run: RunDirectory,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print the same as a JSON document on one line.")
+    ] = False,
+    watch: Annotated[
+        float | None,
+        typer.Option(
+            "--watch",
+            metavar="SECONDS",
+            min=0.1,
+            help="Look again so often, until the run is over.",
+        ),
+    ] = None,
+) -> None:
+    """Say what of a run is committed, what is missing, what failed, how fast it goes, and how long
+    it still takes. Reads the run's files alone: from anywhere, while the run goes on."""
+    from influence.status import print_json, print_status, watch_status
 
-    print_status(read_status(run), Console())
+    console, show = Console(), print_json if json_ else print_status
+
+    def shown(status: Any) -> None:
+        if watch is not None and not json_:
+            console.clear()
+        show(status, console)
+
+    watch_status(run, watch, shown)
 
 
 @app.command(epilog=EXIT_CODES)

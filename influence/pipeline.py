@@ -24,6 +24,7 @@ from influence.replica import load_tokenizer
 from influence.run_log import RunLog
 from influence.tokenization import template_fingerprint
 from influence.units import ExactUnits, Unit, range_units
+from influence.watch import Watch
 
 __all__ = [
     "METHODS",
@@ -61,6 +62,7 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
         pool, targets = catalogue(job)
         with timed(job, "catalogue"):
             log.manifest.counts = reduce.load_catalogue(pool, targets)
+        job.tokens = reduce.tokens_of
         METHODS[config.method](job, reduce)
         with timed(job, "selection"):
             summary = reduce.select()
@@ -95,14 +97,17 @@ def prepare_targets(config: Config, progress: Progress, log: RunLog | None = Non
     for name, target in config.targets.items():
         target_files[name] = _scan(f"targets.{name}.path", [target.path], target.limit)
     template = template_fingerprint(load_tokenizer(config.model))
+    log = log if log is not None else RunLog(config.run, config.method, progress.note)
+    log.manifest.cache = storage.absolute(config.cache_url)
     return Job(
         config,
         stage_fingerprints(config, template),
         [],
         target_files,
         Cache(config.cache_url),
-        log if log is not None else RunLog(config.run, config.method, progress.note),
+        log,
         progress,
+        Watch(log, progress),
     )
 
 

@@ -74,7 +74,7 @@ def make_plan(config: Config) -> Plan:
     config = resolve_revision(config)
     budget = parse_budget(config.selection.budget)
     job = prepare(config, progress, RunLog.unsaved(config.run, config.method))
-    job.execute = local_execute(config)
+    job.execute = local_execute(config, job.watch)
     reducer = Reducer(config)
     counts = reducer.load_catalogue(*catalogue(job))
     if budget.tokens is not None:

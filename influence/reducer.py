@@ -111,6 +111,11 @@ class Reducer:
             },
         }
 
+    def tokens_of(self, units: Sequence[Unit]) -> list[int]:
+        """Tokens that the model sees of each unit's rows: what there is to do."""
+        of = {(f.url, f.rows): c for c in (*self.targets.values(), self._pool) for f in c.files}
+        return [of[u.file.url, u.file.rows].tokens_of(u.file, u.row_numbers) for u in units]
+
     def choose_landmarks(self) -> list[tuple[SourceFile, list[int]]]:
         """Draw the landmarks; returns the rows of each file."""
         pool, config = self._pool, self.config.landmarks

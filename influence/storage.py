@@ -102,6 +102,12 @@ def join(base: str, *parts: str) -> str:
     return out
 
 
+def absolute(url: str) -> str:
+    """The URL in a form that means the same in every working directory."""
+    where = _locate(url)
+    return url if where.scheme else where.key
+
+
 def read_bytes(url: str) -> bytes:
     """The whole object.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -65,8 +66,14 @@ class Catalogue:
 
     def positions(self, file: SourceFile, rows: Sequence[int]) -> Int[np.ndarray, "r"]:
         """Positions of rows of a file (they are contiguous, from the file's first row)."""
-        start = self._starts()[file.url]
+        start = self._starts[file.url]
         return start + np.asarray(rows, dtype=np.int64)
+
+    def tokens_of(self, file: SourceFile, rows: Sequence[int]) -> int:
+        """Tokens of those rows of a file that a model would see, duplicates too."""
+        where = self.positions(file, rows)
+        seen = np.asarray([text in (None, REASON_DUPLICATE) for text in self.reason.values])
+        return int(self.n_tokens[where][seen[self.reason.codes[where]]].sum())
 
     def by_file(
         self, positions: Sequence[int] | Int[np.ndarray, "p"]
@@ -89,12 +96,18 @@ class Catalogue:
         rows = np.asarray(positions, dtype=np.int64)
         self.reason.put(rows[self.scorable[rows]], reason)
 
+    @cached_property
     def _starts(self) -> dict[str, int]:
         starts, total = {}, 0
         for file in self.files:
             starts[file.url] = total
             total += file.rows
         return starts
+
+
+def row_id(value: str | None, name: str, row: int) -> str:
+    """A row's id in every result: the `id` column's value, or NAME:ROW with the file's name."""
+    return value if value is not None else f"{name}:{row}"
 
 
 def build_catalogue(

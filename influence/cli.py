@@ -9,14 +9,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from influence.cache_commands import register
+from influence.cli_options import EXIT_CODES, ConfigPath, Overrides, RunDirectory
 from influence.config_loading import load_config
 from influence.errors import InfluenceError
 from influence.signals import stop_signals
-
-EXIT_CODES = (
-    "Exit codes: 0 done; 2 bad config or data, or a store that fails; 3 some shards failed for "
-    "good, or the reducer was lost (the same command goes on from there); 130 interrupted."
-)
 
 app = typer.Typer(
     name="influence",
@@ -28,17 +25,6 @@ app = typer.Typer(
     "how sure that is. Start with `influence plan CONFIG`, then `influence select CONFIG`.",
     epilog=EXIT_CODES,
 )
-
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML config of the run.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Override a value of the config, e.g. `--set selection.budget=10%`. Repeatable.",
-    ),
-]
-RunDirectory = Annotated[str, typer.Argument(metavar="RUN", help="Run directory (or s3://...).")]
 
 
 @app.command(epilog=EXIT_CODES)
@@ -97,11 +83,33 @@ def plan(
 
 
 @app.command(epilog=EXIT_CODES)
-def status(run: RunDirectory) -> None:
-    """Say what of a run is committed, what is missing, and what failed."""
-    from influence.status import print_status, read_status
+def status(
+    run: RunDirectory,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print the same as a JSON document on one line.")
+    ] = False,
+    watch: Annotated[
+        float | None,
+        typer.Option(
+            "--watch",
+            metavar="SECONDS",
+            min=0.1,
+            help="Look again so often, until the run is over.",
+        ),
+    ] = None,
+) -> None:
+    """Say what of a run is committed, what is missing, what failed, how fast it goes, and how long
+    it still takes. Reads the run's files alone: from anywhere, while the run goes on."""
+    from influence.status import print_json, print_status, watch_status
 
-    print_status(read_status(run), Console())
+    console, show = Console(), print_json if json_ else print_status
+
+    def shown(status: Any) -> None:
+        if watch is not None and not json_:
+            console.clear()
+        show(status, console)
+
+    watch_status(run, watch, shown)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -110,6 +118,9 @@ def report(run: RunDirectory) -> None:
     from influence.report import build_report
 
     Console().print(build_report(run), soft_wrap=True, highlight=False)
+
+
+register(app)
 
 
 def print_summary(run: str, summary: dict[str, Any]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from influence.candidates import SourceFile
 from influence.cost import check_target_bytes, check_vector_bytes
-from influence.fingerprints import fingerprint
+from influence.fingerprints import Fingerprint, fingerprint
 from influence.job import Job, run_units
 from influence.model_shape import model_shape
 from influence.row_reuse import list_shards, reuse_rows
@@ -86,14 +86,24 @@ def plan_exact(job: Job, reduce: Any, chosen: Chosen | None) -> ExactWork:
     vectors = target_vector_units(job, reduce)
     pool = _Candidates(job, "inner_products", chosen, set())
     products = {}
-    for name, members in vectors.items():
-        needs = tuple(unit.key for unit in members)
-        values = {**job.fingerprints["target_vectors"].values, "target_vectors": list(needs)}
-        of_target = fingerprint(values)
+    for name, of_target in product_fingerprints(job, vectors).items():
+        needs = tuple(unit.key for unit in vectors[name])
         job.fingerprints.setdefault("inner_products", of_target)
         products[name] = pool.units(of_target.hex, needs)
     units = ExactUnits([], {}, products, wanted)
     return ExactWork(vectors, units, pool.stage, frozenset(pool.lenders), pool.borrowed)
+
+
+def product_fingerprints(job: Job, vectors: Mapping[str, list[Unit]]) -> dict[str, Fingerprint]:
+    """What the inner products with each target's vectors are kept under (`projection: exact`).
+
+    `vectors` are the units of `target_vector_units`: their names make the fingerprint.
+    """
+    values = job.fingerprints["target_vectors"].values
+    return {
+        name: fingerprint({**values, "target_vectors": [unit.key for unit in members]})
+        for name, members in vectors.items()
+    }
 
 
 def target_vector_units(job: Job, reduce: Any) -> dict[str, list[Unit]]:

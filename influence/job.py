@@ -20,6 +20,7 @@ from influence.model_shape import ModelShape
 from influence.progress import Progress
 from influence.run_log import RunLog
 from influence.units import Bundle, Unit, bundled
+from influence.watch import Watch
 from influence.worker import UnitResult
 
 
@@ -40,6 +41,7 @@ class Job:
     """What the steps of one run share.
 
     `shape` is there for methods that need gradients; `held_rows` are the rows of shards by key.
+    `tokens` says how many tokens units have, once the catalogue is known.
     """
 
     config: Config
@@ -49,7 +51,9 @@ class Job:
     cache: Cache
     log: RunLog
     progress: Progress
+    watch: Watch
     execute: Execute | None = None
+    tokens: Callable[[Sequence[Unit]], list[int]] | None = None
     shape: ModelShape | None = None
     held_rows: dict[str, list[int]] = field(default_factory=dict)
 
@@ -64,6 +68,7 @@ def run_units(job: Job, units: Sequence[Unit]) -> None:
     for unit in units:
         by_stage.setdefault(unit.stage, []).append(unit)
     start = time.monotonic()
+    job.log.doing(", ".join(by_stage))
     with job.progress.checking(len(units)):
         present = job.cache.present([unit.key for unit in units])
         whole = job.cache.verify(sorted(present))
@@ -78,24 +83,16 @@ def run_units(job: Job, units: Sequence[Unit]) -> None:
     for key in sorted(present - whole):
         job.progress.note(f"damaged shard, computed again: {key}")
     job.log.save()
-    spent = dict.fromkeys(by_stage, 0.0)
-
-    def on_result(bundle: Bundle, results: list[UnitResult]) -> None:
-        for unit, result in zip(bundle.units, results, strict=True):
-            job.log.done(unit.stage, result)
-            spent[unit.stage] += result.seconds
-            job.progress.advance(unit, result)
-
-    def on_failure(bundle: Bundle, attempts: int, error: str) -> None:
-        for unit in bundle.units:
-            job.log.failed(unit, attempts, error)
-            job.progress.failed(unit, error)
-
+    records = job.log.manifest.stages
+    before = {stage: records[stage].replica_seconds for stage in by_stage}
     if missing:
         if job.execute is None:
             raise RuntimeError("units to compute, but no executor: call select, or set job.execute")
-        with job.progress.working({s: _of(missing, s) for s in by_stage}, len(whole)):
-            job.execute(bundled(missing.values()), on_result, on_failure)
+        bundles = bundled(missing.values())
+        counts = {stage: _of(missing, stage) for stage in by_stage}
+        with job.progress.working(counts, len(whole), _planned_tokens(job, bundles)):
+            job.execute(bundles, job.watch.done, job.watch.failed)
+    spent = {stage: records[stage].replica_seconds - before[stage] for stage in by_stage}
     wall, total = time.monotonic() - start, sum(spent.values())
     for stage, seconds in spent.items():
         # Stages share the replicas: each gets its part of the wall time by the time it held them.
@@ -112,8 +109,22 @@ def timed(job: Job, stage: str, *, quiet: bool = False) -> Iterator[None]:
     start = time.monotonic()
     if not quiet:
         job.progress.note(f"{stage} ...")
+    job.log.doing(stage)
+    job.log.save()
     yield
     job.log.took(stage, time.monotonic() - start)
+
+
+def _planned_tokens(job: Job, bundles: Sequence[Bundle]) -> dict[str, dict[str, int]]:
+    """Tokens by stage and key, as far as they are known. A pass counts for a bundle's first unit,
+    as in its results."""
+    if job.tokens is None:
+        return {}
+    planned: dict[str, dict[str, int]] = {}
+    tokens = job.tokens([bundle.units[0] for bundle in bundles])
+    for bundle, count in zip(bundles, tokens, strict=True):
+        planned.setdefault(bundle.units[0].stage, {})[bundle.units[0].key] = count
+    return planned
 
 
 def _of(missing: Mapping[str, Unit], stage: str) -> int:

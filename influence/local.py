@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from influence.config import Config
 from influence.errors import InputError, StorageError
+from influence.observer import Observer, Silent
 from influence.pipeline import Execute
 from influence.units import Bundle
 from influence.worker import UnitResult, Worker
@@ -32,14 +33,16 @@ def retry_pause(failures: int) -> float:
     return min(LONGEST_PAUSE_SECONDS, PAUSE_SECONDS * 2.0 ** (failures - 1))
 
 
-def local_execute(config: Config) -> Execute:
+def local_execute(config: Config, observer: Observer | None = None) -> Execute:
     """An executor for `influence.pipeline.select` that runs everything here.
 
     Bad input (`InputError`, a model that does not load among it) ends the job. Anything else is
     retried as often as the config says, after all that waits by then, and then recorded as a failed
     shard; a unit that the store failed waits `retry_pause` seconds at least.
+    `observer` is told of time and retries; this process is the one replica.
     """
     worker = Worker(config)
+    told: Observer = Silent() if observer is None else observer
 
     def execute(
         bundles: Sequence[Bundle],
@@ -47,6 +50,8 @@ def local_execute(config: Config) -> Execute:
         on_failure: Callable[[Bundle, int, str], None],
     ) -> None:
         waiting = deque(_Attempt(bundle) for bundle in bundles)
+        told.replicas(1, 0)
+        since = time.monotonic()
         while waiting:
             attempt = _take(waiting)
             try:
@@ -54,6 +59,7 @@ def local_execute(config: Config) -> Execute:
             except InputError:
                 raise
             except Exception as error:
+                since = _account(told, attempt.bundle, since)
                 attempt.failures += 1
                 if attempt.failures > config.replicas.retries:
                     text = f"{type(error).__name__}: {error}"
@@ -61,11 +67,19 @@ def local_execute(config: Config) -> Execute:
                     continue
                 if isinstance(error, StorageError):
                     attempt.not_before = time.monotonic() + retry_pause(attempt.failures)
+                told.retried(attempt.bundle)
                 waiting.append(attempt)
             else:
+                since = _account(told, attempt.bundle, since)
                 on_result(attempt.bundle, results)
 
     return execute
+
+
+def _account(told: Observer, bundle: Bundle, since: float) -> float:
+    now = time.monotonic()
+    told.held(bundle, now - since)
+    return now
 
 
 def _take(waiting: deque[_Attempt]) -> _Attempt:

@@ -25,9 +25,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
         choose_device(config.model.device, config.replicas.num_gpus)
     config = resolve_revision(config)
     claim_run(config, replace=replace)
-    progress = Progress(quiet=quiet)
-    progress.replicas = 1
-    job = prepare(config, progress)
-    summary = select(job, local_execute(config), Reducer(config))
+    job = prepare(config, Progress(quiet=quiet))
+    summary = select(job, local_execute(config, job.watch), Reducer(config))
     summary["report"] = build_report(config.run)
     return summary

@@ -25,8 +25,20 @@ from influence.run_log import RunLog
 from influence.score_shards import score_units
 from influence.tokenization import template_fingerprint
 from influence.units import ExactUnits, Unit, range_units
+from influence.watch import Watch
 
-__all__ = ["METHODS", "Execute", "Job", "catalogue", "embedding_units", "prepare", "select"]
+__all__ = [
+    "METHODS",
+    "Execute",
+    "Job",
+    "catalogue",
+    "catalogue_units",
+    "embedding_units",
+    "prepare",
+    "prepare_targets",
+    "rds_target_units",
+    "select",
+]
 
 NEED_GRADIENTS = ("influence_distillation", "exact")
 
@@ -51,6 +63,7 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
         pool, targets = catalogue(job)
         with timed(job, "catalogue"):
             log.manifest.counts = reduce.load_catalogue(pool, targets)
+        job.tokens = reduce.tokens_of
         METHODS[config.method](job, reduce)
         with timed(job, "selection"):
             summary = reduce.select()
@@ -72,18 +85,30 @@ def prepare(config: Config, progress: Progress, log: RunLog | None = None) -> Jo
         InputError: files or model that are not there; nothing has been written then.
     """
     files = _scan("data.candidates", config.data.candidates, config.data.limit)
+    return replace(prepare_targets(config, progress, log), files=files)
+
+
+def prepare_targets(config: Config, progress: Progress, log: RunLog | None = None) -> Job:
+    """As `prepare`, without the pool (`files` is empty, no byte of it is read): all fingerprints.
+
+    Raises:
+        InputError: target files or model that are not there.
+    """
     target_files = {}
     for name, target in config.targets.items():
         target_files[name] = _scan(f"targets.{name}.path", [target.path], target.limit)
     template = template_fingerprint(load_tokenizer(config.model))
+    log = log if log is not None else RunLog(config.run, config.method, progress.note)
+    log.manifest.cache = storage.absolute(config.cache_url)
     return Job(
         config,
         stage_fingerprints(config, template),
-        files,
+        [],
         target_files,
         Cache(config.cache_url),
-        log if log is not None else RunLog(config.run, config.method, progress.note),
+        log,
         progress,
+        Watch(log, progress),
     )
 
 
@@ -164,12 +189,7 @@ def exact(job: Job, reduce: Any) -> None:
 def rds(job: Job, reduce: Any) -> None:
     """RDS+ (arXiv 2503.01807): one forward pass, cosine of pooled hidden states."""
     embedding = embedding_units(job)
-    digest = job.fingerprints["embedding"].hex
-    rows = job.config.replicas.rows_per_shard
-    targets = {
-        name: range_units("embedding", digest, files, rows)
-        for name, files in job.target_files.items()
-    }
+    targets = rds_target_units(job)
     run_units(job, [*(unit for units in targets.values() for unit in units), *embedding])
     with timed(job, "regression", quiet=True):
         predictor = reduce.fit_means(embedding, targets)
@@ -200,3 +220,13 @@ def embedding_units(job: Job) -> list[Unit]:
         job.files,
         job.config.replicas.rows_per_shard,
     )
+
+
+def rds_target_units(job: Job) -> dict[str, list[Unit]]:
+    """Embeddings of every target's rows, which RDS+ compares with."""
+    digest = job.fingerprints["embedding"].hex
+    rows = job.config.replicas.rows_per_shard
+    return {
+        name: range_units("embedding", digest, files, rows)
+        for name, files in job.target_files.items()
+    }

@@ -24,12 +24,12 @@ from influence.fingerprints import embedding_values
 from influence.hub import resolve_revision
 from influence.local import local_execute
 from influence.model_shape import ModelShape, model_shape
-from influence.pipeline import Job, catalogue, embedding_units, prepare
+from influence.pipeline import Job, catalogue, embedding_units, prepare, rds_target_units
 from influence.progress import Progress
 from influence.reducer import Reducer
 from influence.replica import resolve_dtype
 from influence.run_log import RunLog
-from influence.units import Unit, range_units
+from influence.units import Unit
 
 # What matrix products of this kind reach of a machine's rate for large ones: measured on
 # SmolLM2-135M, whose matrices are small.
@@ -74,7 +74,7 @@ def make_plan(config: Config) -> Plan:
     config = resolve_revision(config)
     budget = parse_budget(config.selection.budget)
     job = prepare(config, progress, RunLog.unsaved(config.run, config.method))
-    job.execute = local_execute(config)
+    job.execute = local_execute(config, job.watch)
     reducer = Reducer(config)
     counts = reducer.load_catalogue(*catalogue(job))
     if budget.tokens is not None:
@@ -166,10 +166,7 @@ def _rounds_note(
 def _embedding_units(job: Job) -> list[Unit]:
     units = embedding_units(job)
     if job.config.method == "rds":
-        rows = job.config.replicas.rows_per_shard
-        digest = job.fingerprints["embedding"].hex
-        for files in job.target_files.values():
-            units += range_units("embedding", digest, files, rows)
+        units += [unit for members in rds_target_units(job).values() for unit in members]
     return units
 
 

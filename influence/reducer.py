@@ -72,6 +72,16 @@ class Reducer:
     ) -> dict[str, Any]:
         """Read the catalogue shards; returns the counts for the manifest."""
         self.pool = read_catalogue(self.cache, pool, drop_duplicates=True)
+        self.load_targets(targets)
+        if not len(self.pool.eligible):
+            raise InputError(
+                f"data.candidates: none of the {len(self.pool)} rows can be scored: "
+                f"{self.pool.reasons()}"
+            )
+        return self.counts()
+
+    def load_targets(self, targets: Mapping[str, Sequence[Unit]]) -> None:
+        """Read the targets' catalogue shards and name their columns: enough for `target_rows`."""
         self.targets = {
             name: read_catalogue(self.cache, units, drop_duplicates=False)
             for name, units in targets.items()
@@ -82,12 +92,6 @@ class Reducer:
             {name: described[name].per for name in self.targets},
             {name: described[name].group_by is not None for name in self.targets},
         )
-        if not len(self.pool.eligible):
-            raise InputError(
-                f"data.candidates: none of the {len(self.pool)} rows can be scored: "
-                f"{self.pool.reasons()}"
-            )
-        return self.counts()
 
     def counts(self) -> dict[str, Any]:
         """Rows, reasons, duplicates, truncation: of the pool and of every target."""
@@ -116,6 +120,11 @@ class Reducer:
                 for name, catalogue in self.targets.items()
             },
         }
+
+    def tokens_of(self, units: Sequence[Unit]) -> list[int]:
+        """Tokens that the model sees of each unit's rows: what there is to do."""
+        of = {(f.url, f.rows): c for c in (*self.targets.values(), self._pool) for f in c.files}
+        return [of[u.file.url, u.file.rows].tokens_of(u.file, u.row_numbers) for u in units]
 
     def choose_landmarks(self) -> list[tuple[SourceFile, list[int]]]:
         """Draw the landmarks; returns the rows of each file."""

@@ -280,7 +280,7 @@ def stage_row(name: str, record: StageRecord) -> StageRow:
     return StageRow(
         name,
         record,
-        _ratio(record.model_seconds, record.replica_seconds),
+        record.model_share,
         _ratio(record.tokens or None, record.seconds) if record.computed else None,
     )
 

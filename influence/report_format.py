@@ -76,6 +76,17 @@ def seconds(value: float | None) -> str:
     return f"{total // 3600} h {total % 3600 // 60:02d} min"
 
 
+def size(value: float) -> str:
+    """Bytes in the unit a person would use: 512 bytes, 3.4 kB, 12.3 MB, 1.2 TB."""
+    if value < 1000:
+        return f"{value:.0f} bytes"
+    for unit in ("kB", "MB", "GB", "TB"):
+        value /= 1000
+        if value < 999.95 or unit == "TB":
+            break
+    return f"{value:,.1f} {unit}"
+
+
 FILTERS: dict[str, Callable[..., str]] = {
     "whole": whole,
     "decimal": decimal,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from importlib import metadata
 
 from pydantic import ValidationError
@@ -18,6 +19,8 @@ from influence.worker import UnitResult
 
 _PACKAGES = ("torch", "transformers", "peft", "pyarrow", "numpy", "ray", "obstore")
 _SAVE_EVERY_SECONDS = 5.0
+#: A job at work writes its manifest at least so often while shards are computed on a cluster.
+SIGN_OF_LIFE_SECONDS = 30.0
 
 
 class RunLog:
@@ -30,14 +33,16 @@ class RunLog:
 
     Attributes:
         failed_writes: writes that the store failed since the job began; see `save`.
+        refresh: called with the manifest before every write, for what changes all the time.
     """
 
     def __init__(
         self, run: str, method: str, note: Callable[[str], None] = lambda text: None
     ) -> None:
         self.url = storage.join(run, "manifest.json")
-        self.manifest = Manifest(method=method, versions=_versions())
+        self.manifest = Manifest(method=method, versions=_versions(), started=_now())
         self.failed_writes = 0
+        self.refresh: Callable[[Manifest], None] = lambda manifest: None
         self._note = note
         self._tried = 0.0
         self._on_disk = False
@@ -72,13 +77,21 @@ class RunLog:
         record.rows += result.rows
         record.tokens += result.tokens
         record.model_seconds += result.model_seconds
-        record.replica_seconds += result.seconds
+        record.set_up_seconds += result.set_up_seconds
         if result.device is not None:
             record.devices = sorted({*record.devices, result.device})
         record.notes = sorted({*record.notes, *result.notes})
         if result.outcome == "replaced":
             record.notes = sorted({*record.notes, f"replaced a damaged shard: {result.key}"})
         self.save_sometimes()
+
+    def held(self, stage: str, seconds: float) -> None:
+        """A replica spent this time on the stage; see `influence.observer.Observer`."""
+        self.manifest.stages[stage].replica_seconds += seconds
+
+    def doing(self, step: str) -> None:
+        """Name the step that begins; written with the next save."""
+        self.manifest.doing = step
 
     def failed(self, unit: Unit, attempts: int, error: str) -> None:
         """A shard failed for good."""
@@ -110,6 +123,7 @@ class RunLog:
             InfluenceError: the store failed or refused the write.
         """
         self.manifest.state = state
+        self.manifest.doing = ""
         self._write()
 
     def save(self) -> None:
@@ -137,9 +151,16 @@ class RunLog:
         if time.monotonic() - self._tried > _SAVE_EVERY_SECONDS:
             self.save()
 
+    def sign_of_life(self) -> None:
+        """Write the manifest if nothing has happened for long: its age tells a dead job."""
+        if self._on_disk and time.monotonic() - self._tried > SIGN_OF_LIFE_SECONDS:
+            self.save()
+
     def _write(self) -> None:
         if not self._writes:
             return
+        self.refresh(self.manifest)
+        self.manifest.written = _now()
         try:
             storage.put(self.url, to_json(self.manifest))
         finally:
@@ -163,6 +184,10 @@ def read_manifest(run: str) -> Manifest | None:
             f"{url}: not a manifest of this version ({error.error_count()} problems, first: "
             f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']})"
         ) from None
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def _versions() -> dict[str, str]:

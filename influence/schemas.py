@@ -6,6 +6,7 @@ Everything that another program may read is declared here and nowhere else.
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -92,6 +93,38 @@ def target_vector_schema() -> pa.Schema:
             pa.field("vector", pa.large_binary(), nullable=False),
         ]
     )
+
+
+class ExportLayout(BaseModel):
+    """What an exported file's `vector` column holds (JSON under `influence` in its metadata).
+
+    `values` is what the fingerprint covers; `blocks` as in `VectorLayout`; `shard` the cache key.
+    Embeddings are unit rows and `norm` their length before; gradients are not normalised.
+    """
+
+    stage: str
+    fingerprint: str
+    values: dict[str, Any]
+    dtype: str
+    dim: int
+    blocks: list[tuple[str, int, int]] = []
+    shard: str
+
+
+def export_schema(layout: ExportLayout) -> pa.Schema:
+    """Schema of an exported file: the rows of one shard that have a vector."""
+    element = {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64()}
+    inner = pa.field("element", element[layout.dtype], nullable=False)
+    fields = [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("source", pa.string()),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("vector", pa.list_(inner, layout.dim), nullable=False),
+        pa.field("norm", pa.float64()),
+        pa.field("n_tokens", pa.int32(), nullable=False),
+    ]
+    return pa.schema(fields, metadata={b"influence": layout.model_dump_json().encode()})
 
 
 def scores_schema(names: list[str]) -> pa.Schema:
@@ -209,10 +242,41 @@ class StageRecord(BaseModel):
     tokens: int = 0
     seconds: float = Field(default=0.0, description="wall time (share of a common phase)")
     model_seconds: float = Field(default=0.0, description="model at work, all replicas")
-    replica_seconds: float = Field(default=0.0, description="at work or waiting for shards")
+    set_up_seconds: float = Field(default=0.0, description="loading models, building engines")
+    replica_seconds: float = Field(default=0.0, description="replicas up with work of this stage")
     devices: list[str] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list, description="precision fallbacks and the like")
     failed: list[FailedShard] = Field(default_factory=list)
+
+    @property
+    def model_share(self) -> float | None:
+        """Part (0 to 1) of the time in which replicas were up and had work of this stage that
+        their models were at work; None where no model was.
+
+        Everything else counts against it: setting up, reading, tokenising, writing, waiting, and
+        the whole of an attempt that failed. Where stages change, up to a shard's time may be with
+        the one and its model's work with the other.
+        """
+        if not self.model_seconds or not self.replica_seconds:
+            return None
+        return self.model_seconds / self.replica_seconds
+
+
+class ReplicaCount(BaseModel):
+    """Replicas when the manifest was written."""
+
+    up: int = 0
+    awaited: int = Field(default=0, description="demanded, and not up")
+    up_seconds: float = Field(default=0.0, description="of all replicas so far, at work or not")
+
+
+class Pace(BaseModel):
+    """The shards that are being computed, when the manifest was written."""
+
+    samples_per_second: float | None = Field(default=None, description="in the last minute")
+    tokens_per_second: float | None = Field(default=None, description="in the last minute")
+    seconds_left: float | None = Field(default=None, description="without `not_begun`")
+    not_begun: list[str] = Field(default_factory=list, description="stages of unknown speed")
 
 
 class Manifest(BaseModel):
@@ -221,10 +285,77 @@ class Manifest(BaseModel):
     format_version: int = FORMAT_VERSION
     method: str
     state: str = Field(default="running", description="running, done, failed or interrupted")
+    doing: str = Field(default="", description="the step that is at work")
+    started: datetime | None = None
+    written: datetime | None = None
+    cache: str = Field(default="", description="the cache's URL, absolute")
+    replicas: ReplicaCount | None = None
+    pace: Pace | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     counts: dict[str, Any] = Field(default_factory=dict)
     coverage: list[dict[str, Any]] = Field(default_factory=list)
     stages: dict[str, StageRecord] = Field(default_factory=dict)
+
+    @property
+    def model_share(self) -> float | None:
+        """`StageRecord.model_share` of all stages in which a model was at work."""
+        stages = self._with_model()
+        whole = sum(record.replica_seconds for record in stages)
+        return sum(record.model_seconds for record in stages) / whole if whole else None
+
+    @property
+    def set_up_share(self) -> float | None:
+        """Part of the same time that went into loading models and building what they need."""
+        stages = self._with_model()
+        whole = sum(record.replica_seconds for record in stages)
+        return sum(record.set_up_seconds for record in stages) / whole if whole else None
+
+    @property
+    def model_share_of_up(self) -> float | None:
+        """Part of the time in which replicas were up, with work or without any, that their models
+        were at work; None where that is not known."""
+        model = sum(record.model_seconds for record in self.stages.values())
+        if not model or self.replicas is None or not self.replicas.up_seconds:
+            return None
+        return model / self.replicas.up_seconds
+
+    def _with_model(self) -> list[StageRecord]:
+        return [record for record in self.stages.values() if record.model_share is not None]
+
+
+class CachedFingerprint(BaseModel):
+    """The shards of one stage and fingerprint in a cache."""
+
+    stage: str
+    fingerprint: str
+    shards: int
+    rows: int | None = Field(description="null where the shards' names do not tell")
+    bytes: int
+    newest: datetime
+    used_by: list[str] = Field(default_factory=list, description="of the configs and runs given")
+    values: dict[str, Any] | None = Field(
+        default=None, description="what the fingerprint covers, if one of those uses it"
+    )
+    made: dict[str, Any] = Field(
+        default_factory=dict, description="else: vectors, device, torch of one shard's footer"
+    )
+
+
+class OtherObjects(BaseModel):
+    """Objects in a cache directory that are no shards."""
+
+    objects: int = 0
+    bytes: int = 0
+    examples: list[str] = Field(default_factory=list, description="the first names")
+
+
+class CacheListing(BaseModel):
+    """What `influence cache list --json` writes."""
+
+    cache: str
+    fingerprints: list[CachedFingerprint] = Field(default_factory=list)
+    empty: OtherObjects = Field(default_factory=OtherObjects, description="no bytes: damaged")
+    foreign: OtherObjects = Field(default_factory=OtherObjects, description="no shard's name")
 
 
 def to_json(document: BaseModel) -> bytes:

@@ -6,9 +6,10 @@ Shards go by one after the other, a few being read ahead: nothing here holds the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,9 @@ from influence.errors import InputError
 from influence.target_columns import TargetColumns, mean_vectors
 from influence.units import ExactUnits, Unit
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 READERS = 8
 NO_EMBEDDING = "embedding is zero or not finite"
 NO_GRADIENT = "gradient is zero or not finite"
@@ -29,14 +33,19 @@ NO_GRADIENT = "gradient is zero or not finite"
 
 def read_shards(cache: Cache, units: Sequence[Unit]) -> Iterator[tuple[Unit, Shard]]:
     """Read and verify the shards of these units, in their order; at most READERS are held ahead."""
+    return read_ahead(units, lambda unit: cache.read(unit.key))
+
+
+def read_ahead(items: Iterable[T], read: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+    """(item, what `read` makes of it), in order; at most READERS results are held ahead."""
     with ThreadPoolExecutor(READERS) as readers:
         ahead: deque = deque()
-        for unit in units:
+        for item in items:
             if len(ahead) == READERS:
                 first, shard = ahead.popleft()
                 yield first, shard.result()
                 del shard  # or the consumer's shard would live on beside the next ones
-            ahead.append((unit, readers.submit(cache.read, unit.key)))
+            ahead.append((item, readers.submit(read, item)))
         while ahead:
             first, shard = ahead.popleft()
             yield first, shard.result()

@@ -46,6 +46,14 @@ class StageSettings:
     seed: int
 
 
+_NEEDS = {
+    "embedding": "embedder",
+    "gradients": "vector_engine",
+    "inner_products": "layers",
+    "target_vectors": "layers",
+}
+
+
 @dataclass
 class Vectors:
     """What a stage makes of a unit: one row per scorable row, in the order of `positions`.
@@ -132,6 +140,11 @@ class Toolbox:
             )
 
         return self._once("vectors", build)
+
+    def set_up(self, stage: str) -> None:
+        """Build what a stage needs, unless it is there: no work on rows, and timed apart."""
+        if stage in _NEEDS:
+            getattr(self, _NEEDS[stage])
 
     def product_engine(
         self, keys: tuple[tuple[str, ...], ...], read: Callable[[], dict[str, list[Tensor]]]

@@ -12,7 +12,7 @@ import os
 import re
 import uuid
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,13 @@ class ObjectInfo:
     """One stored object: its URL, size in bytes, and the token that `replace` compares.
 
     `etag` is opaque: the ETag on S3 and local disks, the generation on gs:// where `head` knows it.
+    `modified` is the time of the last change (UTC), by the store's own clock.
     """
 
     url: str
     size: int
     etag: str | None
+    modified: datetime
 
 
 @dataclass
@@ -98,6 +100,12 @@ def join(base: str, *parts: str) -> str:
         if clean:
             out = f"{out.rstrip('/')}/{clean}" if out else clean
     return out
+
+
+def absolute(url: str) -> str:
+    """The URL in a form that means the same in every working directory."""
+    where = _locate(url)
+    return url if where.scheme else where.key
 
 
 def read_bytes(url: str) -> bytes:
@@ -183,7 +191,7 @@ def head(url: str) -> ObjectInfo | None:
             meta = obstore.head(_store(where), where.key)
         except FileNotFoundError:
             return None
-    return ObjectInfo(url, meta["size"], _etag(where, meta))
+    return ObjectInfo(url, meta["size"], _etag(where, meta), meta["last_modified"])
 
 
 def list_objects(prefix_url: str) -> list[ObjectInfo]:
@@ -199,7 +207,12 @@ def list_objects(prefix_url: str) -> list[ObjectInfo]:
         found = obstore.list(_store(where), prefix=base or None).collect()
     cut = len(base) + 1 if base else 0
     infos = [
-        ObjectInfo(join(prefix_url, meta["path"][cut:]), meta["size"], _etag(where, meta))
+        ObjectInfo(
+            join(prefix_url, meta["path"][cut:]),
+            meta["size"],
+            _etag(where, meta),
+            meta["last_modified"],
+        )
         for meta in found
         if meta["path"] != base  # some stores list a folder's own marker
     ]
@@ -260,6 +273,24 @@ def probe_create_only(base_url: str) -> None:
             "the first), so two workers could overwrite each other's results; use a store that "
             "honours If-None-Match (S3, GCS, a local disk) for `run` and `cache`"
         )
+
+
+def clock(base_url: str) -> datetime:
+    """The store's own time (UTC), by which `ObjectInfo.modified` goes: a probe is put and removed.
+
+    Raises:
+        StorageError: the store cannot be reached.
+        InputError: the store cannot be written.
+    """
+    url = join(base_url, f".probe-{uuid.uuid4().hex}")
+    put(url, b"what time is it?")
+    try:
+        info = head(url)
+    finally:
+        delete(url)
+    if info is None:
+        raise StorageError(f"{url}: gone right after it was written; nothing can be dated here")
+    return info.modified
 
 
 def _locate(url: str, key_needed: bool = True) -> Location:

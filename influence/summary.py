@@ -8,8 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from influence.errors import InputError
+from influence.report_format import percent
 from influence.run_log import read_manifest
 from influence.schemas import Fidelity, Interval, Recall
+from influence.status import compact_table, share_text
 
 MOST_SOURCES = 30
 
@@ -108,12 +110,13 @@ def _recall(recall: Recall) -> str:
 
 
 def stage_table(run: str) -> Table:
-    """Seconds per stage, from the manifest."""
+    """Seconds per stage and the models' share of the replicas' time, from the manifest."""
     manifest = read_manifest(run)
     if manifest is None:
         raise InputError(f"{run}: no manifest.json; expected a run directory")
-    table = Table(title="stages")
-    for heading in ("stage", "shards", "reused", "rows", "tokens", "seconds", "tokens/s"):
+    table = compact_table(title="stages", caption=share_text(manifest) or None)
+    headings = ("stage", "shards", "reused", "rows", "tokens", "seconds", "tokens/s")
+    for heading in (*headings, "in model"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for name, stage in manifest.stages.items():
         rate = f"{stage.tokens / stage.seconds:,.0f}" if stage.tokens and stage.seconds else ""
@@ -125,6 +128,7 @@ def stage_table(run: str) -> Table:
             f"{stage.tokens:,}" if stage.tokens else "",
             f"{stage.seconds:.1f}",
             rate,
+            "" if stage.model_share is None else percent(stage.model_share),
         )
     return table
 

@@ -46,6 +46,11 @@ class Unit:
         return f"{self.stage}/{self.fingerprint}/{name}.parquet"
 
     @property
+    def row_numbers(self) -> Sequence[int]:
+        """The rows, in order."""
+        return self.rows if self.rows is not None else range(self.first, self.last + 1)
+
+    @property
     def count(self) -> int:
         """Number of rows."""
         return len(self.rows) if self.rows is not None else self.last - self.first + 1

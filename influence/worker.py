@@ -8,7 +8,7 @@ Knows nothing of Ray; a replica actor wraps one of these, and so does a run in o
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -42,13 +42,18 @@ from influence.units import Bundle, Unit
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What became of a unit: the outcome of its commit and what it took."""
+    """What became of a unit: the outcome of its commit and what it took.
+
+    `model_seconds` are those in which the model computed the unit's vectors, and nothing else:
+    `set_up_seconds` (loading the model, building engines) are not in them, and neither is
+    reading, batching, packing or writing.
+    """
 
     key: str
     outcome: str
     rows: int
     tokens: int
-    seconds: float
+    set_up_seconds: float
     model_seconds: float
     device: str | None
     notes: tuple[str, ...] = field(default=())
@@ -56,11 +61,11 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class _Computed:
-    """Tables of a bundle's units, seconds at work and seconds idle before it, and where."""
+    """Tables of a bundle's units, seconds setting up and in the model, and where."""
 
     tables: list[pa.Table]
-    seconds: float
-    idle: float
+    set_up: float
+    model: float
     device: str
     notes: tuple[str, ...]
 
@@ -75,7 +80,6 @@ class Worker:
         self._toolbox: Toolbox | None = None
         self._load_error: ModelLoadError | None = None
         self._mapper: tuple[str, Predictor, Mapper] | None = None
-        self._model_free = 0.0
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._io_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
@@ -114,7 +118,7 @@ class Worker:
             }
             outcomes.append(self.cache.commit(member, table, meta))
         # The pass was made once: rows, tokens and time count for the first unit of the bundle.
-        whole = (len(encoded), tokens, computed.seconds + computed.idle, computed.seconds)
+        whole = (len(encoded), tokens, computed.set_up, computed.model)
         return [
             UnitResult(
                 member.key,
@@ -141,7 +145,6 @@ class Worker:
 
     def _score(self, unit: Unit) -> UnitResult:
         """Predicted scores of the rows of one embedding shard; needs no model."""
-        start = time.monotonic()
         key, embedding = unit.needs
         if self._mapper is None or self._mapper[0] != key:
             predictor = read_predictor(self.config.cache_url, key)
@@ -157,8 +160,7 @@ class Worker:
             "torch": torch.__version__,
         }
         outcome = self.cache.commit(unit, table, meta)
-        seconds = time.monotonic() - start
-        return UnitResult(unit.key, outcome, table.num_rows, 0, seconds, 0.0, None)
+        return UnitResult(unit.key, outcome, table.num_rows, 0, 0.0, 0.0, None)
 
     def _device(self) -> str:
         """The device of this replica; on a CPU with as many threads as the config gives it."""
@@ -184,44 +186,55 @@ class Worker:
         return self._toolbox
 
     def _compute(self, bundle: Bundle, encoded: Sequence[Encoded]) -> _Computed:
+        lap = _stopwatch()
         tools = self._tools()
-        start = time.monotonic()
-        idle = start - self._model_free if self._model_free else 0.0
-        budget = self.config.replicas.token_budget
+        set_up = lap()
         unit = bundle.units[0]
+        first_of, unique = _unique(encoded)
+        # A target row that is there twice counts twice in the mean, as it does in a sketch.
+        rows = encoded if unit.stage == "target_vectors" else unique
+        batches = make_batches(rows, self.config.replicas.token_budget)
+        lap()
+        model = 0.0
         if unit.stage == "target_vectors":
-            # A target row that is there twice counts twice in the mean, as it does in a sketch.
-            tables = [self._target_vector_table(unit, tools, encoded)]
+            tools.set_up(unit.stage)
+            set_up += lap()
+            vector = self._target_vector(unit, tools, batches, encoded)
+            model = lap()
+            tables = [_target_vector_table(vector)]
         else:
-            first_of, unique = _unique(encoded)
-            batches = make_batches(unique, budget)
-            columns = (
-                self._vectors(bundle, tools, batches) if batches else [None] * len(bundle.units)
-            )
+            columns: list[Vectors] | list[None] = [None] * len(bundle.units)
+            if batches:
+                compute = self._stage(bundle, tools)
+                set_up += lap()
+                columns = compute(batches)
+                model = lap()
             tables = [_vector_table(encoded, first_of, part) for part in columns]
-        self._model_free = time.monotonic()
-        seconds = self._model_free - start
         notes = (*tools.replica.notes, *tools.notes)
         notes += (tools.limit.note,) if tools.limit.note else ()
-        return _Computed(tables, seconds, idle, tools.replica.device_name, notes)
+        return _Computed(tables, set_up, model, tools.replica.device_name, notes)
 
-    def _vectors(self, bundle: Bundle, tools: Toolbox, batches: list[Any]) -> list[Vectors]:
+    def _stage(self, bundle: Bundle, tools: Toolbox) -> Callable[[list[Any]], list[Vectors]]:
+        """What computes the columns of every unit from batches; all that it needs is set up."""
         stage = bundle.units[0].stage
+        tools.set_up(stage)
         if stage == "embedding":
-            return [stages.embed(tools, batches)]
+            return lambda batches: [stages.embed(tools, batches)]
         if stage == "gradients":
-            return [stages.gradient_vectors(tools, batches)]
+            return lambda batches: [stages.gradient_vectors(tools, batches)]
         if stage == "inner_products":
             keys = tuple(unit.needs for unit in bundle.units)
+            widths = [len(unit.needs) for unit in bundle.units]
             engine = tools.product_engine(keys, lambda: self._target_vectors(keys, tools))
-            whole = stages.inner_products(tools, batches, engine)
-            return stages.split_columns(whole, [len(unit.needs) for unit in bundle.units])
+            return lambda batches: stages.split_columns(
+                stages.inner_products(tools, batches, engine), widths
+            )
         raise InputError(f"no such stage: {stage!r}")
 
-    def _target_vector_table(
-        self, unit: Unit, tools: Toolbox, encoded: Sequence[Encoded]
-    ) -> pa.Table:
-        batches = make_batches(encoded, self.config.replicas.token_budget)
+    def _target_vector(
+        self, unit: Unit, tools: Toolbox, batches: list[Any], encoded: Sequence[Encoded]
+    ) -> dict[str, torch.Tensor]:
+        """The target's mean gradient, on the CPU: {layer: (out, in) in float32}."""
         if not batches:
             raise InputError(
                 f"{unit.file.url}: none of the rows {unit.first}..{unit.last} of this target can "
@@ -229,13 +242,7 @@ class Worker:
             )
         names = [f"{unit.file.url} row {each.row}" for each in encoded]
         vector, _count = stages.target_vector(tools, batches, names)
-        rows = {
-            "layer": list(vector),
-            "out_features": [value.shape[0] for value in vector.values()],
-            "in_features": [value.shape[1] for value in vector.values()],
-            "vector": [value.float().cpu().numpy().tobytes() for value in vector.values()],
-        }
-        return pa.table(rows, schema=target_vector_schema())
+        return {name: value.float().cpu() for name, value in vector.items()}
 
     def _target_vectors(
         self, targets: Sequence[Sequence[str]], tools: Toolbox
@@ -296,6 +303,28 @@ def _unique(encoded: Sequence[Encoded]) -> tuple[np.ndarray, list[Encoded]]:
             unique.append(row)
         index[position] = first[row.digest]
     return index, unique
+
+
+def _stopwatch() -> Callable[[], float]:
+    """A function that says how many seconds have passed since its last call."""
+    last = time.monotonic()
+
+    def lap() -> float:
+        nonlocal last
+        before, last = last, time.monotonic()
+        return last - before
+
+    return lap
+
+
+def _target_vector_table(vector: Mapping[str, torch.Tensor]) -> pa.Table:
+    rows = {
+        "layer": list(vector),
+        "out_features": [value.shape[0] for value in vector.values()],
+        "in_features": [value.shape[1] for value in vector.values()],
+        "vector": [value.numpy().tobytes() for value in vector.values()],
+    }
+    return pa.table(rows, schema=target_vector_schema())
 
 
 def _row_table(encoded: Sequence[Encoded]) -> pa.Table:

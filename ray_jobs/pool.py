@@ -17,6 +17,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from influence.errors import InfluenceError, InputError
 from influence.local import retry_pause
+from influence.observer import Observer, Silent
 from ray_jobs.actors import IN_FLIGHT, cause_of, text_of
 
 _POLL_SECONDS = 1.0
@@ -49,6 +50,9 @@ class _Replica:
     ready: bool = False
     failures_in_a_row: int = 0
     idle_since: float = 0.0
+    # Until when its time is accounted for, and whether there has been nothing to do since.
+    counted: float = 0.0
+    idle: bool = False
     in_flight: dict[Any, _Attempt] = field(default_factory=dict)
 
     @property
@@ -64,6 +68,7 @@ class ReplicaPool:
         retries: attempts of a unit after its first one.
         shard_seconds: time limit of one unit; a replica that exceeds it is killed.
         on_poll: called about once a second with the replicas that are up, and that are awaited.
+        observer: told of the replicas' time with work, and of units that are tried again.
     """
 
     def __init__(
@@ -75,11 +80,13 @@ class ReplicaPool:
         retries: int,
         shard_seconds: float,
         on_poll: Callable[[int, int], None] = lambda up, starting: None,
+        observer: Observer | None = None,
     ) -> None:
         self._start = start
         self._minimum, self._maximum = minimum, maximum
         self._retries, self._shard_seconds = retries, shard_seconds
         self._on_poll = on_poll
+        self._observer: Observer = Silent() if observer is None else observer
         self._replicas: list[_Replica] = []
         self._start_failures = 0
         self._replaced = 0  # broken replicas replaced since a unit last succeeded
@@ -98,6 +105,8 @@ class ReplicaPool:
         """
         self._pending = deque(_Attempt(unit) for unit in units)
         self._on_result, self._on_failure = on_result, on_failure
+        for replica in self._replicas:
+            replica.counted = time.monotonic()
         while self._pending or any(replica.in_flight for replica in self._replicas):
             self._scale()
             self._hand_out()
@@ -131,7 +140,7 @@ class ReplicaPool:
 
     def _up(self, replica: _Replica) -> None:
         replica.ready = True
-        replica.idle_since = time.monotonic()
+        replica.idle_since = replica.counted = time.monotonic()
         self._start_failures = 0
 
     def _doubt(self, replica: _Replica) -> None:
@@ -146,7 +155,22 @@ class ReplicaPool:
         ray.kill(replica.handle)
         self._replicas.remove(replica)
         for attempt in self._unfinished(replica):
-            self._pending.appendleft(attempt)
+            self._again(attempt)
+
+    def _again(self, attempt: _Attempt) -> None:
+        """Back to the head of the queue: its replica is gone."""
+        self._observer.retried(attempt.unit)
+        self._pending.appendleft(attempt)
+
+    def _count(self, replica: _Replica, unit: Any) -> None:
+        """The time since the replica's last answer, or since it was given work, was this unit's.
+
+        It counts where the replica waited for the driver as well: only where there was nothing
+        that it could have been given does no unit have its time.
+        """
+        now = time.monotonic()
+        self._observer.held(unit, now - replica.counted)
+        replica.counted = now
 
     def _lost(self, replica: _Replica, error: BaseException) -> None:
         """A replica is gone: its units go back, and the culprit is looked for."""
@@ -165,14 +189,17 @@ class ReplicaPool:
                 self._retry(attempt, error)
             else:
                 attempt.suspect = not preempted
-                self._pending.appendleft(attempt)
+                self._again(attempt)
 
     def _unfinished(self, replica: _Replica) -> list[_Attempt]:
         """Units of a replica that is gone, without those whose answer came before."""
         flying = replica.in_flight.items()
-        return [attempt for ref, attempt in flying if not self._arrived(attempt, ref)]
+        left = [attempt for ref, attempt in flying if not self._arrived(replica, attempt, ref)]
+        if left:
+            self._count(replica, left[0].unit)
+        return left
 
-    def _arrived(self, attempt: _Attempt, ref: Any) -> bool:
+    def _arrived(self, replica: _Replica, attempt: _Attempt, ref: Any) -> bool:
         """Whether a unit's answer came before its replica went; it is reported then."""
         if not ray.wait([ref], timeout=0)[0]:
             return False
@@ -180,6 +207,7 @@ class ReplicaPool:
             value = ray.get(ref)
         except RayError:
             return False
+        self._count(replica, attempt.unit)
         self._on_result(attempt.unit, value)
         return True
 
@@ -196,7 +224,11 @@ class ReplicaPool:
                     continue
                 self._pending.remove(attempt)
                 attempt.since = time.monotonic()
+                if replica.idle:
+                    replica.counted, replica.idle = attempt.since, False
                 replica.in_flight[replica.handle.run.remote(attempt.unit)] = attempt
+        for replica in self._replicas:
+            replica.idle = not replica.in_flight and not self._pending
 
     def _next(self, replica: _Replica) -> _Attempt | None:
         """The first unit that this replica may have now."""
@@ -250,7 +282,9 @@ class ReplicaPool:
             self._up(replica)
             return
         replica.failures_in_a_row = self._replaced = 0
-        self._on_result(_finished(replica, ref).unit, value)
+        unit = _finished(replica, ref).unit
+        self._count(replica, unit)
+        self._on_result(unit, value)
 
     def _raised(self, replica: _Replica, ref: Any, error: RayTaskError) -> None:
         """A unit raised: bad input ends the job, a failing store or anything else does not."""
@@ -258,6 +292,7 @@ class ReplicaPool:
         if isinstance(cause, InputError):
             raise cause from error
         attempt = _finished(replica, ref)
+        self._count(replica, attempt.unit)
         if isinstance(cause, InfluenceError):  # the store's fault, and not the replica's
             attempt.not_before = time.monotonic() + retry_pause(attempt.failures + 1)
         else:
@@ -271,6 +306,7 @@ class ReplicaPool:
         if attempt.failures > self._retries:
             self._on_failure(attempt.unit, attempt.failures, text_of(error))
         else:
+            self._observer.retried(attempt.unit)
             self._pending.append(attempt)
 
     def _enforce_time_limit(self) -> None:

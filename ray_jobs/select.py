@@ -6,11 +6,13 @@ from typing import Any
 
 from influence.config import Config
 from influence.hub import resolve_revision
+from influence.job import Job
 from influence.pipeline import prepare, select
 from influence.progress import Progress
 from influence.report import build_report
 from influence.resume import claim_run
 from ray_jobs.actors import RemoteReducer, replica_factory
+from ray_jobs.metrics import RayMetrics
 from ray_jobs.placement import PlacementWatch
 from ray_jobs.pool import ReplicaPool
 from ray_jobs.session import ray_session
@@ -24,35 +26,37 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     """
     config = resolve_revision(config)
     claim_run(config, replace=replace)
-    progress = Progress(quiet=quiet)
-    job = prepare(config, progress)
+    job = prepare(config, Progress(quiet=quiet))
     with ray_session(config):
-        pool = _pool(config, progress)
+        metrics = RayMetrics(config.run)
+        job.watch.others.append(metrics)
+        pool = _pool(job)
         try:
             summary = select(job, pool, RemoteReducer(config))
         finally:
             pool.close()
+            metrics.replicas(0, 0)
     summary["report"] = build_report(config.run)
     return summary
 
 
-def _pool(config: Config, progress: Progress) -> ReplicaPool:
-    settings = config.replicas
+def _pool(job: Job) -> ReplicaPool:
+    settings = job.config.replicas
     demand = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
-    watch = PlacementWatch({k: v for k, v in demand.items() if v}, progress.note)
+    placement = PlacementWatch({k: v for k, v in demand.items() if v}, job.progress.note)
 
     def on_poll(up: int, starting: int) -> None:
-        progress.replicas = up
-        progress.tick()
-        watch.look(up, starting)
+        job.watch.replicas(up, starting)
+        placement.look(up, starting)
 
     return ReplicaPool(
-        replica_factory(config),
+        replica_factory(job.config),
         minimum=settings.min,
         maximum=settings.max,
         retries=settings.retries,
         shard_seconds=settings.shard_seconds,
         on_poll=on_poll,
+        observer=job.watch,
     )
 
 

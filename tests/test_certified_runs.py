@@ -25,6 +25,7 @@ from influence import one_process
 from influence.config import Config
 from influence.errors import InterruptedRunError
 from influence.local import local_execute
+from influence.observer import Observer
 from influence.units import Bundle
 from influence.worker import UnitResult
 
@@ -96,11 +97,11 @@ def test_a_budget_of_gradients_that_is_too_small_is_said(run: Runner) -> None:
     assert "have a predicted score" in Path(directory, "report.html").read_text()
 
 
-def _interrupted_after(results: int) -> Callable[[Config], Any]:
+def _interrupted_after(results: int) -> Callable[[Config, Observer], Any]:
     """An executor that stops the job once so many shards of gradients are committed."""
 
-    def make(config: Config) -> Any:
-        execute, left = local_execute(config), [results]
+    def make(config: Config, observer: Observer) -> Any:
+        execute, left = local_execute(config, observer), [results]
 
         def run_some(
             bundles: Sequence[Bundle],

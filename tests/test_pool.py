@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from influence.errors import InputError, ModelLoadError, StorageError
+from influence.observer import Silent
 from ray_jobs import pool as pool_module
 from ray_jobs.placement import PlacementWatch
 from ray_jobs.pool import ReplicaPool
@@ -293,3 +294,53 @@ def test_replicas_that_find_no_place_are_explained(tmp_path: Path) -> None:
     assert 1.5 < time.monotonic() - start < 20, "not one line per interval"
     assert "1 wanted with CPU 99 each" in said[0]
     assert "the cluster has CPU 4, of which free CPU" in said[0]
+
+
+class Held(Silent):
+    """Adds up the time that replicas had work, and counts what is tried again."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.again: list[str] = []
+
+    def held(self, bundle: Any, seconds: float) -> None:
+        self.seconds.append(seconds)
+
+    def retried(self, bundle: Any) -> None:
+        self.again.append(bundle[0])
+
+
+def test_time_with_work_counts_once_and_time_without_any_never(tmp_path: Path) -> None:
+    told, outcome = Held(), Outcome()
+    pool = ReplicaPool(
+        toy(tmp_path), minimum=1, maximum=1, retries=0, shard_seconds=60.0, observer=told
+    )
+    try:
+        for phase in range(3):
+            start = time.monotonic()
+            pool([(f"p{phase}u{i}", "slow") for i in range(9)], outcome.result, outcome.failure)
+            wall = time.monotonic() - start
+            held = sum(told.seconds[9 * phase :])
+            # Nine of 0.3 s, three at a time. The first phase waits for its replica as well.
+            assert 0.8 < held < (wall + 0.01 if phase else 1.6), (
+                f"phase {phase}: {held:.2f} s with work in {wall:.2f} s"
+            )
+            assert phase == 0 or held > 0.9 * wall, "time with work that no unit was charged for"
+            time.sleep(1.5)
+    finally:
+        pool.close()
+    assert len(told.seconds) == 27, "not one share of the time for each unit"
+
+
+def test_attempts_that_are_made_again_are_told(tmp_path: Path) -> None:
+    told = Held()
+    units = [(f"u{i}", "fine") for i in range(8)]
+    units = [("bad", "raises"), *units[:5], ("shaky", "raises once"), *units[5:]]
+    run_pool(tmp_path, units, retries=1, observer=told)
+    assert sorted(told.again) == ["bad", "shaky"], "the last attempt is no retry"
+    assert len(told.seconds) == 12, "every attempt has its time, failed ones too"
+    told, killed = Held(), tmp_path / "killed"
+    killed.mkdir()
+    outcome = run_pool(killed, [("u0", "slow"), ("killer", "kills")], retries=0, observer=told)
+    assert list(outcome.failures) == ["killer"]
+    assert "u0" in told.again, "a unit that went down with its replica was made again unseen"

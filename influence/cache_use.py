@@ -1,0 +1,159 @@
+"""What configs and runs use of a cache: the fingerprints of every stage, by the job's own code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from influence import storage
+from influence.cache import Cache
+from influence.config import Config
+from influence.config_loading import load_config, parse_config
+from influence.errors import InputError
+from influence.exact_work import product_fingerprints, target_vector_units
+from influence.hub import resolve_revision
+from influence.pipeline import NEED_GRADIENTS, Job, catalogue_units, prepare_targets
+from influence.progress import Progress
+from influence.reducer import Reducer
+from influence.run_log import RunLog, read_manifest
+from influence.schemas import Manifest
+from influence.units import bundled
+from influence.worker import Worker
+
+Place = tuple[str, str]
+"""A stage and a fingerprint: the folder of a cache in which their shards lie."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one config or run uses.
+
+    Attributes:
+        label: the config or run as it was named.
+        run: the run directory that it belongs to.
+        cache: the cache that its config names, where that was read.
+        places: the values that the fingerprint of each place covers; {} where they are not known.
+    """
+
+    label: str
+    run: str
+    cache: str | None
+    places: Mapping[Place, dict[str, Any]]
+
+
+def use_of(named: str, cache: str) -> Use:
+    """Every stage of a config, for all of its targets, whether its method computes it or not.
+
+    `named` is a config's path or a run directory; of a run directory its config.yaml counts, and
+    also what its manifest says that the run used (its model may have changed since). `cache` is
+    the cache that the target's rows are looked up in.
+
+    Raises:
+        InputError: no such config or run, or files or a model that are not there: nothing is known
+            then of what it uses.
+    """
+    config, is_run = _load(named)
+    try:
+        _check_pool(config)
+        places = _resolved(config.model_copy(update={"cache": cache}))
+    except InputError as error:
+        raise InputError(f"{named}: cannot tell what it uses: {error}") from None
+    recorded = read_manifest(named) if is_run else None
+    if recorded is not None:
+        places = {**_recorded(recorded), **places}
+    return Use(named, named if is_run else config.run, config.cache_url, places)
+
+
+def recorded_use(run: str) -> Use:
+    """What a run used, by its manifest alone: needs neither its data nor its model.
+
+    Raises:
+        InputError: no manifest there, or none of this version.
+    """
+    manifest = read_manifest(run)
+    if manifest is None:
+        raise InputError(
+            f"{run}: no manifest.json there; expected the run directory of an `influence select` "
+            "that has begun"
+        )
+    return Use(run, run, None, _recorded(manifest))
+
+
+def _load(named: str) -> tuple[Config, bool]:
+    """The config of a path or a run directory, and whether it was a run directory."""
+    if not os.path.isfile(named):
+        url = storage.join(named, "config.yaml")
+        if storage.head(url) is not None:
+            try:
+                data = yaml.safe_load(storage.read_bytes(url))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise InputError(f"{url}: not valid YAML: {error}") from None
+            return parse_config(data, name=url), True
+        if os.path.isdir(named) or "://" in named:
+            raise InputError(
+                f"{named}: no config.yaml there; expected a config's path, or the run directory of "
+                "an `influence select`"
+            )
+    return load_config(named), False
+
+
+def _check_pool(config: Config) -> None:
+    """See that the pool's files are there; no fingerprint needs a byte of them."""
+    for pattern in config.data.candidates:
+        try:
+            url = storage.expand(pattern)[0]
+        except InputError as error:
+            raise InputError(f"data.candidates: {error}") from None
+        if storage.head(url) is None:
+            raise InputError(f"data.candidates: {url}: no such file or object; check the path")
+
+
+def _resolved(config: Config) -> dict[Place, dict[str, Any]]:
+    config = resolve_revision(config)
+    log = RunLog.unsaved(config.run, config.method)
+    job = prepare_targets(config, Progress(quiet=True), log)
+    places = {(stage, found.hex): found.values for stage, found in job.fingerprints.items()}
+    if config.method in NEED_GRADIENTS and config.gradients.projection == "exact":
+        vectors = target_vector_units(job, _reducer_of_targets(job))
+        for name, found in product_fingerprints(job, vectors).items():
+            places["inner_products", found.hex] = {"target": name, **found.values}
+    return places
+
+
+def _reducer_of_targets(job: Job) -> Reducer:
+    """A reducer that knows the targets' columns.
+
+    Their rows are read as the job reads them, from the catalogue shards in the cache; what is
+    missing there is tokenised, but nothing is written to the cache.
+    """
+    _, targets = catalogue_units(job)
+    units = [unit for members in targets.values() for unit in members]
+    with TemporaryDirectory() as folder:
+        config = job.config.model_copy(update={"cache": folder})
+        copies, worker = Cache(folder), Worker(config)
+        for key in job.cache.present([unit.key for unit in units]):
+            storage.put(copies.locate(key), storage.read_bytes(job.cache.locate(key)))
+        try:
+            for bundle in bundled(units):
+                worker.run(bundle)
+        finally:
+            worker.close()
+        reducer = Reducer(config)
+        reducer.load_targets(targets)
+    return reducer
+
+
+def _recorded(manifest: Manifest) -> dict[Place, dict[str, Any]]:
+    places: dict[Place, dict[str, Any]] = {}
+    for stage, record in manifest.stages.items():
+        # Inner products have a fingerprint for each target; the record holds the first one's.
+        for key in record.planned:
+            places.setdefault((stage, key.split("/")[1]), {})
+        if record.fingerprint:
+            places[stage, record.fingerprint] = record.values
+    return places

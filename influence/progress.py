@@ -238,10 +238,11 @@ def left_text(left: Left) -> str:
     """4 min 05 s left, and what is not in that; nothing where it is not known."""
     if left.seconds is None:
         return ""
+    later = f"{', '.join(left.not_begun)} (not begun)" if left.not_begun else ""
+    if later and not left.seconds:
+        return f"left: {later}"
     text = f"{_coarse(max(1.0, left.seconds))} left"
-    if left.not_begun:
-        text += f", and {', '.join(left.not_begun)} (not begun)"
-    return text
+    return f"{text}, and {later}" if later else text
 
 
 def _coarse(seconds: float) -> str:

@@ -154,6 +154,10 @@ def test_a_stage_that_has_not_begun_is_named_and_not_guessed() -> None:
     meter.done("gradients", tokens=100, planned=100)
     assert meter.left(1) == Left(pytest.approx(15.0), ("embedding",))
     assert left_text(meter.left(1)) == "15 s left, and embedding (not begun)"
+    for _ in range(3):
+        meter.held("gradients", 5.0)
+        meter.done("gradients", tokens=100, planned=100)
+    assert left_text(meter.left(1)) == "left: embedding (not begun)"
 
 
 def made(stage: str, first: int, tokens: int, model: float) -> tuple[Unit, UnitResult]:

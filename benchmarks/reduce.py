@@ -203,7 +203,7 @@ def reduce(arguments: argparse.Namespace) -> dict[str, Any]:
     draw = np.random.default_rng(2).standard_normal((arguments.width, arguments.targets))
     model = landmarks.fit(X, np.tanh(X @ draw), kernel=arguments.kernel)
     key = write_predictor(folder, regression_predictor(model, lengths=False))
-    _, wanted = score_units(units, key)
+    wanted = score_units(units, key)
     for unit in wanted:
         storage.delete(cache.locate(unit.key))
     targets = columns_of(arguments.targets)

@@ -97,6 +97,11 @@ def run_units(job: Job, units: Sequence[Unit]) -> None:
     for stage, seconds in spent.items():
         # Stages share the replicas: each gets its part of the wall time by the time it held them.
         job.log.took(stage, wall * (seconds / total if total else 1 / len(spent)))
+    raise_failures(job)
+
+
+def raise_failures(job: Job) -> None:
+    """Raise ShardsFailedError if a unit of this run failed for good."""
     failures = job.log.failures()
     if failures:
         job.log.save()

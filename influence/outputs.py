@@ -18,6 +18,7 @@ from influence import storage
 from influence.candidates import read_examples, read_table
 from influence.catalogue import Catalogue
 from influence.schemas import SELECTION_FIELDS, scores_schema
+from influence.score_shards import remove_scoring
 from influence.score_table import ScoreTable
 from influence.selection import Selection
 
@@ -51,6 +52,7 @@ def remove_results(run: str) -> None:
         for info in storage.list_objects(storage.join(run, folder)):
             if _PART.fullmatch(info.url.rsplit("/", 1)[1]):
                 storage.delete(info.url)
+    remove_scoring(run)
     for name in RESULTS:
         storage.delete(storage.join(run, name))
 

@@ -22,7 +22,8 @@ from influence.model_shape import model_shape
 from influence.progress import Progress
 from influence.replica import load_tokenizer
 from influence.run_log import RunLog
-from influence.score_shards import score_units
+from influence.score_map import map_scores
+from influence.score_shards import remove_scoring
 from influence.tokenization import template_fingerprint
 from influence.units import ExactUnits, Unit, range_units
 from influence.watch import Watch
@@ -67,6 +68,7 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
         METHODS[config.method](job, reduce)
         with timed(job, "selection"):
             summary = reduce.select()
+        remove_scoring(config.run)
         log.manifest.counts = summary["counts"]
     except (KeyboardInterrupt, InterruptedRunError):
         log.finish("interrupted")
@@ -151,16 +153,9 @@ def influence_distillation(job: Job, reduce: Any) -> None:
         return
     with timed(job, "regression"):
         predictor = reduce.fit_landmarks(embedding, exact)
-    scores = predicted(job, embedding, predictor)
+    scores = map_scores(job, embedding, predictor)
     with timed(job, "scores", quiet=True):
         reduce.take_predicted(scores)
-
-
-def predicted(job: Job, embedding: list[Unit], predictor: str) -> list[Unit]:
-    """Scores of every candidate by a predictor, where its embedding was made or can be read."""
-    job.fingerprints["scores"], units = score_units(embedding, predictor)
-    run_units(job, units)
-    return units
 
 
 def _rounds(job: Job, reduce: Any, embedding: list[Unit], exact: ExactUnits) -> None:
@@ -168,7 +163,7 @@ def _rounds(job: Job, reduce: Any, embedding: list[Unit], exact: ExactUnits) -> 
     while True:
         with timed(job, "regression", quiet=True):
             predictor = reduce.fit_round(embedding, exact)
-        scores = predicted(job, embedding, predictor)
+        scores = map_scores(job, embedding, predictor)
         with timed(job, "regression", quiet=True):
             step = reduce.next_round(scores)
         job.progress.note(step.text)
@@ -192,8 +187,8 @@ def rds(job: Job, reduce: Any) -> None:
     targets = rds_target_units(job)
     run_units(job, [*(unit for units in targets.values() for unit in units), *embedding])
     with timed(job, "regression", quiet=True):
-        predictor = reduce.fit_means(embedding, targets)
-    scores = predicted(job, embedding, predictor)
+        predictor = reduce.fit_means(targets)
+    scores = map_scores(job, embedding, predictor)
     with timed(job, "scores", quiet=True):
         reduce.take_cosines(scores)
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from influence import landmarks, outputs, scoring, storage
+from influence import landmarks, scoring
 from influence.budget import parse_budget
 from influence.cache import Cache
 from influence.candidates import SourceFile
 from influence.catalogue import Catalogue
-from influence.certificate import certificate_of, named_scores
+from influence.certificate import certificate_of
 from influence.certified import Certified, Settings, audit_rows, initial_landmarks, step_text
 from influence.certified_result import certified_scores, recall_certificate
 from influence.config import Config
@@ -31,12 +31,11 @@ from influence.predictor import (
     write_predictor,
 )
 from influence.quotas import Quota
-from influence.schemas import to_json
-from influence.score_shards import ShardTable
-from influence.score_table import ArrayTable, OverlaidTable, rows_of, scored_rows
+from influence.results import write_results
+from influence.score_shards import ShardTable, scoring_url
+from influence.score_table import ArrayTable, OverlaidTable, scored_rows
 from influence.scores import Scores
-from influence.selected import ScoreColumns, extremes, selected_counts, source_counts
-from influence.selection import Rule, combined_score
+from influence.selection import Rule
 from influence.shard_reader import (
     NO_EMBEDDING,
     check_target_rows,
@@ -177,7 +176,7 @@ class Reducer:
             loo_halves = np.stack(np.split(both, 2, axis=1))
         self._landmarks = (positions, Y, model.loo_predictions, halves, loo_halves)
         predictor = regression_predictor(model, lengths=lengths)
-        return write_predictor(self.config.cache_url, predictor)
+        return write_predictor(scoring_url(self.config.run), predictor)
 
     def take_predicted(self, units: Sequence[Unit]) -> None:
         """The score shards of `fit_landmarks`, with the landmarks' exact scores over them."""
@@ -203,7 +202,7 @@ class Reducer:
             halves = None if scores.halves is None else scores.halves[:, usable]
             self.certified.add(positions[usable], X[usable], scores.P[usable], halves)
         predictor = posterior_predictor(self.certified.fit(), lengths=lengths)
-        return write_predictor(self.config.cache_url, predictor)
+        return write_predictor(scoring_url(self.config.run), predictor)
 
     def next_round(self, units: Sequence[Unit]) -> RoundStep:
         """Ask for the next rows, after the score shards of `fit_round`."""
@@ -221,7 +220,13 @@ class Reducer:
     def _shard_table(self, units: Sequence[Unit]) -> ShardTable:
         """The score shards; rows without an embedding get their reason."""
         pool = self._pool
-        table = ShardTable(self.cache, units, pool, pool.scorable, len(self.columns.columns))
+        table = ShardTable(
+            Cache(scoring_url(self.config.run)),
+            units,
+            pool,
+            pool.scorable,
+            len(self.columns.columns),
+        )
         missing = pool.scorable & ~scored_rows(table)
         if missing.any():
             pool.exclude(np.flatnonzero(missing).tolist(), NO_EMBEDDING)
@@ -250,9 +255,8 @@ class Reducer:
         halves = None if scores.halves is None else scores.halves[:, scored]
         self._all_exact(positions, P, halves)
 
-    def fit_means(self, embedding: Sequence[Unit], targets: Mapping[str, Sequence[Unit]]) -> str:
+    def fit_means(self, targets: Mapping[str, Sequence[Unit]]) -> str:
         """RDS+: cosine with the targets' mean embeddings; returns the key of what predicts it."""
-        del embedding
         rows = {}
         for name, units in targets.items():
             catalogue = self.targets[name]
@@ -260,7 +264,7 @@ class Reducer:
             rows[name] = read_embeddings(self.cache, units, catalogue, everything)
             check_target_rows(name, catalogue, rows[name])
         predictor = cosine_predictor(mean_vectors(self.columns, rows))
-        return write_predictor(self.config.cache_url, predictor)
+        return write_predictor(scoring_url(self.config.run), predictor)
 
     def take_cosines(self, units: Sequence[Unit]) -> None:
         """The score shards of `fit_means`."""
@@ -298,25 +302,15 @@ class Reducer:
             landmark_choice=landmarks.CHOICES[self.config.landmarks.choose],
             recall=None if certified is None else recall_certificate(certified),
         )
-        columns = ScoreColumns.of(self.scores, selection, fidelity, self.columns, config.combine)
-        run = self.config.run
-        outputs.write_scores(run, pool, self.columns.names, table, columns)
-        of_selected = combined_score(
-            selected.scores(selection.order), self.columns.target_of, config.combine
-        )[0]
-        outputs.write_selection(run, pool, selection, of_selected)
-        best, worst = extremes(table, self.columns, config.combine, outputs.SAMPLE_ROWS)
-        samples = {"best": best, "worst": worst}
-        of_samples = {kind: columns(p, rows_of(table, p).P) for kind, p in samples.items()}
-        outputs.write_samples(run, pool, samples, of_samples)
-        self._write_landmarks()
-        storage.put(storage.join(run, "fidelity.json"), to_json(fidelity))
-        counts = selected_counts(pool, selection, table, self.columns)
-        return {
-            "counts": {**self.counts(), **counts},
-            "sources": source_counts(pool, selection),
-            "fidelity": fidelity.model_dump(),
-        }
+        written = write_results(
+            self.config,
+            pool,
+            self.scores,
+            selected._replace(selection=selection),
+            fidelity,
+            self.columns,
+        )
+        return {**written, "counts": {**self.counts(), **written["counts"]}}
 
     @cached_property
     def _rule(self) -> Rule:
@@ -358,13 +352,3 @@ class Reducer:
         P[positions] = values
         exact = ~np.isnan(P[:, 0])
         self.scores = Scores(ArrayTable(P), exact, positions, values, None, halves)
-
-    def _write_landmarks(self) -> None:
-        url = storage.join(self.config.run, "landmarks.parquet")
-        if self.scores.loo is None:
-            if storage.head(url) is not None:
-                storage.delete(url)  # of an earlier result of this run directory
-            return
-        exact, predicted = named_scores(self.scores, self.columns)
-        ids = [self._pool.ids[position] for position in self.scores.exact_positions]
-        outputs.write_landmarks(self.config.run, ids, self.columns.names, exact, predicted)

@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool
 
+from influence import storage
 from influence.cache import Cache, Shard, vector_column
 from influence.catalogue import Catalogue
-from influence.fingerprints import Fingerprint, fingerprint
+from influence.fingerprints import fingerprint
 from influence.predictor import Mapper, Predictor
 from influence.schemas import VectorLayout, score_shard_schema
 from influence.score_table import ScoreBlock
@@ -19,14 +20,28 @@ from influence.shard_reader import read_shards, usable_embeddings
 from influence.units import Unit
 
 
-def score_units(embedding: Sequence[Unit], predictor: str) -> tuple[Fingerprint, list[Unit]]:
+def scoring_url(run: str) -> str:
+    """Where the score shards of a run lie, and the predictors that make them.
+
+    They belong to one regression of one run: an interrupted run finds them there, and a run that is
+    done has no use for them. So they are not in the cache.
+    """
+    return storage.join(run, "scoring")
+
+
+def remove_scoring(run: str) -> None:
+    """Remove the score shards of a run that is done, or that is to be made anew."""
+    for info in storage.list_objects(scoring_url(run)):
+        storage.delete(info.url)
+
+
+def score_units(embedding: Sequence[Unit], predictor: str) -> list[Unit]:
     """One unit for each embedding unit, by the predictor of this key."""
-    digest = fingerprint({"embedding": embedding[0].fingerprint, "predictor": predictor})
-    units = [
-        Unit("scores", digest.hex, unit.file, unit.first, unit.last, needs=(predictor, unit.key))
+    digest = fingerprint({"embedding": embedding[0].fingerprint, "predictor": predictor}).hex
+    return [
+        Unit("scores", digest, unit.file, unit.first, unit.last, needs=(predictor, unit.key))
         for unit in embedding
     ]
-    return digest, units
 
 
 def score_table_of(shard: Shard, predictor: Predictor, mapper: Mapper) -> pa.Table:

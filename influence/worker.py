@@ -8,7 +8,7 @@ Knows nothing of Ray; a replica actor wraps one of these, and so does a run in o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -19,7 +19,7 @@ import torch
 
 from influence import stages
 from influence.batching import make_batches
-from influence.cache import Cache, vector_column
+from influence.cache import Cache
 from influence.candidates import read_examples, read_rows
 from influence.config import Config
 from influence.errors import InputError, ModelLoadError
@@ -27,16 +27,10 @@ from influence.fingerprints import embedding_values
 from influence.loss import Reduction
 from influence.predictor import Mapper, Predictor, read_predictor
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
-from influence.schemas import (
-    ROW_FIELDS,
-    VectorLayout,
-    catalogue_schema,
-    shard_schema,
-    target_vector_schema,
-)
-from influence.score_shards import score_table_of
+from influence.score_shards import score_table_of, scoring_url
 from influence.stages import StageSettings, Toolbox, Vectors
 from influence.tokenization import Encoded, make_encoder
+from influence.unit_tables import row_table, target_vector_table, unique_rows, vector_table
 from influence.units import Bundle, Unit
 
 
@@ -90,18 +84,18 @@ class Worker:
     def run(self, bundle: Bundle) -> list[UnitResult]:
         """Compute and commit the units of a bundle. Safe to call from several threads at once."""
         unit = bundle.units[0]
+        if unit.stage == "scores":
+            return [self._model_thread.submit(self._score, unit).result()]
         if all(self.cache.verified(member.key) for member in bundle.units):
             # Committed since the job looked: by a replica that died before it could say so, or by
             # another job on this cache.
             return [
                 UnitResult(member.key, "exists", 0, 0, 0.0, 0.0, None) for member in bundle.units
             ]
-        if unit.stage == "scores":
-            return [self._model_thread.submit(self._score, unit).result()]
         encoded = self._io_thread.submit(self._read, unit).result()
         tokens = sum(row.n_tokens for row in encoded if row.reason is None)
         if unit.stage == "catalogue":
-            computed = _Computed([_row_table(encoded)], 0.0, 0.0, "cpu", ())
+            computed = _Computed([row_table(encoded)], 0.0, 0.0, "cpu", ())
         else:
             computed = self._model_thread.submit(self._compute, bundle, encoded).result()
         outcomes = []
@@ -145,9 +139,12 @@ class Worker:
 
     def _score(self, unit: Unit) -> UnitResult:
         """Predicted scores of the rows of one embedding shard; needs no model."""
+        scoring = Cache(scoring_url(self.config.run))
+        if scoring.verified(unit.key):
+            return UnitResult(unit.key, "exists", 0, 0, 0.0, 0.0, None)
         key, embedding = unit.needs
         if self._mapper is None or self._mapper[0] != key:
-            predictor = read_predictor(self.config.cache_url, key)
+            predictor = read_predictor(scoring.url, key)
             self._mapper = (key, predictor, Mapper(predictor, self._device()))
         _, predictor, mapper = self._mapper
         table = score_table_of(self.cache.read(embedding), predictor, mapper)
@@ -159,7 +156,7 @@ class Worker:
             "device": self._device(),
             "torch": torch.__version__,
         }
-        outcome = self.cache.commit(unit, table, meta)
+        outcome = scoring.commit(unit, table, meta)
         return UnitResult(unit.key, outcome, table.num_rows, 0, 0.0, 0.0, None)
 
     def _device(self) -> str:
@@ -190,7 +187,7 @@ class Worker:
         tools = self._tools()
         set_up = lap()
         unit = bundle.units[0]
-        first_of, unique = _unique(encoded)
+        first_of, unique = unique_rows(encoded)
         # A target row that is there twice counts twice in the mean, as it does in a sketch.
         rows = encoded if unit.stage == "target_vectors" else unique
         batches = make_batches(rows, self.config.replicas.token_budget)
@@ -201,7 +198,7 @@ class Worker:
             set_up += lap()
             vector = self._target_vector(unit, tools, batches, encoded)
             model = lap()
-            tables = [_target_vector_table(vector)]
+            tables = [target_vector_table(vector)]
         else:
             columns: list[Vectors] | list[None] = [None] * len(bundle.units)
             if batches:
@@ -209,7 +206,7 @@ class Worker:
                 set_up += lap()
                 columns = compute(batches)
                 model = lap()
-            tables = [_vector_table(encoded, first_of, part) for part in columns]
+            tables = [vector_table(encoded, first_of, part) for part in columns]
         notes = (*tools.replica.notes, *tools.notes)
         notes += (tools.limit.note,) if tools.limit.note else ()
         return _Computed(tables, set_up, model, tools.replica.device_name, notes)
@@ -292,19 +289,6 @@ def stage_settings(config: Config) -> StageSettings:
     )
 
 
-def _unique(encoded: Sequence[Encoded]) -> tuple[np.ndarray, list[Encoded]]:
-    """Rows with the same messages are computed once: (index into the unique rows, unique rows)."""
-    first: dict[bytes, int] = {}
-    unique: list[Encoded] = []
-    index = np.empty(len(encoded), dtype=np.int64)
-    for position, row in enumerate(encoded):
-        if row.digest not in first:
-            first[row.digest] = len(unique)
-            unique.append(row)
-        index[position] = first[row.digest]
-    return index, unique
-
-
 def _stopwatch() -> Callable[[], float]:
     """A function that says how many seconds have passed since its last call."""
     last = time.monotonic()
@@ -315,43 +299,3 @@ def _stopwatch() -> Callable[[], float]:
         return last - before
 
     return lap
-
-
-def _target_vector_table(vector: Mapping[str, torch.Tensor]) -> pa.Table:
-    rows = {
-        "layer": list(vector),
-        "out_features": [value.shape[0] for value in vector.values()],
-        "in_features": [value.shape[1] for value in vector.values()],
-        "vector": [value.numpy().tobytes() for value in vector.values()],
-    }
-    return pa.table(rows, schema=target_vector_schema())
-
-
-def _row_table(encoded: Sequence[Encoded]) -> pa.Table:
-    columns = {field.name: [getattr(row, field.name) for row in encoded] for field in ROW_FIELDS}
-    return pa.table(columns, schema=catalogue_schema())
-
-
-def _vector_table(
-    encoded: Sequence[Encoded], first_of: np.ndarray, columns: Vectors | None
-) -> pa.Table:
-    """Spread the computed vectors over the unit's rows; rows without one get nulls."""
-    rows = _row_table(encoded)
-    if columns is None:
-        columns = Vectors(
-            np.empty(0, np.int64), np.empty((0, 1), np.float32), np.empty(0), np.empty(0)
-        )
-    slot = np.full(int(first_of.max(initial=-1)) + 1, -1, dtype=np.int64)
-    slot[columns.positions] = np.arange(len(columns.positions))
-    source = slot[first_of] if len(first_of) else np.empty(0, np.int64)
-    missing = source < 0
-    width = columns.vectors.shape[1]
-    vectors = np.zeros((len(encoded), width), dtype=columns.vectors.dtype)
-    vectors[~missing] = columns.vectors[source[~missing]]
-    layout = VectorLayout(dtype=str(vectors.dtype), dim=width, blocks=columns.blocks)
-    arrays = [*rows.columns, vector_column(vectors, missing)]
-    for values in (columns.norm, columns.loss):
-        spread = np.full(len(encoded), np.nan)
-        spread[~missing] = values[source[~missing]]
-        arrays.append(pa.array(spread, type=pa.float64(), mask=np.isnan(spread)))
-    return pa.Table.from_arrays(arrays, schema=shard_schema(layout))

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -14,6 +14,7 @@ import ray
 from influence.config import Config
 from influence.errors import InputError
 from influence.signals import stop_signals
+from ray_jobs.loopback import loopback_only
 
 _TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 
@@ -44,14 +45,17 @@ def ray_session(config: Config) -> Iterator[None]:
 
 def _connect(embedded: bool, listen_again: Callable[[], None]) -> None:
     local: dict[str, Any] = {}
+    listening: AbstractContextManager[None] = nullcontext()
     if embedded:
+        listening = loopback_only()
         # "local": a cluster of somebody else that happens to run on this machine is not joined.
         # The embedded one has no dashboard and listens on loopback only.
         local = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         # Its line on token authentication (which stays as it is) is for clusters on a network.
         logging.getLogger(_TOKEN_LOGGER).setLevel(logging.ERROR)
     try:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, **local)
+        with listening:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, **local)
     except SystemExit as stopped:
         if stopped.code != signal.SIGTERM:
             raise

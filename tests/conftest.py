@@ -41,13 +41,16 @@ def ray_cluster() -> Iterator[None]:
     """One embedded Ray for the session; `run_select` joins it."""
     import ray
 
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
+    from ray_jobs.loopback import loopback_only
+
+    with loopback_only():
+        ray.init(
+            num_cpus=4,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
     yield
     ray.shutdown()
 

@@ -1,0 +1,55 @@
+"""Every file of a run's result but the report, from its scores and its selection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from influence import outputs, storage
+from influence.catalogue import Catalogue
+from influence.certificate import named_scores
+from influence.config import Config
+from influence.schemas import Fidelity, to_json
+from influence.score_table import rows_of
+from influence.scores import Scores
+from influence.selected import ScoreColumns, extremes, selected_counts, source_counts
+from influence.selection import combined_score
+from influence.table_selection import Selected
+from influence.target_columns import TargetColumns
+
+
+def write_results(
+    config: Config,
+    pool: Catalogue,
+    scores: Scores,
+    selected: Selected,
+    fidelity: Fidelity,
+    columns: TargetColumns,
+) -> dict[str, Any]:
+    """Write scores, selection, samples, landmarks and certificate; returns counts for a summary."""
+    selection, combine, run = selected.selection, config.selection.combine, config.run
+    columns_of = ScoreColumns.of(scores, selection, fidelity, columns, combine)
+    outputs.write_scores(run, pool, columns.names, scores.table, columns_of)
+    P = selected.scores(selection.order)
+    outputs.write_selection(run, pool, selection, combined_score(P, columns.target_of, combine)[0])
+    best, worst = extremes(scores.table, columns, combine, outputs.SAMPLE_ROWS)
+    samples = {"best": best, "worst": worst}
+    of_samples = {k: columns_of(rows, rows_of(scores.table, rows).P) for k, rows in samples.items()}
+    outputs.write_samples(run, pool, samples, of_samples)
+    _write_landmarks(run, pool, scores, columns)
+    storage.put(storage.join(run, "fidelity.json"), to_json(fidelity))
+    return {
+        "counts": selected_counts(pool, selection, scores.table, columns),
+        "sources": source_counts(pool, selection),
+        "fidelity": fidelity.model_dump(),
+    }
+
+
+def _write_landmarks(run: str, pool: Catalogue, scores: Scores, columns: TargetColumns) -> None:
+    url = storage.join(run, "landmarks.parquet")
+    if scores.loo is None:
+        if storage.head(url) is not None:
+            storage.delete(url)  # of an earlier result of this run directory
+        return
+    exact, predicted = named_scores(scores, columns)
+    ids = [str(pool.ids[position]) for position in scores.exact_positions]
+    outputs.write_landmarks(run, ids, columns.names, exact, predicted)

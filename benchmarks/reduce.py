@@ -208,6 +208,7 @@ def reduce(arguments: argparse.Namespace) -> dict[str, Any]:
         storage.delete(cache.locate(unit.key))
     targets = columns_of(arguments.targets)
     rule = Rule(targets.target_of, ranks, Budget(share=0.05), "round_robin")
+    pa.default_memory_pool().release_unused()
     peak = AnonymousPeak()
     with ProcessPoolExecutor(
         arguments.workers, context, initializer=start_worker, initargs=(folder, key)

@@ -117,12 +117,19 @@ class Mapper:
         shifted = predictor.kernel in ("rbf", "laplace")
         width = predictor.centres.shape[1]
         centre = predictor.centres.mean(axis=0) if shifted else np.zeros(width)
+        # exp(-|x - z|) or exp(-|x - z|^2) of rows that are stretched by this.
+        self._stretch = 0.5**0.5 if predictor.kernel == "rbf" else 1.0
+        self._stretch /= predictor.bandwidth
         self._centre = self._tensor(centre)
         centres = predictor.centres - centre
         if predictor.kernel == "cosine":
             centres = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-300)
+        if shifted:
+            # Two columns more: |x|^2 - 2 x'z + |z|^2 is one product, without a pass for each term.
+            centres = centres * self._stretch
+            squares = np.einsum("ij,ij->i", centres, centres)[:, None]
+            centres = np.concatenate([-2.0 * centres, np.ones_like(squares), squares], axis=1)
         self._centres = self._tensor(centres)
-        self._squares = self._tensor(np.einsum("ij,ij->i", centres, centres))
         self._to_mean = self._tensor(predictor.to_mean.T, torch.float64)
         self._to_spread = self._tensor(predictor.to_spread)
 
@@ -158,15 +165,16 @@ class Mapper:
             norm = x.norm(dim=1, keepdim=True)
             unit = x / torch.where(norm > 0, norm, 1.0)
             return unit @ self._centres.T, (norm[:, 0] > 0).to(x.dtype)
-        x = x - self._centre
-        squared = torch.addmm(self._squares, x, self._centres.T, alpha=-2.0)
-        squared += x.square().sum(1, keepdim=True)
-        squared.clamp_min_(0.0)
+        width = x.shape[1]
+        wide = x.new_empty(len(x), width + 2)
+        torch.sub(x, self._centre, out=wide[:, :width])
+        wide[:, :width] *= self._stretch
+        torch.linalg.vecdot(wide[:, :width], wide[:, :width], out=wide[:, width])
+        wide[:, width + 1] = 1.0
+        distances = (wide @ self._centres.T).clamp_min_(0.0)
         if predictor.kernel == "laplace":
-            squared.sqrt_().mul_(-1.0 / predictor.bandwidth)
-        else:
-            squared.mul_(-0.5 / predictor.bandwidth**2)
-        return squared.exp_(), torch.ones(len(x), device=x.device)
+            distances.sqrt_()
+        return distances.neg_().exp_(), torch.ones(len(x), device=x.device)
 
     def _tensor(self, values: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, dtype)

@@ -25,7 +25,7 @@ from influence.config_loading import dump_config
 from influence.one_process import run_select
 
 ENTRYPOINT = ("python", "-m", "ray_jobs.select")
-SECONDS = 120.0
+SECONDS = 300.0
 
 
 @pytest.fixture(scope="module")

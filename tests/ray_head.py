@@ -129,6 +129,8 @@ def _environment(folder: Path, token_file: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         # Loopback only, on Linux too; Ray replaces `--node-ip-address=127.0.0.1` by another one.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # As in the image: a busy machine may need more than the 3 s before a job is killed.
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
     }

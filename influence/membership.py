@@ -16,8 +16,8 @@ from scipy.stats import norm
 
 from influence.heads import read_heads
 from influence.posterior import Calibration
-from influence.score_table import ScoreBlock, ScoreTable, rows_of, scored_rows
-from influence.selection import Rule, Selection, pick, terms_of
+from influence.score_table import ScoreBlock, ScoreTable, rows_of
+from influence.selection import Rule, Selection, pick
 from influence.table_selection import Selected
 
 DRAWS = 100
@@ -72,7 +72,6 @@ def membership(
     scores per column into scores per name.
     """
     k = len(selected.selection.order)
-    terms = terms_of(rule, scored_rows(table))
     tau = _thresholds(rule, selected.selection)
     heads = read_heads(table, lambda P: P @ named, np.full((named.shape[1], 1), k))
     of_names = [np.array([head.scores.min()]) for (head,) in heads]
@@ -91,7 +90,7 @@ def membership(
     mean_tau = np.zeros(())
     rng = np.random.Generator(np.random.PCG64([seed, table.size, int(exact.sum())]))
     for d, sample in enumerate(_samples(P, variance, place, calibration, rng, draws)):
-        member = pick(rule, sample, terms, seen)
+        member = pick(rule, sample, selected.terms, seen)
         rows = np.searchsorted(seen, member.order)
         count[rows] += 1
         recall[d] = known[rows].mean()

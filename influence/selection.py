@@ -58,20 +58,6 @@ class Rule:
         """Select by these scores; see `select`."""
         return _select(self, P)
 
-    def on(self, rows: Int[np.ndarray, " b"], k: int) -> Rule:
-        """The same rule for some rows, k of which are taken (with a budget in tokens: its tokens).
-
-        It selects what the whole rule does, if no other row can be selected. Rules with quotas see
-        all sources: they cannot be cut.
-        """
-        return replace(
-            self,
-            ranks=self.ranks[rows],
-            budget=self.budget if self.budget.tokens is not None else Budget(rows=k),
-            sources=None,
-            n_tokens=None if self.n_tokens is None else np.asarray(self.n_tokens)[rows],
-        )
-
     def decides(self) -> Float[np.ndarray, "m c"]:
         """The scores that decide are P @ decides(): one for `mean`, else every column."""
         columns = np.asarray(self.column_target)

@@ -28,11 +28,13 @@ class Selected(NamedTuple):
     """A selection, and the scores of the rows that it was made from.
 
     rows: positions, increasing: every selected row, and the rows that hold the thresholds.
+    terms: what the rule means for the pool.
     """
 
     selection: Selection
     rows: Int[np.ndarray, " s"]
     P: Float[np.ndarray, "s m"]
+    terms: Terms
 
     def scores(self, positions: Int[np.ndarray, " r"]) -> Float[np.ndarray, "r m"]:
         """The scores of some of the rows."""
@@ -63,7 +65,7 @@ def select_table(rule: Rule, table: ScoreTable) -> Selected:
         groups = None if group is None else group[rows]
         lacking = short(heads, rows, deciding(rule, P), left, groups)
         if not lacking.any():
-            return Selected(selection, rows, P)
+            return Selected(selection, rows, P, terms)
         depths = _deeper(depths, lacking)
 
 

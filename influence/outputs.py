@@ -292,11 +292,12 @@ def _put_part(url: str, part: pa.Table) -> None:
 
 def _parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    # Scores are noise to a compressor, and most of a part.
-    codecs = {
-        field.name: "none" if pa.types.is_floating(field.type) else "zstd" for field in table.schema
-    }
-    nested = any(pa.types.is_nested(field.type) for field in table.schema)
-    compression: Any = "zstd" if nested else codecs
-    pq.write_table(table, sink, compression=compression)
+    if any(pa.types.is_nested(field.type) for field in table.schema):
+        pq.write_table(table, sink, compression="zstd")
+    else:
+        # Scores are noise to a compressor and to a dictionary, and most of a part.
+        texts = [field.name for field in table.schema if not pa.types.is_floating(field.type)]
+        codecs: Any = {name: "zstd" if name in texts else "none" for name in table.column_names}
+        dictionaries: Any = texts
+        pq.write_table(table, sink, compression=codecs, use_dictionary=dictionaries)
     return sink.getvalue().to_pybytes()

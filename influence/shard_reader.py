@@ -74,11 +74,20 @@ def usable_embeddings(
     if not usable.any():
         return usable, None  # its vectors have no width
     vectors = shard.vectors()
-    usable &= np.isfinite(vectors).all(axis=1)
-    kept = vectors[usable]
+    usable &= _finite_rows(vectors)
+    kept = vectors.copy() if usable.all() else vectors[usable]
     if lengths:
         kept = kept.astype(np.float32) * norm[usable, None].astype(np.float32)
     return usable, kept
+
+
+def _finite_rows(vectors: Float[np.ndarray, "b e"]) -> Bool[np.ndarray, " b"]:
+    """Which rows have finite numbers only."""
+    if vectors.dtype == np.float16:
+        # An exponent of ones: numpy would make a float32 of every number first.
+        bits = vectors.view(np.uint16) & 0x7FFF
+        return np.asarray(bits.max(axis=1, initial=0) < 0x7C00)
+    return np.asarray(np.isfinite(vectors).all(axis=1))
 
 
 def embedding_blocks(

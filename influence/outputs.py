@@ -23,8 +23,8 @@ from influence.score_table import ScoreTable
 from influence.selection import Selection
 
 ROWS_PER_PART = 500_000
-# Numbers of a part of scores/ at most: 2^22 float64 are 32 MiB.
-VALUES_PER_PART = 1 << 22
+# Numbers of a part of scores/ at most: 2^21 float64 are 16 MiB.
+VALUES_PER_PART = 1 << 21
 WRITERS = 4
 SAMPLE_ROWS = 10
 _OF_SAMPLE = ("score", "target", "weight")

@@ -12,12 +12,10 @@ from functools import reduce
 from typing import TypeVar
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
 from influence import scoring
 from influence.cache import Cache, Shard
-from influence.candidates import SourceFile
 from influence.catalogue import Catalogue, build_catalogue
 from influence.errors import InputError
 from influence.target_columns import TargetColumns, mean_vectors
@@ -54,12 +52,9 @@ def read_ahead(items: Iterable[T], read: Callable[[T], R]) -> Iterator[tuple[T, 
 
 def read_catalogue(cache: Cache, units: Sequence[Unit], *, drop_duplicates: bool) -> Catalogue:
     """Put the catalogue shards of some files together."""
-    files: dict[str, SourceFile] = {}
-    tables: dict[str, list[pa.Table]] = {}
-    for unit, shard in read_shards(cache, units):
-        files[unit.file.url] = unit.file
-        tables.setdefault(unit.file.url, []).append(shard.table)
-    return build_catalogue(list(files.values()), tables, drop_duplicates=drop_duplicates)
+    files = list({unit.file.url: unit.file for unit in units}.values())
+    parts = ((unit.file, shard.table) for unit, shard in read_shards(cache, units))
+    return build_catalogue(files, parts, drop_duplicates=drop_duplicates)
 
 
 def usable_embeddings(

@@ -100,3 +100,11 @@ def embedded_ray(cpus: int) -> Iterator[None]:
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Median, least and most."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def memory_mb(key: str) -> float:
+    """Resident memory of this process: VmRSS now, VmHWM at most so far."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return float(line.split()[1]) * 1.024e-3
+    raise RuntimeError(f"/proc/self/status has no {key}")

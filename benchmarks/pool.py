@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # also where this is run as a mo
 os.environ.update(OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0")
 
 import ray
-from common import embedded_ray, summary, write_json
+from common import embedded_ray, memory_mb, summary, write_json
 from pool_simulation import Fate, Kind, SimulatedCluster
 
 from influence.candidates import SourceFile
@@ -128,14 +128,6 @@ def fate(unit: Bundle, attempt: int, random: Any) -> Fate:
     kinds: tuple[tuple[float, Kind], ...]
     kinds = ((0.001, "hangs"), (0.003, "kills"), (0.01, "raises"), (0.02, "store"))
     return Fate(next((kind for below, kind in kinds if chance < below), "fine"), seconds)
-
-
-def memory_mb(key: str) -> float:
-    """Resident memory of this process: VmRSS now, VmHWM at most so far."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return float(line.split()[1]) * 1.024e-3
-    raise RuntimeError(f"/proc/self/status has no {key}")
 
 
 def simulate(replicas: int, shards: int, troubled: bool) -> dict[str, Any]:

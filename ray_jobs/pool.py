@@ -28,6 +28,8 @@ _START_FAILURES = 5
 _FAILURES_IN_A_ROW = 2
 #: A replica idle for so long is given back; shorter than that, a next phase may well need it.
 _IDLE_SECONDS = 5.0
+#: Between phases, when the others that went would have to load their models again, too.
+REST_SECONDS = 60.0
 
 
 class ReplicaPool:
@@ -62,6 +64,7 @@ class ReplicaPool:
         self._observer: Observer = Silent() if observer is None else observer
         self._calls: Calls = RayCalls() if calls is None else calls
         self._replicas = Replicas(self._calls)
+        self._queue = Queue([])
         self._start_failures = 0
         self._failed_start = self._start_after = float("-inf")
         self._replaced = 0  # broken replicas replaced since a unit last succeeded
@@ -89,6 +92,11 @@ class ReplicaPool:
             self._collect()
             self._tend()
 
+    def rest(self) -> None:
+        """To be called about once a second while there are no units: long idle replicas go."""
+        self._release(self._calls.now() - REST_SECONDS)
+        self._report()
+
     def close(self) -> None:
         """Stop every replica; what they committed stands."""
         for replica in [*self._replicas.starting, *self._replicas.up]:
@@ -113,10 +121,9 @@ class ReplicaPool:
         for _ in range(min(surplus, len(starting))):
             self._replicas.remove(next(reversed(starting)))
 
-    def _release(self, now: float) -> None:
-        """Give back replicas that have had nothing to do for a while; never one at work."""
-        late = now - _IDLE_SECONDS
-        idle = [replica for replica in self._replicas.room[0] if replica.idle_since < late]
+    def _release(self, since: float) -> None:
+        """Give back replicas that have had nothing to do since then; never one at work."""
+        idle = [replica for replica in self._replicas.room[0] if replica.idle_since < since]
         for replica in idle[: max(0, self._surplus())]:
             self._replicas.remove(replica)
 
@@ -296,15 +303,17 @@ class ReplicaPool:
 
     def _tend(self) -> None:
         now = self._calls.now()
-        due = now - self._tended >= _POLL_SECONDS
-        if due:
+        if now - self._tended >= _POLL_SECONDS:
             self._tended = now
             self._enforce_time_limit(now)
-            self._release(now)
-        counts = len(self._replicas.up), len(self._replicas.starting)
-        if due or counts != self._told:
-            self._told = counts
-            self._on_poll(*counts)
+            self._release(now - _IDLE_SECONDS)
+            self._report()
+        elif self._told != self._replicas.counts:
+            self._report()
+
+    def _report(self) -> None:
+        self._told = self._replicas.counts
+        self._on_poll(*self._told)
 
     def _enforce_time_limit(self, now: float) -> None:
         for replica in list(self._replicas.up):

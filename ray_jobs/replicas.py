@@ -51,6 +51,11 @@ class Replicas:
         return len(self.starting) + len(self.up)
 
     @property
+    def counts(self) -> tuple[int, int]:
+        """How many are up, and how many are awaited."""
+        return len(self.up), len(self.starting)
+
+    @property
     def busy(self) -> int:
         """How many have something to do."""
         return len(self.up) - len(self.room[0])

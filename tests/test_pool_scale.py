@@ -186,6 +186,45 @@ def test_replicas_that_never_come_up_end_the_job_only_if_no_other_is_at_work() -
     assert cluster.calls["ready"] < 8 + 7 * 15, "replacements are started without a pause"
 
 
+def test_replicas_are_given_back_while_the_reducer_takes_long() -> None:
+    cluster = SimulatedCluster(fine)
+    polls: list[tuple[int, int]] = []
+    pool = ReplicaPool(
+        cluster.start,
+        minimum=2,
+        maximum=8,
+        retries=0,
+        shard_seconds=LIMIT,
+        on_poll=lambda up, awaited: polls.append((up, awaited)),
+        calls=cluster,
+    )
+    done: list[Any] = []
+
+    def ignore(*told: Any) -> None: ...
+
+    def work() -> None:
+        pool(range(len(done), len(done) + 80), lambda unit, value: done.append(unit), ignore)
+
+    def wait(seconds: float) -> None:
+        until = cluster.now() + seconds
+        while cluster.now() < until:
+            cluster.arrived(1.0)
+            pool.rest()
+
+    pool.rest()  # before the first phase
+    work()
+    wait(30.0)
+    assert len(cluster.alive) == 8, "replicas were given back before a next round could need them"
+    wait(60.0)
+    assert len(cluster.alive) == 2, "replicas are held for nothing while the reducer works"
+    assert polls[-1] == (2, 0), "nobody is told that they went"
+    work()
+    assert cluster.most == 8
+    assert sorted(done) == list(range(160))
+    assert cluster.calls["ready"] == 8 + 6, "those that were given back were not demanded again"
+    pool.close()
+
+
 def test_a_stop_signal_ends_the_handing_out_and_every_replica() -> None:
     cluster = SimulatedCluster(fine, places=4)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +73,38 @@ def read_scores(run: str, columns: list[str] | None = None) -> pa.Table:
         raise InputError(f"{run}: no scores/part-*.parquet; expected the directory of a done run")
     tables = [pq.read_table(storage.open_input(part), columns=columns) for part in parts]
     return pa.concat_tables(tables)
+
+
+@contextmanager
+def embedded_ray(cpus: int) -> Iterator[None]:
+    """A Ray of this machine, on loopback, with room for so many replicas."""
+    import ray
+
+    from ray_jobs.loopback import loopback_only
+
+    with loopback_only():
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def memory_mb(key: str) -> float:
+    """Resident memory of this process: VmRSS now, VmHWM at most so far."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return float(line.split()[1]) * 1.024e-3
+    raise RuntimeError(f"/proc/self/status has no {key}")

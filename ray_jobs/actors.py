@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -17,6 +18,8 @@ from influence.worker import UnitResult, Worker
 
 #: Units in flight per replica: one tokenising, one in the model, one being written.
 IN_FLIGHT = 3
+
+_WAIT_SECONDS = 1.0
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -53,25 +56,33 @@ class RemoteReducer:
     It lives on the driver's node, which the job depends on anyway: a node that the cluster gives
     back takes replicas along, which can be replaced, but never the run's arrays.
 
+    Args:
+        config: the run's.
+        on_wait: called about once a second while the reducer is at work.
+
     Raises:
         ReducerLostError: by every method, once the actor is lost.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, on_wait: Callable[[], None] = lambda: None) -> None:
         node = ray.get_runtime_context().get_node_id()
         # No CPU is reserved: the reducer works when the replicas have nothing to do.
         actor = ReducerActor.options(  # pyright: ignore[reportAttributeAccessIssue]
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
         )
         self._actor = actor.remote(config.model_dump(mode="json"))
+        self._on_wait = on_wait
 
     def __getattr__(self, method: str) -> Any:
         if method.startswith("_"):
             raise AttributeError(method)
 
         def call(*arguments: Any) -> Any:
+            answer = self._actor.call.remote(method, *arguments)
             try:
-                return ray.get(self._actor.call.remote(method, *arguments))
+                while not ray.wait([answer], timeout=_WAIT_SECONDS)[0]:
+                    self._on_wait()
+                return ray.get(answer)
             except RayTaskError as error:
                 raise cause_of(error) from error
             except RayError as error:

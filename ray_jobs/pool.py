@@ -2,23 +2,25 @@
 
 Ray restarts no actor and retries no task here: the driver replaces dead replicas and counts the
 attempts of every unit itself, so that a unit that keeps killing its replica is found and named.
+
+What the pool does at an answer does not grow with the number of units or of replicas; only what it
+does once a second looks at every replica.
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from influence.errors import InfluenceError, InputError
 from influence.local import retry_pause
 from influence.observer import Observer, Silent
-from ray_jobs.actors import IN_FLIGHT, cause_of, text_of
+from ray_jobs.actors import cause_of, text_of
+from ray_jobs.attempts import Attempt, Queue
+from ray_jobs.calls import Answer, Calls, RayCalls
+from ray_jobs.replicas import Replica, Replicas
 
 _POLL_SECONDS = 1.0
 _START_FAILURES = 5
@@ -26,38 +28,8 @@ _START_FAILURES = 5
 _FAILURES_IN_A_ROW = 2
 #: A replica idle for so long is given back; shorter than that, a next phase may well need it.
 _IDLE_SECONDS = 5.0
-
-
-@dataclass(eq=False)
-class _Attempt:
-    unit: Any
-    failures: int = 0
-    # Its replica died while several units were in flight: it is tried alone, to find the culprit.
-    suspect: bool = False
-    # When it came to the head of its replica's queue, as far as is known here: its time limit
-    # counts from here. Units behind it that finish do not turn its clock back.
-    since: float = 0.0
-    # It pauses until then: the store failed it, and needs a moment.
-    not_before: float = 0.0
-    # Replicas on which it raised: another one is tried next, if there is one.
-    failed_on: set[_Replica] = field(default_factory=set)
-
-
-@dataclass(eq=False)
-class _Replica:
-    handle: Any
-    ready_ref: Any
-    ready: bool = False
-    failures_in_a_row: int = 0
-    idle_since: float = 0.0
-    # Until when its time is accounted for, and whether there has been nothing to do since.
-    counted: float = 0.0
-    idle: bool = False
-    in_flight: dict[Any, _Attempt] = field(default_factory=dict)
-
-    @property
-    def alone(self) -> bool:
-        return any(attempt.suspect for attempt in self.in_flight.values())
+#: Between phases, when the others that went would have to load their models again, too.
+REST_SECONDS = 60.0
 
 
 class ReplicaPool:
@@ -67,8 +39,10 @@ class ReplicaPool:
         start: starts one replica actor.
         retries: attempts of a unit after its first one.
         shard_seconds: time limit of one unit; a replica that exceeds it is killed.
-        on_poll: called about once a second with the replicas that are up, and that are awaited.
+        on_poll: called about once a second, and whenever a number changes, with the replicas that
+            are up, and that are awaited.
         observer: told of the replicas' time with work, and of units that are tried again.
+        calls: how replicas are reached; Ray's actors unless given.
     """
 
     def __init__(
@@ -81,15 +55,21 @@ class ReplicaPool:
         shard_seconds: float,
         on_poll: Callable[[int, int], None] = lambda up, starting: None,
         observer: Observer | None = None,
+        calls: Calls | None = None,
     ) -> None:
         self._start = start
         self._minimum, self._maximum = minimum, maximum
         self._retries, self._shard_seconds = retries, shard_seconds
         self._on_poll = on_poll
         self._observer: Observer = Silent() if observer is None else observer
-        self._replicas: list[_Replica] = []
+        self._calls: Calls = RayCalls() if calls is None else calls
+        self._replicas = Replicas(self._calls)
+        self._queue = Queue([])
         self._start_failures = 0
+        self._failed_start = self._start_after = float("-inf")
         self._replaced = 0  # broken replicas replaced since a unit last succeeded
+        self._tended = float("-inf")
+        self._told = (-1, -1)
 
     def __call__(
         self,
@@ -103,47 +83,51 @@ class ReplicaPool:
             InputError: what no retry can mend (bad data, a model that does not load), or replicas
                 that keep dying before they are up.
         """
-        self._pending = deque(_Attempt(unit) for unit in units)
+        self._queue = Queue(units)
         self._on_result, self._on_failure = on_result, on_failure
-        for replica in self._replicas:
-            replica.counted = time.monotonic()
-        while self._pending or any(replica.in_flight for replica in self._replicas):
+        self._nothing_at = self._calls.now()  # when there was nothing to hand out, last
+        while self._queue or self._replicas.busy:
             self._scale()
             self._hand_out()
             self._collect()
-            self._enforce_time_limit()
-            up = sum(replica.ready for replica in self._replicas)
-            self._on_poll(up, len(self._replicas) - up)
+            self._tend()
+
+    def rest(self) -> None:
+        """To be called about once a second while there are no units: long idle replicas go."""
+        self._release(self._calls.now() - REST_SECONDS)
+        self._report()
 
     def close(self) -> None:
         """Stop every replica; what they committed stands."""
-        for replica in self._replicas:
-            ray.kill(replica.handle)
-        self._replicas.clear()
+        for replica in [*self._replicas.starting, *self._replicas.up]:
+            self._replicas.remove(replica)
 
     # --- replicas ---
 
+    def _surplus(self) -> int:
+        """How many replicas there are that the work does not need; negative: that it lacks."""
+        needed = self._replicas.busy + len(self._queue)
+        return len(self._replicas) - max(self._minimum, min(self._maximum, needed))
+
     def _scale(self) -> None:
-        busy = sum(bool(replica.in_flight) for replica in self._replicas)
-        wanted = max(self._minimum, min(self._maximum, busy + len(self._pending)))
-        while len(self._replicas) < wanted:
-            handle = self._start()
-            self._replicas.append(_Replica(handle, handle.ready.remote()))
-        # Demand that was never met is withdrawn first, so that the cluster can shrink; then what
-        # has nothing to do. A replica at work is never stopped.
-        late = time.monotonic() - _IDLE_SECONDS
-        starting = [r for r in self._replicas if not r.ready]
-        idle = [r for r in self._replicas if r.ready and not r.in_flight and r.idle_since < late]
-        for replica in [*starting, *idle][: max(0, len(self._replicas) - wanted)]:
-            ray.kill(replica.handle)
+        """Demand what the work needs, and withdraw at once what it does not need any more."""
+        surplus = self._surplus()
+        if self._calls.now() >= self._start_after:
+            for _ in range(-surplus):
+                self._replicas.start(self._start())
+        # Demand that was never met, the latest first, so that the cluster can shrink. Replicas that
+        # are up go later, if they have no work.
+        starting = self._replicas.starting
+        for _ in range(min(surplus, len(starting))):
+            self._replicas.remove(next(reversed(starting)))
+
+    def _release(self, since: float) -> None:
+        """Give back replicas that have had nothing to do since then; never one at work."""
+        idle = [replica for replica in self._replicas.room[0] if replica.idle_since < since]
+        for replica in idle[: max(0, self._surplus())]:
             self._replicas.remove(replica)
 
-    def _up(self, replica: _Replica) -> None:
-        replica.ready = True
-        replica.idle_since = replica.counted = time.monotonic()
-        self._start_failures = 0
-
-    def _doubt(self, replica: _Replica) -> None:
+    def _doubt(self, replica: Replica) -> None:
         """A unit raised on this replica; one that fails every unit is replaced."""
         replica.failures_in_a_row += 1
         if replica.failures_in_a_row < _FAILURES_IN_A_ROW:
@@ -152,59 +136,83 @@ class ReplicaPool:
         if self._replaced >= self._maximum:
             return
         self._replaced += 1
-        ray.kill(replica.handle)
         self._replicas.remove(replica)
-        for attempt in self._unfinished(replica):
-            self._again(attempt)
+        self._again(self._unfinished(replica))
 
-    def _again(self, attempt: _Attempt) -> None:
-        """Back to the head of the queue: its replica is gone."""
-        self._observer.retried(attempt.unit)
-        self._pending.appendleft(attempt)
+    def _again(self, attempts: list[Attempt]) -> None:
+        """Back to the head of the queue: their replica is gone."""
+        for attempt in attempts:
+            self._observer.retried(attempt.unit)
+        self._queue.put_back(attempts)
 
-    def _count(self, replica: _Replica, unit: Any) -> None:
+    def _count(self, replica: Replica, unit: Any) -> None:
         """The time since the replica's last answer, or since it was given work, was this unit's.
 
         It counts where the replica waited for the driver as well: only where there was nothing
         that it could have been given does no unit have its time.
         """
-        now = time.monotonic()
+        now = self._calls.now()
         self._observer.held(unit, now - replica.counted)
         replica.counted = now
 
-    def _lost(self, replica: _Replica, error: BaseException) -> None:
-        """A replica is gone: its units go back, and the culprit is looked for."""
+    def _lost(self, replica: Replica, error: BaseException, late: Sequence[Attempt] = ()) -> None:
+        """A replica is gone: its units go back, and the culprit is looked for.
+
+        Args:
+            late: units that exceeded the time limit, if that is why.
+        """
         self._replicas.remove(replica)
         if not replica.ready:
-            self._start_failures += 1
-            if self._start_failures >= _START_FAILURES:
-                raise InputError(
-                    f"replicas: {self._start_failures} replicas in a row died before they were up; "
-                    f"the last one: {text_of(error)}"
-                ) from error
+            self._failed_to_start(replica, error)
         attempts = self._unfinished(replica)
         preempted = isinstance(error, ActorDiedError) and bool(getattr(error, "preempted", False))
-        for attempt in attempts:
-            if len(attempts) == 1 and not preempted:
-                self._retry(attempt, error)
-            else:
-                attempt.suspect = not preempted
-                self._again(attempt)
+        culprit = attempts[0] if len(attempts) == 1 and not preempted else self._latest(late)
+        others = [attempt for attempt in attempts if attempt is not culprit]
+        for attempt in others:
+            attempt.suspect = not preempted and culprit is None
+        self._again(others)
+        if culprit is not None and culprit in attempts:
+            culprit.suspect = culprit.suspect or bool(late)
+            self._retry(culprit, error)
 
-    def _unfinished(self, replica: _Replica) -> list[_Attempt]:
+    def _latest(self, late: Sequence[Attempt]) -> Attempt | None:
+        """Which of the units that exceeded the time limit of their replica is charged for it.
+
+        Surely the only one. Of several the first: the others wait behind it, as a rule. It is not
+        given up for that, but tried alone, if it has no other attempt left.
+        """
+        sure = len(late) == 1 or (bool(late) and late[0].failures < self._retries)
+        return late[0] if sure else None
+
+    def _failed_to_start(self, replica: Replica, error: BaseException) -> None:
+        """Replicas that die together, with their node, count as one; those that never come up end
+        the job, unless others are up: then the next ones wait a moment."""
+        if replica.started < self._failed_start:
+            return
+        self._failed_start = self._calls.now()
+        self._start_failures += 1
+        if self._replicas.up:
+            self._start_after = self._failed_start + retry_pause(self._start_failures)
+        elif self._start_failures >= _START_FAILURES:
+            raise InputError(
+                f"replicas: {self._start_failures} times in a row replicas died before they were "
+                f"up; the last one: {text_of(error)}"
+            ) from error
+
+    def _unfinished(self, replica: Replica) -> list[Attempt]:
         """Units of a replica that is gone, without those whose answer came before."""
         flying = replica.in_flight.items()
-        left = [attempt for ref, attempt in flying if not self._arrived(replica, attempt, ref)]
+        left = [attempt for answer, attempt in flying if not self._came(replica, attempt, answer)]
         if left:
             self._count(replica, left[0].unit)
         return left
 
-    def _arrived(self, replica: _Replica, attempt: _Attempt, ref: Any) -> bool:
+    def _came(self, replica: Replica, attempt: Attempt, answer: Answer) -> bool:
         """Whether a unit's answer came before its replica went; it is reported then."""
-        if not ray.wait([ref], timeout=0)[0]:
+        if not answer.done():
             return False
         try:
-            value = ray.get(ref)
+            value = answer.result()
         except RayError:
             return False
         self._count(replica, attempt.unit)
@@ -214,115 +222,102 @@ class ReplicaPool:
     # --- units ---
 
     def _hand_out(self) -> None:
-        for _ in range(IN_FLIGHT):
-            # Round by round, so that units spread over the replicas before they queue up.
-            for replica in self._replicas:
-                if not replica.ready or replica.alone or len(replica.in_flight) >= IN_FLIGHT:
-                    continue
-                attempt = self._next(replica)
-                if attempt is None:
-                    continue
-                self._pending.remove(attempt)
-                attempt.since = time.monotonic()
-                if replica.idle:
-                    replica.counted, replica.idle = attempt.since, False
-                replica.in_flight[replica.handle.run.remote(attempt.unit)] = attempt
-        for replica in self._replicas:
-            replica.idle = not replica.in_flight and not self._pending
+        """The emptiest replicas first, so that units spread over them before they queue up.
 
-    def _next(self, replica: _Replica) -> _Attempt | None:
-        """The first unit that this replica may have now."""
-        now = time.monotonic()
-        for attempt in self._pending:
-            if attempt.not_before > now:
-                continue
-            if replica in attempt.failed_on and self._others(attempt.failed_on):
-                continue
-            # One that is tried alone waits until its replica has finished the others.
-            return None if attempt.suspect and replica.in_flight else attempt
-        return None
-
-    def _others(self, failed_on: set[_Replica]) -> bool:
-        return any(r.ready and not r.alone and r not in failed_on for r in self._replicas)
+        A unit that is tried alone waits for an empty replica; for every such unit one replica is
+        given nothing more until it has finished what it has.
+        """
+        queue, replicas = self._queue, self._replicas
+        queue.wake(self._calls.now())
+        emptying = 0
+        for level in replicas.room:
+            if queue.idle:
+                return
+            for replica in list(level):
+                may = replicas.may_have(replica)
+                if replica.in_flight and emptying < queue.suspects and queue.has_suspect(may):
+                    emptying += 1
+                    continue
+                attempt = None if replica.in_flight else queue.take(may, suspect=True)
+                attempt = attempt or queue.take(may)
+                if attempt is not None:
+                    if not replica.in_flight:
+                        replica.counted = max(replica.counted, self._nothing_at)
+                    replicas.give(replica, attempt)
+                elif queue.idle:
+                    return
 
     def _collect(self) -> None:
-        waiting: dict[Any, _Replica] = {}
-        for replica in self._replicas:
-            if not replica.ready:
-                waiting[replica.ready_ref] = replica
-            for ref in replica.in_flight:
-                waiting[ref] = replica
-        if not waiting:  # every unit that is left pauses
-            time.sleep(_POLL_SECONDS / 4)
-            return
-        refs = list(waiting)
-        done, _ = ray.wait(refs, num_returns=1, timeout=_POLL_SECONDS)
-        if done and len(refs) > 1:
-            done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        for ref in done:
-            replica = waiting[ref]
-            if replica in self._replicas:
-                self._settle(replica, ref)
+        until_one_wakes = max(0.0, self._queue.wakes_at() - self._calls.now())
+        answers = self._calls.arrived(min(_POLL_SECONDS, until_one_wakes))
+        if not self._queue:
+            self._nothing_at = self._calls.now()
+        for answer in answers:
+            replica = self._replicas.answered(answer)
+            if replica is not None:
+                self._settle(replica, answer)
 
-    def _settle(self, replica: _Replica, ref: Any) -> None:
+    def _settle(self, replica: Replica, answer: Answer) -> None:
         try:
-            value = ray.get(ref)
-        except RayActorError as error:
-            self._lost(replica, error)
-            return
+            value = answer.result()
         except RayTaskError as error:
-            self._raised(replica, ref, error)
+            self._raised(replica, answer, error)
             return
         except RayError as error:
-            # An out-of-memory kill and the like: the replica's state is unknown, so it goes.
-            ray.kill(replica.handle)
+            # It died, or it lives on in an unknown state (out of memory, connection lost).
             self._lost(replica, error)
             return
         if not replica.ready:
-            self._up(replica)
+            self._replicas.came_up(replica)
+            self._start_failures = 0
             return
         replica.failures_in_a_row = self._replaced = 0
-        unit = _finished(replica, ref).unit
+        unit = self._replicas.finished(replica, answer).unit
         self._count(replica, unit)
         self._on_result(unit, value)
 
-    def _raised(self, replica: _Replica, ref: Any, error: RayTaskError) -> None:
+    def _raised(self, replica: Replica, answer: Answer, error: RayTaskError) -> None:
         """A unit raised: bad input ends the job, a failing store or anything else does not."""
         cause = cause_of(error)
         if isinstance(cause, InputError):
             raise cause from error
-        attempt = _finished(replica, ref)
+        attempt = self._replicas.finished(replica, answer)
         self._count(replica, attempt.unit)
         if isinstance(cause, InfluenceError):  # the store's fault, and not the replica's
-            attempt.not_before = time.monotonic() + retry_pause(attempt.failures + 1)
+            attempt.not_before = self._calls.now() + retry_pause(attempt.failures + 1)
         else:
             attempt.failed_on.add(replica)
         self._retry(attempt, error)
         if not isinstance(cause, InfluenceError):
             self._doubt(replica)
 
-    def _retry(self, attempt: _Attempt, error: BaseException) -> None:
+    def _retry(self, attempt: Attempt, error: BaseException) -> None:
         attempt.failures += 1
         if attempt.failures > self._retries:
             self._on_failure(attempt.unit, attempt.failures, text_of(error))
         else:
             self._observer.retried(attempt.unit)
-            self._pending.append(attempt)
+            self._queue.add(attempt, self._calls.now())
 
-    def _enforce_time_limit(self) -> None:
-        now = time.monotonic()
-        for replica in list(self._replicas):
+    # --- once a second ---
+
+    def _tend(self) -> None:
+        now = self._calls.now()
+        if now - self._tended >= _POLL_SECONDS:
+            self._tended = now
+            self._enforce_time_limit(now)
+            self._release(now - _IDLE_SECONDS)
+            self._report()
+        elif self._told != self._replicas.counts:
+            self._report()
+
+    def _report(self) -> None:
+        self._told = self._replicas.counts
+        self._on_poll(*self._told)
+
+    def _enforce_time_limit(self, now: float) -> None:
+        for replica in list(self._replicas.up):
             late = [a for a in replica.in_flight.values() if now - a.since > self._shard_seconds]
             if late:
-                ray.kill(replica.handle)
                 text = f"not finished in {self._shard_seconds:g} s (replicas.shard_seconds)"
-                self._lost(replica, TimeoutError(text))
-
-
-def _finished(replica: _Replica, ref: Any) -> _Attempt:
-    """Take a unit off its replica; the clocks of the units that waited behind it start anew."""
-    refs = list(replica.in_flight)
-    for behind in refs[refs.index(ref) + 1 :]:
-        replica.in_flight[behind].since = time.monotonic()
-    replica.idle_since = time.monotonic()
-    return replica.in_flight.pop(ref)
+                self._lost(replica, TimeoutError(text), late)

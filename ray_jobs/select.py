@@ -32,7 +32,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
         job.watch.others.append(metrics)
         pool = _pool(job)
         try:
-            summary = select(job, pool, RemoteReducer(config))
+            summary = select(job, pool, RemoteReducer(config, pool.rest))
         finally:
             pool.close()
             metrics.replicas(0, 0)

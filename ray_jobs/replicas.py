@@ -1,0 +1,123 @@
+"""Which replicas a pool has: awaited or up, with room for a unit or not, and whose an answer is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray_jobs.actors import IN_FLIGHT
+from ray_jobs.attempts import Attempt
+from ray_jobs.calls import Answer, Calls
+
+
+@dataclass(eq=False)
+class Replica:
+    """One actor, and what it has been given."""
+
+    handle: Any
+    up: Answer
+    started: float
+    ready: bool = False
+    failures_in_a_row: int = 0
+    idle_since: float = 0.0
+    # Until when its time is accounted for.
+    counted: float = 0.0
+    in_flight: dict[Answer, Attempt] = field(default_factory=dict)
+
+    @property
+    def alone(self) -> bool:
+        """Whether it has a unit that is tried alone."""
+        return any(attempt.suspect for attempt in self.in_flight.values())
+
+
+class Replicas:
+    """The replicas of a pool. Nothing here but `start` and `remove` concerns more than one of them.
+
+    Attributes (dictionaries without values are sets that keep their order):
+        starting: those that are awaited, the oldest first.
+        up: those that are up.
+        room: those that can take one more unit, by the number that they have.
+    """
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self.starting: dict[Replica, None] = {}
+        self.up: dict[Replica, None] = {}
+        self.room: tuple[dict[Replica, None], ...] = tuple({} for _ in range(IN_FLIGHT))
+        self._asked: dict[Answer, Replica] = {}
+
+    def __len__(self) -> int:
+        return len(self.starting) + len(self.up)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many are up, and how many are awaited."""
+        return len(self.up), len(self.starting)
+
+    @property
+    def busy(self) -> int:
+        """How many have something to do."""
+        return len(self.up) - len(self.room[0])
+
+    def start(self, handle: Any) -> None:
+        """Await a new one."""
+        replica = Replica(handle, self._calls.ready(handle), self._calls.now())
+        self.starting[replica] = None
+        self._asked[replica.up] = replica
+
+    def came_up(self, replica: Replica) -> None:
+        """An awaited one is there."""
+        replica.ready = True
+        replica.idle_since = replica.counted = self._calls.now()
+        del self.starting[replica]
+        self.up[replica] = None
+        self._file(replica)
+
+    def give(self, replica: Replica, attempt: Attempt) -> None:
+        """Give it a unit."""
+        attempt.since = self._calls.now()
+        answer = self._calls.run(replica.handle, attempt.unit)
+        replica.in_flight[answer] = attempt
+        self._asked[answer] = replica
+        self._file(replica)
+
+    def answered(self, answer: Answer) -> Replica | None:
+        """Whose answer this is; None if nobody waits for it any more."""
+        return self._asked.pop(answer, None)
+
+    def finished(self, replica: Replica, answer: Answer) -> Attempt:
+        """Take a unit off its replica; the clocks of the units that waited behind it start anew."""
+        now = self._calls.now()
+        answers = list(replica.in_flight)
+        for behind in answers[answers.index(answer) + 1 :]:
+            replica.in_flight[behind].since = now
+        replica.idle_since = now
+        attempt = replica.in_flight.pop(answer)
+        self._file(replica)
+        return attempt
+
+    def remove(self, replica: Replica) -> None:
+        """Stop one, dead or alive; no answer of it is awaited any more."""
+        self._calls.kill(replica.handle)
+        for group in (self.starting, self.up, *self.room):
+            group.pop(replica, None)
+        for answer in (replica.up, *replica.in_flight):
+            self._asked.pop(answer, None)
+
+    def may_have(self, replica: Replica) -> Callable[[Attempt], bool]:
+        """Which units it may have: not those that raised on it, where there is another one."""
+
+        def may(attempt: Attempt) -> bool:
+            return replica not in attempt.failed_on or not any(
+                other not in attempt.failed_on and not other.alone for other in self.up
+            )
+
+        return may
+
+    def _file(self, replica: Replica) -> None:
+        """Put one that is up where it belongs in `room`."""
+        for level in self.room:
+            level.pop(replica, None)
+        if not replica.alone and len(replica.in_flight) < IN_FLIGHT:
+            self.room[len(replica.in_flight)][replica] = None

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from influence import storage
+from influence import storage, stores
 from influence.errors import InputError, StorageError
 
 pytest_plugins = ["s3"]
@@ -218,7 +218,8 @@ def failing_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket whose store answers 503."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Failing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setitem(storage._RETRY, "max_retries", 1)
+    monkeypatch.setitem(stores._RETRY, "max_retries", 1)
+    monkeypatch.setattr(stores, "PATIENCE_SECONDS", 0.0)
     environment = {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "REGION": "us-east-1"}
     for name, value in environment.items():
         monkeypatch.setenv(f"AWS_{name}", value)

@@ -111,7 +111,6 @@ class Lease:
             seen = info.etag
             time.sleep(min(_POLL_SECONDS, STALE_SECONDS / 4))
         self._confirmed = asked
-        _held.add(self.owner)
 
     def keep(self) -> None:
         """Give signs of life until `release`, on a thread of its own."""
@@ -178,7 +177,12 @@ def driving(run: str, note: Callable[[str], None] = lambda text: None) -> Iterat
         InputError: another driver is at work on this run.
     """
     lease = Lease(run)
-    lease.acquire(note)
+    _held.add(lease.owner)  # before anybody can see it
+    try:
+        lease.acquire(note)
+    except InfluenceError:
+        _held.discard(lease.owner)
+        raise
     try:
         lease.keep()
         yield lease

@@ -216,7 +216,10 @@ def _offline(where: Location) -> InputError:
     if has_magic(where.key):
         why = "a pattern needs the hub's list of files; name the files one by one, or unset it"
     else:
-        why = "the file is not in the hub's cache here; unset it, or name a local file"
+        why = (
+            "the hub's cache here does not have this file under this name; unset it, or name the "
+            "commit that it has (NAME@COMMIT/PATH), or a local file"
+        )
     return InputError(f"{hub_url(where)}: the hub is switched off (HF_HUB_OFFLINE), and {why}")
 
 

@@ -18,6 +18,7 @@ from influence.config import Config
 from influence.units import Bundle, Unit
 from influence.worker import UnitResult, Worker
 
+
 def counted(worker: Worker, log: str) -> Worker:
     """The same worker; every unit that it begins to compute is a line in the log."""
     read = worker._read
@@ -51,9 +52,7 @@ def use_counted_replicas(log: str) -> None:
 
     def factory(config: Config) -> Any:
         actor: Any = ray.remote(max_restarts=0, max_task_retries=0)(Counted)
-        options = actor.options(
-            num_cpus=config.replicas.num_cpus, max_concurrency=IN_FLIGHT + 1
-        )
+        options = actor.options(num_cpus=config.replicas.num_cpus, max_concurrency=IN_FLIGHT + 1)
         return lambda: options.remote(config.model_dump(mode="json"), log)
 
     select.replica_factory = factory

@@ -178,9 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         proxy: FlakyProxy = self.server.proxy
         upstream = http.client.HTTPConnection(proxy.host, proxy.port, timeout=60)
         try:
-            upstream.putrequest(
-                self.command, self.path, skip_host=True, skip_accept_encoding=True
-            )
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 if name.lower() != "connection":
                     upstream.putheader(name, value)

@@ -1,4 +1,4 @@
-"""What tests of storage faults share: counting what is computed twice, and writing down outcomes."""
+"""What tests of storage faults share: what is computed twice, and where outcomes are written."""
 
 from __future__ import annotations
 
@@ -40,16 +40,14 @@ def computations(log: Path) -> list[tuple[str, float]]:
 
 def computed_again(log: Path, created: dict[str, float]) -> list[str]:
     """Keys of the shards that were computed once more after the store had created them."""
-    committed = {
-        key.split("/cache/")[1]: when for key, when in created.items() if "/cache/" in key
-    }
+    committed = {key.split("/cache/")[1]: when for key, when in created.items() if "/cache/" in key}
     return [key for key, when in computations(log) if when > committed.get(key, float("inf"))]
 
 
 def run_driver(
     config: str, log: Path, *arguments: str, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
-    """`influence select CONFIG ARGUMENTS` in a process of its own, computations written to `log`."""
+    """`influence select CONFIG ARGUMENTS` in a process of its own, its computations in `log`."""
     return subprocess.run(
         [sys.executable, str(DRIVER), str(log), config, *arguments],
         env=driver_environment() | (environment or {}),

@@ -92,7 +92,7 @@ def test_damaged_shards_of_every_stage_are_counted_and_made_anew(
         assert f"damaged shard, computed again: {key}" in shown.err, "the user is not told"
     assert f"made anew: {len(damaged)}" in shown.out.replace("\n", " "), "not in the summary"
     write_outcome(
-        f"truncated, empty, foreign objects under shards' names (gradients.projection: {projection})",
+        f"truncated, empty and foreign objects under shards' names, projection: {projection}",
         kills=len(damaged),
         recomputed=0,
         seconds=seconds,

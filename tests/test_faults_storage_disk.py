@@ -37,8 +37,8 @@ filler = Path(disk, "filler")
 influence.local.Worker = lambda config: counted(Worker(config), log)
 for number in range(int(most)):
     filler.unlink(missing_ok=True)
-    left = os.statvfs(disk)
-    filler.write_bytes(b"x" * max(0, left.f_bavail * left.f_bsize - int(step) * (number + 1) * 1024))
+    left, room = os.statvfs(disk), int(step) * (number + 1) * 1024
+    filler.write_bytes(b"x" * max(0, left.f_bavail * left.f_bsize - room))
     log = str(Path(out, f"{number}.log"))
     Path(log).touch()
     text, code = io.StringIO(), None

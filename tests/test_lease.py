@@ -18,11 +18,13 @@ from influence.errors import InputError, RunTakenError
 from influence.lease import Holder, Lease, check_driver, driving, parse_holder
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gs"])
 def run(request, tmp_path) -> str:
-    """A run directory on either kind of store."""
+    """A run directory on each kind of store."""
     if request.param == "local":
         return str(tmp_path / "run")
+    if request.param == "gs":
+        return request.getfixturevalue("gs_url")
     return storage.join(request.getfixturevalue("s3_url"), uuid.uuid4().hex)
 
 

@@ -18,11 +18,13 @@ from influence.errors import InputError, StorageError
 pytest_plugins = ["s3"]
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gs"])
 def base(request, tmp_path):
-    """An empty folder on either kind of store."""
+    """An empty folder on each kind of store."""
     if request.param == "local":
         return str(tmp_path / "store")
+    if request.param == "gs":
+        return request.getfixturevalue("gs_url")
     return storage.join(request.getfixturevalue("s3_url"), uuid.uuid4().hex)
 
 

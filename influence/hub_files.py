@@ -169,6 +169,8 @@ def _translated(where: Location) -> Iterator[None]:
             f"{url}: dataset {dataset!r} is gated: ask for access on its page on the hub, and set "
             "HF_TOKEN in the environment of every node"
         ) from None
+    except errors.HFValidationError:
+        raise InputError(f"{url}: {dataset!r} is no name of a dataset on the hub") from None
     except errors.RevisionNotFoundError:
         raise InputError(f"{url}: dataset {dataset!r} has no revision {revision!r}") from None
     except errors.RepositoryNotFoundError:

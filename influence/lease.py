@@ -180,7 +180,7 @@ def driving(run: str, note: Callable[[str], None] = lambda text: None) -> Iterat
     _held.add(lease.owner)  # before anybody can see it
     try:
         lease.acquire(note)
-    except InfluenceError:
+    except BaseException:
         _held.discard(lease.owner)
         raise
     try:

@@ -41,7 +41,11 @@ def computations(log: Path) -> list[tuple[str, float]]:
 def computed_again(log: Path, created: dict[str, float]) -> list[str]:
     """Keys of the shards that were computed once more after the store had created them."""
     committed = {key.split("/cache/")[1]: when for key, when in created.items() if "/cache/" in key}
-    return [key for key, when in computations(log) if when > committed.get(key, float("inf"))]
+    computed = computations(log)
+    assert computed, "nothing was computed: test too weak"
+    missing = {key for key, _ in computed} - committed.keys()
+    assert not missing, f"computed, but the store never confirmed them: {missing}"
+    return [key for key, when in computed if when > committed[key]]
 
 
 def run_driver(

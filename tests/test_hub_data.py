@@ -118,6 +118,7 @@ def test_what_is_missing_or_closed_is_said(hub: Hub, monkeypatch: pytest.MonkeyP
     hub.gated.add("owner/closed")
     for url, message in {
         "hf://datasets/owner/none/a.jsonl": "no dataset 'owner/none', or it is private.*HF_TOKEN",
+        "hf://datasets/owner/a--b/a.jsonl": "no name of a dataset",
         f"hf://datasets/{NAME}@v9/a.jsonl": "no revision 'v9'",
         f"hf://datasets/{NAME}/b.jsonl": "no file of this name",
         "hf://datasets/owner/closed/a.jsonl": "is gated: ask for access.*HF_TOKEN",

@@ -17,10 +17,12 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import pytest
 from cache_runs import copied, shared
+from gcs import gcs_endpoint, gs_url
+from hub import data_hub
 from s3 import s3_server, s3_url
 from tiny_run import Runner, Setup, save_model, tiny_config, write_pool, write_targets
 
-__all__ = ["copied", "s3_server", "s3_url", "shared"]
+__all__ = ["copied", "data_hub", "gcs_endpoint", "gs_url", "s3_server", "s3_url", "shared"]
 
 
 @pytest.fixture(scope="session")

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from influence.errors import InfluenceError, InputError
 from influence.local import retry_pause
 from influence.observer import Observer, Silent
 from ray_jobs.actors import IN_FLIGHT, cause_of, text_of
+from ray_jobs.nodes import node_went
 
 _POLL_SECONDS = 1.0
 _START_FAILURES = 5
 #: Units that a replica may fail in a row before it is taken for broken.
 _FAILURES_IN_A_ROW = 2
+#: Nodes that may go under a unit before it is suspected of being the reason.
+_NODES_LOST = 10
 #: A replica idle for so long is given back; shorter than that, a next phase may well need it.
 _IDLE_SECONDS = 5.0
 
@@ -32,6 +35,7 @@ _IDLE_SECONDS = 5.0
 class _Attempt:
     unit: Any
     failures: int = 0
+    nodes_lost: int = 0
     # Its replica died while several units were in flight: it is tried alone, to find the culprit.
     suspect: bool = False
     # When it came to the head of its replica's queue, as far as is known here: its time limit
@@ -48,6 +52,9 @@ class _Replica:
     handle: Any
     ready_ref: Any
     ready: bool = False
+    # Where it is, once it is up; whether that node is told to go (it gets no new work then).
+    node: str | None = None
+    leaving: bool = False
     failures_in_a_row: int = 0
     idle_since: float = 0.0
     # Until when its time is accounted for, and whether there has been nothing to do since.
@@ -56,8 +63,10 @@ class _Replica:
     in_flight: dict[Any, _Attempt] = field(default_factory=dict)
 
     @property
-    def alone(self) -> bool:
-        return any(attempt.suspect for attempt in self.in_flight.values())
+    def takes(self) -> bool:
+        """Whether it may have a further unit: not beside one that is tried alone."""
+        alone = any(attempt.suspect for attempt in self.in_flight.values())
+        return self.ready and not self.leaving and not alone
 
 
 class ReplicaPool:
@@ -69,6 +78,7 @@ class ReplicaPool:
         shard_seconds: time limit of one unit; a replica that exceeds it is killed.
         on_poll: called about once a second with the replicas that are up, and that are awaited.
         observer: told of the replicas' time with work, and of units that are tried again.
+        going: asked at every poll for the ids of the nodes that are told to go.
     """
 
     def __init__(
@@ -81,11 +91,12 @@ class ReplicaPool:
         shard_seconds: float,
         on_poll: Callable[[int, int], None] = lambda up, starting: None,
         observer: Observer | None = None,
+        going: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self._start = start
         self._minimum, self._maximum = minimum, maximum
         self._retries, self._shard_seconds = retries, shard_seconds
-        self._on_poll = on_poll
+        self._on_poll, self._going = on_poll, going
         self._observer: Observer = Silent() if observer is None else observer
         self._replicas: list[_Replica] = []
         self._start_failures = 0
@@ -124,22 +135,38 @@ class ReplicaPool:
     # --- replicas ---
 
     def _scale(self) -> None:
-        busy = sum(bool(replica.in_flight) for replica in self._replicas)
+        self._leave()
+        staying = [replica for replica in self._replicas if not replica.leaving]
+        busy = sum(bool(replica.in_flight) for replica in staying)
         wanted = max(self._minimum, min(self._maximum, busy + len(self._pending)))
-        while len(self._replicas) < wanted:
+        for _ in range(wanted - len(staying)):
             handle = self._start()
             self._replicas.append(_Replica(handle, handle.ready.remote()))
         # Demand that was never met is withdrawn first, so that the cluster can shrink; then what
         # has nothing to do. A replica at work is never stopped.
         late = time.monotonic() - _IDLE_SECONDS
-        starting = [r for r in self._replicas if not r.ready]
-        idle = [r for r in self._replicas if r.ready and not r.in_flight and r.idle_since < late]
-        for replica in [*starting, *idle][: max(0, len(self._replicas) - wanted)]:
-            ray.kill(replica.handle)
-            self._replicas.remove(replica)
+        starting = [r for r in staying if not r.ready]
+        idle = [r for r in staying if r.ready and not r.in_flight and r.idle_since < late]
+        for replica in [*starting, *idle][: max(0, len(staying) - wanted)]:
+            self._give_back(replica)
 
-    def _up(self, replica: _Replica) -> None:
+    def _leave(self) -> None:
+        """Replicas on nodes that are told to go finish what they have, and are then given back."""
+        going = self._going()
+        for replica in list(self._replicas):
+            replica.leaving = replica.node in going
+            if replica.leaving and not replica.in_flight:
+                self._give_back(replica)
+
+    def _give_back(self, replica: _Replica) -> None:
+        ray.kill(replica.handle)
+        self._replicas.remove(replica)
+
+    def _up(self, replica: _Replica, where: Any) -> None:
         replica.ready = True
+        match where:
+            case (str(node), _):
+                replica.node = node
         replica.idle_since = replica.counted = time.monotonic()
         self._start_failures = 0
 
@@ -152,8 +179,7 @@ class ReplicaPool:
         if self._replaced >= self._maximum:
             return
         self._replaced += 1
-        ray.kill(replica.handle)
-        self._replicas.remove(replica)
+        self._give_back(replica)
         for attempt in self._unfinished(replica):
             self._again(attempt)
 
@@ -173,9 +199,15 @@ class ReplicaPool:
         replica.counted = now
 
     def _lost(self, replica: _Replica, error: BaseException) -> None:
-        """A replica is gone: its units go back, and the culprit is looked for."""
+        """A replica is gone: its units go back, and the culprit is looked for.
+
+        A node that goes is no unit's doing, up to a number of times.
+        """
         self._replicas.remove(replica)
-        if not replica.ready:
+        blameless = node_went(error, replica.node) or (
+            replica.leaving and isinstance(error, RayActorError)
+        )
+        if not replica.ready and not blameless:
             self._start_failures += 1
             if self._start_failures >= _START_FAILURES:
                 raise InputError(
@@ -183,12 +215,13 @@ class ReplicaPool:
                     f"the last one: {text_of(error)}"
                 ) from error
         attempts = self._unfinished(replica)
-        preempted = isinstance(error, ActorDiedError) and bool(getattr(error, "preempted", False))
         for attempt in attempts:
-            if len(attempts) == 1 and not preempted:
+            attempt.nodes_lost += blameless
+            blamed = not blameless or attempt.nodes_lost > _NODES_LOST
+            if blamed and len(attempts) == 1:
                 self._retry(attempt, error)
             else:
-                attempt.suspect = not preempted
+                attempt.suspect |= blamed
                 self._again(attempt)
 
     def _unfinished(self, replica: _Replica) -> list[_Attempt]:
@@ -217,7 +250,7 @@ class ReplicaPool:
         for _ in range(IN_FLIGHT):
             # Round by round, so that units spread over the replicas before they queue up.
             for replica in self._replicas:
-                if not replica.ready or replica.alone or len(replica.in_flight) >= IN_FLIGHT:
+                if not replica.takes or len(replica.in_flight) >= IN_FLIGHT:
                     continue
                 attempt = self._next(replica)
                 if attempt is None:
@@ -243,7 +276,7 @@ class ReplicaPool:
         return None
 
     def _others(self, failed_on: set[_Replica]) -> bool:
-        return any(r.ready and not r.alone and r not in failed_on for r in self._replicas)
+        return any(r.takes and r not in failed_on for r in self._replicas)
 
     def _collect(self) -> None:
         waiting: dict[Any, _Replica] = {}
@@ -268,6 +301,8 @@ class ReplicaPool:
         try:
             value = ray.get(ref)
         except RayActorError as error:
+            # One that cannot be reached may live on, and must not hold its place.
+            ray.kill(replica.handle)
             self._lost(replica, error)
             return
         except RayTaskError as error:
@@ -279,7 +314,7 @@ class ReplicaPool:
             self._lost(replica, error)
             return
         if not replica.ready:
-            self._up(replica)
+            self._up(replica, value)
             return
         replica.failures_in_a_row = self._replaced = 0
         unit = _finished(replica, ref).unit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -145,11 +146,11 @@ def replicas_of(log: Path) -> list[psutil.Process]:
 
 
 def held(gate: Path) -> Callable[[str], None]:
-    """For `counting_factory`: shards wait whose key contains the gate's text, while it exists."""
+    """For `counting_factory`: shards wait whose key the gate's text, a pattern, is found in."""
 
     def wait(key: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            while gate.read_text() in key:
+            while re.search(gate.read_text(), key):
                 time.sleep(0.02)
 
     return wait

@@ -27,6 +27,10 @@ from s3 import free_ports
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 90.0
 CLI_SECONDS = 120.0
+_COMMANDS = (
+    *("initialization", "setup", "head_setup", "worker_setup"),
+    *("head_start_ray", "worker_start_ray"),
+)
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 
 
@@ -194,12 +198,18 @@ def _autoscaling(folder: Path, gcs: str, types: dict[str, Any], idle: float) -> 
             "gcs_address": gcs,
             "head_node_id": FAKE_HEAD_NODE_ID,
             "launch_multiple": True,
+            "disable_node_updaters": True,
         },
         "available_node_types": {
             **types,
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         },
         "head_node_type": "ray.head.default",
+        # An external provider has no defaults.
+        "auth": {},
+        "cluster_synced_files": [],
+        "file_mounts": {},
+        **{f"{name}_commands": [] for name in _COMMANDS},
     }
     (folder / "autoscaling.json").write_text(json.dumps(config))
     return {
@@ -218,8 +228,9 @@ def _wait_until_it_answers(head: Head, log: Path, job_server: bool) -> None:
         with contextlib.suppress(OSError):
             if not job_server:
                 socket.create_connection((host, int(port)), timeout=5).close()
-                return
-            if head.ask("GET", "/api/jobs/")[0] == 200:
+                if head.nodes() == 0:
+                    return
+            elif head.ask("GET", "/api/jobs/")[0] == 200:
                 return
         ended = head.process.poll()
         if ended is not None or time.monotonic() > deadline:

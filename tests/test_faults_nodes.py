@@ -55,10 +55,10 @@ class Job:
         except BaseException as error:
             self.error = error
 
-    def hold(self, text: str = "") -> None:
-        """From now on every unit waits, once it has begun, whose key contains the text."""
+    def hold(self, pattern: str = "") -> None:
+        """From now on every unit waits, once it has begun, whose key matches the pattern."""
         hidden = self.gate.with_suffix(".new")
-        hidden.write_text(text)
+        hidden.write_text(pattern)
         hidden.rename(self.gate)
 
     def release(self) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from faults import wait_until
 from ray._private.node import Node
@@ -45,13 +43,17 @@ class LocalNode:
         self.id = self._node.node_id
 
     @property
-    def raylet(self) -> psutil.Process:
-        """The node's own process."""
-        return psutil.Process(self._node.all_processes["raylet"][0].process.pid)
+    def _raylet(self) -> subprocess.Popen:
+        return self._node.all_processes["raylet"][0].process
+
+    @property
+    def up(self) -> bool:
+        """Whether its raylet runs."""
+        return self._raylet.poll() is None
 
     def kill(self) -> None:
         """SIGKILL the raylet, as a machine that goes without a word."""
-        os.kill(self.raylet.pid, signal.SIGKILL)
+        self._raylet.kill()
 
     def drain(self, seconds: int) -> None:
         """`ray drain-node`: a spot notice that ends so many seconds from now."""

@@ -1,13 +1,17 @@
-"""Nodes that go and come in mid-run: without a word, after a notice, and for want of memory."""
+"""Nodes that go and come in mid-run: without a word, and after a notice."""
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import ray
 from faults import counting_factory, held, lines_of, recomputed, recorded, wait_until
 from ray_nodes import LocalNode, alive, further_nodes
 from tiny_run import Setup, assert_same_results, manifest_of, tiny_config
@@ -16,6 +20,7 @@ from influence import one_process
 from influence.config import Config
 from ray_jobs import pool as pool_module
 from ray_jobs import select as select_job
+from ray_jobs.pool import ReplicaPool
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +162,88 @@ def test_a_node_that_drains(
         fault.recomputed = recomputed(job.log)
         assert fault.recomputed == 0, "a shard was computed after it had been committed"
         fault.outcome = "same bytes, work under way finished, none begun there"
+
+
+def run_toys(start: Callable[[], Any], units: list[str], replicas: int) -> tuple[set, dict]:
+    """Run the units with no retry; (done, {failed: error})."""
+    done: set[str] = set()
+    failed: dict[str, str] = {}
+    pool = ReplicaPool(start, minimum=replicas, maximum=replicas, retries=0, shard_seconds=100.0)
+    try:
+        pool(
+            units,
+            lambda unit, value: done.add(unit),
+            lambda unit, attempts, error: failed.update({unit: error}),
+        )
+    finally:
+        pool.close()
+    return done, failed
+
+
+def test_a_unit_that_takes_node_after_node_down_is_named_in_the_end(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[LocalNode]
+) -> None:
+    class Toy:  # local, so that it travels by value
+        def ready(self) -> tuple[str, int]:
+            return ray.get_runtime_context().get_node_id(), os.getpid()
+
+        def run(self, unit: str) -> None:
+            if unit == "killer":
+                raylet = psutil.Process().parent()
+                assert raylet is not None
+                assert raylet.name() == "raylet"
+                raylet.kill()
+                time.sleep(60)
+
+    monkeypatch.setattr(pool_module, "_NODES_LOST", 1)
+    nodes.append(LocalNode(1))
+    before = len(nodes)
+    actor: Any = ray.remote(max_restarts=0)(Toy).options(num_cpus=1, max_concurrency=4)
+    done, failed = run_toys(actor.remote, ["u0", "killer", "u1", "u2"], 1)
+    nodes[:] = [node for node in nodes if node.up]
+    assert list(failed) == ["killer"], "the loss of a node was charged to an innocent unit"
+    assert done == {"u0", "u1", "u2"}
+    assert before - len(nodes) == 2, "a loss is forgiven once here, no more and no fewer times"
+
+
+def test_replicas_that_start_on_a_node_that_goes_do_not_end_the_job(
+    tmp_path: Path, nodes: list[LocalNode]
+) -> None:
+    starting = pool_module._START_FAILURES
+    many = LocalNode(starting)
+    lost, replaced = many.id, tmp_path / "all replaced"
+
+    class Toy:
+        def __init__(self) -> None:
+            if ray.get_runtime_context().get_node_id() == lost:
+                (tmp_path / f"starts-{os.getpid()}").touch()
+                time.sleep(100)
+
+        def ready(self) -> tuple[str, int]:
+            return ray.get_runtime_context().get_node_id(), os.getpid()
+
+        def run(self, unit: str) -> None:
+            while not replaced.exists():
+                time.sleep(0.05)
+
+    actor: Any = ray.remote(max_restarts=0)(Toy).options(num_cpus=1, max_concurrency=4)
+    started: list[Any] = []
+
+    def start() -> Any:
+        started.append(actor.remote())
+        if len(started) == 1 + 2 * starting:
+            replaced.touch()
+        return started[-1]
+
+    def kill() -> None:
+        wait_until("all start", lambda: len(list(tmp_path.glob("starts-*"))) == starting)
+        many.kill()
+
+    assert len(nodes) == 1, "one node of one CPU is to be left over"
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    done, failed = run_toys(start, [f"u{i}" for i in range(20)], 1 + starting)
+    killer.join()
+    many.close()
+    assert not failed
+    assert len(done) == 20

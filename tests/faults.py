@@ -46,9 +46,14 @@ def recorded(fault: str, *, runs: int = 1) -> Iterator[Fault]:
         raise
     finally:
         row.seconds = round(time.monotonic() - start, 1)
-        if path := os.environ.get(OUT):
-            with open(path, "a") as file:
-                file.write(json.dumps(asdict(row)) + "\n")
+        record(row)
+
+
+def record(row: Fault) -> None:
+    """Add a row to the file that the environment names, if it does."""
+    if path := os.environ.get(OUT):
+        with open(path, "a") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
 
 
 def counting_factory(

@@ -84,4 +84,6 @@ def test_from_no_node_to_three_and_back(setup: Setup, tmp_path: Path) -> None:
         fault.recomputed = recomputed(log)
         assert fault.recomputed == 0, "a shard was computed after it had been committed"
         assert_same_results(plain.run, config.run, "nodes that come and go change the result")
-        fault.outcome = "same bytes; 3 nodes came, 2 went while the last shard ran, 0 at the end"
+        fault.outcome = (
+            "the same bytes; 3 nodes came, 2 went while the last shard ran, 0 at the end"
+        )

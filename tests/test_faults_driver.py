@@ -164,7 +164,7 @@ def test_ten_drivers_killed_one_stopped_and_the_last_one_ends_well(
         fault.recomputed = recomputed(log)
         assert fault.recomputed == 0, "a shard was computed after it had been committed"
         assert_same_results(plain.run, config.run, "a run in twelve pieces differs")
-        fault.outcome = "same bytes, each driver goes on from the last one's shards"
+        fault.outcome = "the same bytes, each driver goes on from the last one's shards"
 
 
 def results(run: str) -> Iterator[Path]:
@@ -189,7 +189,7 @@ def stopped_by_sigterm(drivers: Drivers, driver: psutil.Process, log: Path) -> N
         after = sum(line.what == "begin" for line in lines_of(log))
         # What it handed out while the signal was on its way, at 50 ms a unit.
         assert after - before <= 6, f"{after - before} units were begun after the signal"
-        fault.outcome = "exit 130, nothing more handed out; resubmitted, same bytes"
+        fault.outcome = "exit 130, nothing more handed out; the next one goes on"
 
 
 def gone(process: psutil.Process) -> bool:

@@ -65,4 +65,4 @@ def test_a_unit_that_runs_out_of_memory_is_named_and_the_rest_is_committed(
         fault.recomputed = recomputed(log)
         assert fault.recomputed == 0, "a shard was computed after it had been committed"
         assert_same_results(plain.run, config.run, "a run that went on after a failure differs")
-        fault.outcome = "exit 3, the shard is named, all others committed; then same bytes"
+        fault.outcome = "exit 3, the shard is named, all others committed; then the same bytes"

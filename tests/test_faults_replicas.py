@@ -75,4 +75,4 @@ def test_twenty_replicas_killed_in_one_run(
             assert not stage.failed, f"{name}: a unit was blamed for a kill from outside"
             assert stage.computed + stage.reused == stage.shards, f"{name}: a shard counts twice"
         assert_same_results(plain.run, config.run, "a killed replica changed the result")
-        fault.outcome = "same bytes, no shard failed"
+        fault.outcome = "the same bytes, no shard failed"

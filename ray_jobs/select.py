@@ -15,6 +15,7 @@ from influence.resume import claim_run
 from influence.run_log import RunLog
 from ray_jobs.actors import RemoteReducer, replica_factory
 from ray_jobs.metrics import RayMetrics
+from ray_jobs.nodes import GoingNodes
 from ray_jobs.placement import PlacementWatch
 from ray_jobs.pool import ReplicaPool
 from ray_jobs.session import ray_session
@@ -63,6 +64,7 @@ def _pool(job: Job) -> ReplicaPool:
         shard_seconds=settings.shard_seconds,
         on_poll=on_poll,
         observer=job.watch,
+        going=GoingNodes(),
     )
 
 

@@ -52,6 +52,8 @@ def ray_cluster() -> Iterator[None]:
             _node_ip_address="127.0.0.1",
             log_to_driver=False,
             logging_level=logging.WARNING,
+            # A node that is killed is known to be after 5 s instead of 15.
+            _system_config={"health_check_period_ms": 1000},
         )
     yield
     ray.shutdown()

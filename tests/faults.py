@@ -161,7 +161,7 @@ def held(gate: Path) -> Callable[[str], None]:
     return wait
 
 
-def wait_until(what: str, done: Callable[[], Any], seconds: float = 120.0) -> None:
+def wait_until(what: str, done: Callable[[], Any], seconds: float = 240.0) -> None:
     """Until `done()` is true."""
     deadline = time.monotonic() + seconds
     while not done():

@@ -30,20 +30,41 @@ CHANGES = {
 }
 
 
-def kill_on_the_way(log: Path, moments: list[int], seed: int, stages: list[str]) -> None:
-    """SIGKILL one replica that is up, each time that so many units have ended, and a bit later."""
-    draw = random.Random(seed)
-    for moment in moments:
-        while True:
-            lines = lines_of(log)
-            up = replicas_of(log)
-            if up and sum(line.what != "begin" for line in lines) >= moment:
-                break
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.1))
+class Killer(threading.Thread):
+    """SIGKILLs one replica that is up, each time that so many units have ended, and a bit later.
+
+    Attributes:
+        stages: for each kill, the stage that the run was in.
+    """
+
+    def __init__(self, log: Path, moments: list[int], seed: int) -> None:
+        super().__init__(daemon=True)
+        self._log, self._moments, self._draw = log, moments, random.Random(seed)
+        self._killed: set[int] = set()
+        self.stages: list[str] = []
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        for moment in self._moments:
+            while sum(line.what != "begin" for line in lines_of(self._log)) < moment:
+                if self.over.wait(0.01):
+                    return
+            time.sleep(self._draw.uniform(0, 0.1))
+            while not self._kill():
+                if self.over.wait(0.01):
+                    return
+
+    def _kill(self) -> bool:
+        up = [process for process in replicas_of(self._log) if process.pid not in self._killed]
+        if not up:
+            return False
+        victim = self._draw.choice(up)
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself meanwhile
-            draw.choice(up).kill()
-            stages.append(lines[-1].key.split("/")[0])
+            victim.kill()
+            self._killed.add(victim.pid)
+            self.stages.append(lines_of(self._log)[-1].key.split("/")[0])
+            return True
+        return False
 
 
 def test_twenty_replicas_killed_in_one_run(
@@ -60,16 +81,19 @@ def test_twenty_replicas_killed_in_one_run(
 
     monkeypatch.setattr(select_job, "replica_factory", counting_factory(log, take_a_moment))
     moments = sorted(random.Random(5).sample(range(1, units - 10), KILLS))
-    stages: list[str] = []
-    thread = threading.Thread(target=kill_on_the_way, args=(log, moments, 6, stages), daemon=True)
+    killer = Killer(log, moments, 6)
     with recorded("SIGKILL of replicas at random moments") as fault:
-        thread.start()
-        select_job.run_select(config, quiet=True)
-        thread.join(timeout=1)
-        fault.kills = len(stages)
+        killer.start()
+        try:
+            select_job.run_select(config, quiet=True)
+        finally:
+            killer.over.set()
+            killer.join()
+        fault.kills = len(killer.stages)
         fault.recomputed = recomputed(log)
         assert fault.kills >= KILLS, f"the job was over after {fault.kills} kills: test too weak"
-        assert len(set(stages)) >= 3, f"killed in {set(stages)} alone: test too weak"
+        stages = set(killer.stages)
+        assert len(stages) >= 3, f"killed in {stages} alone: test too weak"
         assert fault.recomputed == 0, "a shard was computed after it had been committed"
         for name, stage in manifest_of(config.run).stages.items():
             assert not stage.failed, f"{name}: a unit was blamed for a kill from outside"

@@ -119,7 +119,10 @@ def _add_stages(plan: Plan, job: Job, reducer: Reducer, shape: ModelShape) -> No
             cost.check_vector_bytes(config, shape)
         except InputError as error:
             plan.notes.append(str(error))
-        sizes = config.gradients.side, config.gradients.dim
+        dim = config.gradients.dim
+        if chosen_projection == "layerwise":
+            dim = config.gradients.layer_dim
+        sizes = config.gradients.side, dim
         exact_norms = config.gradients.norms == "exact"
 
         def price(load: Load) -> StageCost:

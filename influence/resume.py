@@ -33,6 +33,9 @@ _RECOMPUTES = {
     "gradients.norms": "the gradients",
     "gradients.side": "the gradients",
     "gradients.dim": "the gradients",
+    "gradients.layer_dim": "the gradients",
+    "gradients.layer_sketch": "the gradients",
+    "layers": "the gradients",
     "gradients.reduction": "the gradients",
     "seed": "landmarks, embeddings and gradients",
 }

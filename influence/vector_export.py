@@ -279,6 +279,7 @@ class _Writer:
                 dtype=layout.dtype,
                 dim=layout.dim,
                 blocks=layout.blocks,
+                sizes=layout.sizes,
                 shard=source.key,
             )
         )

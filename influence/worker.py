@@ -286,6 +286,9 @@ def stage_settings(config: Config) -> StageSettings:
         side=gradients.side,
         dim=gradients.dim,
         seed=config.seed,
+        layers=config.layer_patterns,
+        layer_dim=gradients.layer_dim,
+        layer_sketch=gradients.layer_sketch,
     )
 
 

@@ -20,6 +20,7 @@ from influence.hub import resolve_revision
 from influence.pipeline import NEED_GRADIENTS, Job, catalogue_units, prepare_targets
 from influence.progress import Progress
 from influence.reducer import Reducer
+from influence.reference import with_reference
 from influence.run_log import RunLog, read_manifest
 from influence.schemas import Manifest
 from influence.units import bundled
@@ -114,7 +115,7 @@ def _check_pool(config: Config) -> None:
 
 
 def _resolved(config: Config) -> dict[Place, dict[str, Any]]:
-    config = resolve_revision(config)
+    config = resolve_revision(with_reference(config))
     log = RunLog.unsaved(config.run, config.method)
     job = prepare_targets(config, Progress(quiet=True), log)
     places = {(stage, found.hex): found.values for stage, found in job.fingerprints.items()}

@@ -27,6 +27,7 @@ from influence.model_shape import ModelShape, model_shape
 from influence.pipeline import Job, catalogue, embedding_units, prepare, rds_target_units
 from influence.progress import Progress
 from influence.reducer import Reducer
+from influence.reference import with_reference
 from influence.replica import resolve_dtype
 from influence.run_log import RunLog
 from influence.units import Unit
@@ -71,7 +72,7 @@ class Plan:
 def make_plan(config: Config) -> Plan:
     """Scan and tokenise (committing catalogue shards), then count every stage's work."""
     progress = Progress()
-    config = resolve_revision(config)
+    config = resolve_revision(with_reference(config))
     budget = parse_budget(config.selection.budget)
     job = prepare(config, progress, RunLog.unsaved(config.run, config.method))
     job.execute = local_execute(config, job.watch)

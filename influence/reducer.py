@@ -24,6 +24,7 @@ from influence.certified import Certified, Settings, audit_rows, initial_landmar
 from influence.certified_result import certified_scores, recall_certificate
 from influence.config import Config
 from influence.errors import InputError
+from influence.in2core_reduce import InfluenceReduce
 from influence.predictor import (
     cosine_predictor,
     posterior_predictor,
@@ -38,6 +39,7 @@ from influence.scores import Scores
 from influence.selection import Rule
 from influence.shard_reader import (
     NO_EMBEDDING,
+    NO_GRADIENT,
     check_target_rows,
     read_catalogue,
     read_embeddings,
@@ -217,8 +219,8 @@ class Reducer:
     def _lengths(self) -> bool:
         return self.config.landmarks.kernel == "linear"
 
-    def _shard_table(self, units: Sequence[Unit]) -> ShardTable:
-        """The score shards; rows without an embedding get their reason."""
+    def _shard_table(self, units: Sequence[Unit], reason: str = NO_EMBEDDING) -> ShardTable:
+        """The score shards; rows without a score get this reason."""
         pool = self._pool
         table = ShardTable(
             Cache(scoring_url(self.config.run)),
@@ -229,9 +231,9 @@ class Reducer:
         )
         missing = pool.scorable & ~scored_rows(table)
         if missing.any():
-            pool.exclude(np.flatnonzero(missing).tolist(), NO_EMBEDDING)
+            pool.exclude(np.flatnonzero(missing).tolist(), reason)
             if not len(pool.eligible):
-                raise InputError(f"not one row could be embedded; reasons: {pool.reasons()}")
+                raise InputError(f"not one row could be scored; reasons: {pool.reasons()}")
         return table
 
     def _begin_rounds(self) -> Certified:
@@ -273,6 +275,34 @@ class Reducer:
         none = np.empty((0, len(self.columns.columns)))
         self.scores = Scores(table, self._pool.scorable, positions, none, None, None)
 
+    def column_count(self) -> int:
+        """Columns of the scores."""
+        return len(self.columns.columns)
+
+    def begin_influence(self, exact: ExactUnits) -> list[Unit]:
+        """DataInf's pass 0 and the targets' gradients; returns the units of its pass 1."""
+        self._influence = InfluenceReduce(
+            self.cache,
+            scoring_url(self.config.run),
+            self._pool,
+            self.targets,
+            self.columns,
+            unit=self.config.gradients.normalize,
+        )
+        return self._influence.begin(exact)
+
+    def fit_influence(self, sums: Sequence[Unit]) -> str:
+        """After the sums of pass 1; returns the key of what turns gradients into scores."""
+        return self._influence.predictor(sums)
+
+    def take_influences(self, units: Sequence[Unit], gradients: Sequence[Unit]) -> None:
+        """The score shards of `fit_influence`, and what the gradients' projections leave open."""
+        table = self._shard_table(units, NO_GRADIENT)
+        halves = self._influence.halves(gradients)
+        positions = self._pool.eligible
+        none = np.empty((0, len(self.columns.columns)))
+        self.scores = Scores(table, self._pool.scorable, positions, none, None, halves)
+
     def score_random(self) -> None:
         """Uniform random numbers, the same in every column."""
         eligible = self._pool.eligible
@@ -288,8 +318,8 @@ class Reducer:
         if selected is None:
             selected = select_table(self._rule, table)
         selection = selected.selection
-        if self.config.method in ("random", "rds"):
-            # These methods rank; the closed form's weights are about gradients only.
+        if self.config.method in ("random", "rds", "in2core"):
+            # These methods rank; the closed form's weights are those of the robust objective.
             weights = np.full(len(selection.order), selection.n_scored / len(selection.order))
             selection = replace(selection, weights=weights)
         fidelity = certificate_of(

@@ -80,7 +80,7 @@ def score_shard_schema(layout: VectorLayout) -> pa.Schema:
     """Schema of a shard of predicted scores: the row, then its scores and their variance.
 
     `vector` holds one score per column of the run's targets and, last, the variance; it is null for
-    a row without an embedding.
+    a row without an embedding. Partial sums of DataInf have a row for each column of the targets.
     """
     itemsize = {"float32": 4, "float64": 8}[layout.dtype]
     fields = [

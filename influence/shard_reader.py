@@ -64,11 +64,12 @@ def read_catalogue(cache: Cache, units: Sequence[Unit], *, drop_duplicates: bool
 
 
 def usable_embeddings(
-    shard: Shard, *, lengths: bool
+    shard: Shard, *, lengths: bool, units: bool = False
 ) -> tuple[Bool[np.ndarray, " b"], np.ndarray | None]:
     """(which rows have a usable embedding, those rows' embeddings, or None where there is none).
 
-    Unit rows as they were stored, or with `lengths` as they were before, in float32.
+    Unit rows as they were stored, or with `lengths` as they were before, in float32. Of gradients,
+    which are stored with their lengths, `units` makes unit rows.
     """
     norm = shard.floats("norm")
     usable = scoring.usable_norm(norm)
@@ -79,6 +80,8 @@ def usable_embeddings(
     kept = vectors[usable]
     if lengths:
         kept = kept.astype(np.float32) * norm[usable, None].astype(np.float32)
+    if units:
+        kept = kept / norm[usable, None].astype(kept.dtype)
     return usable, kept
 
 

@@ -25,6 +25,7 @@ from influence.exact_work import plan_exact
 from influence.hub import resolve_revision
 from influence.pipeline import Job, embedding_units, prepare, rds_target_units
 from influence.progress import Progress
+from influence.reference import with_reference
 from influence.resume import changed_values
 from influence.run_log import RunLog, read_manifest
 from influence.schemas import ExportLayout, export_schema
@@ -35,6 +36,7 @@ from influence.units import Unit
 STAGES = {
     "influence_distillation": ("embedding", "gradients"),
     "exact": ("gradients",),
+    "in2core": ("gradients",),
     "rds": ("embedding",),
     "random": (),
 }
@@ -91,7 +93,7 @@ def export_vectors(
     _check_stage(config, stage)
     if storage.list_objects(out):
         raise InputError(f"--out {out}: there are files in it; name a folder that is empty or new")
-    config = resolve_revision(config)
+    config = resolve_revision(with_reference(config))
     job = prepare(config, Progress(quiet=True), RunLog.unsaved(config.run, config.method))
     sources = _sources(job, stage, command, partial)
     keys = [source.key for source in sources]
@@ -138,7 +140,7 @@ def _sources(job: Job, stage: str, command: str, partial: bool) -> list[Source]:
     if stage == "embedding":
         targets = rds_target_units(job) if job.config.method == "rds" else {}
         return [*_of_units("candidates", embedding_units(job)), *_of_targets(targets)]
-    if job.config.method == "exact":
+    if job.config.method in ("exact", "in2core"):
         units = plan_exact(job, None, None).units
         return [*_of_units("candidates", units.candidates), *_of_targets(units.targets)]
     return _of_run(job, stage, command, partial)

@@ -25,9 +25,8 @@ from influence.config import Config
 from influence.errors import InputError, ModelLoadError
 from influence.fingerprints import embedding_values
 from influence.loss import Reduction
-from influence.predictor import Mapper, Predictor, read_predictor
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
-from influence.score_shards import score_table_of, scoring_url
+from influence.scoring_units import SCORING_STAGES, ScoringUnits
 from influence.stages import StageSettings, Toolbox, Vectors
 from influence.tokenization import Encoded, make_encoder
 from influence.unit_tables import row_table, target_vector_table, unique_rows, vector_table
@@ -73,7 +72,7 @@ class Worker:
         self._encode: Any = None
         self._toolbox: Toolbox | None = None
         self._load_error: ModelLoadError | None = None
-        self._mapper: tuple[str, Predictor, Mapper] | None = None
+        self._scoring = ScoringUnits(config, self._device)
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._io_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
@@ -84,8 +83,9 @@ class Worker:
     def run(self, bundle: Bundle) -> list[UnitResult]:
         """Compute and commit the units of a bundle. Safe to call from several threads at once."""
         unit = bundle.units[0]
-        if unit.stage == "scores":
-            return [self._model_thread.submit(self._score, unit).result()]
+        if unit.stage in SCORING_STAGES:
+            outcome, rows = self._model_thread.submit(self._scoring.run, unit).result()
+            return [UnitResult(unit.key, outcome, rows, 0, 0.0, 0.0, None)]
         if all(self.cache.verified(member.key) for member in bundle.units):
             # Committed since the job looked: by a replica that died before it could say so, or by
             # another job on this cache.
@@ -136,28 +136,6 @@ class Worker:
         if unit.rows is not None:
             return self._encode(read_rows(unit.file, unit.rows, unit.group_by))
         return self._encode(read_examples(unit.file, unit.first, unit.last, unit.group_by))
-
-    def _score(self, unit: Unit) -> UnitResult:
-        """Predicted scores of the rows of one embedding shard; needs no model."""
-        scoring = Cache(scoring_url(self.config.run))
-        if scoring.verified(unit.key):
-            return UnitResult(unit.key, "exists", 0, 0, 0.0, 0.0, None)
-        key, embedding = unit.needs
-        if self._mapper is None or self._mapper[0] != key:
-            predictor = read_predictor(scoring.url, key)
-            self._mapper = (key, predictor, Mapper(predictor, self._device()))
-        _, predictor, mapper = self._mapper
-        table = score_table_of(self.cache.read(embedding), predictor, mapper)
-        meta = {
-            "stage": unit.stage,
-            "fingerprint": unit.fingerprint,
-            "first": unit.first,
-            "last": unit.last,
-            "device": self._device(),
-            "torch": torch.__version__,
-        }
-        outcome = scoring.commit(unit, table, meta)
-        return UnitResult(unit.key, outcome, table.num_rows, 0, 0.0, 0.0, None)
 
     def _device(self) -> str:
         """The device of this replica; on a CPU with as many threads as the config gives it."""

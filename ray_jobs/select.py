@@ -9,6 +9,7 @@ from influence.hub import resolve_revision
 from influence.job import Job
 from influence.pipeline import prepare, select
 from influence.progress import Progress
+from influence.reference import with_reference
 from influence.report import build_report
 from influence.resume import claim_run
 from ray_jobs.actors import RemoteReducer, replica_factory
@@ -24,7 +25,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     Raises:
         InfluenceError: see `influence.errors` for the kinds and their exit codes.
     """
-    config = resolve_revision(config)
+    config = resolve_revision(with_reference(config))
     claim_run(config, replace=replace)
     job = prepare(config, Progress(quiet=quiet))
     with ray_session(config):

@@ -1,0 +1,59 @@
+"""Method In2Core: rank by DataInf's influence, with every candidate's own gradient.
+
+San Joaquin et al., arXiv 2408.03560. Three passes over the gradient shards (`influence.datainf`):
+the reducer reads their norms, the replicas sum groups of them up, and then score them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from influence.config import Config
+from influence.cost import SHARD_BYTES
+from influence.curvature_units import STAGE
+from influence.errors import InputError
+from influence.exact_work import exact_units
+from influence.job import Job, run_units, timed
+from influence.model_shape import ModelShape, model_shape
+from influence.score_map import map_scores, map_units
+
+
+def in2core(job: Job, reduce: Any) -> None:
+    """Gradients of every row with the reference model, DataInf's passes, scores."""
+    job.shape = job.shape if job.shape is not None else model_shape(job.config)
+    check_query_bytes(job.config, job.shape, reduce.column_count())
+    units = exact_units(job, reduce, None)
+    run_units(job, units.all)
+    with timed(job, STAGE):
+        sums = reduce.begin_influence(units)
+    map_units(job, sums)
+    with timed(job, STAGE, quiet=True):
+        predictor = reduce.fit_influence(sums)
+    scores = map_scores(job, units.sketches, predictor)
+    with timed(job, "scores", quiet=True):
+        reduce.take_influences(scores, units.sketches)
+
+
+def vector_width(config: Config, shape: ModelShape) -> int:
+    """Numbers that are kept of a row's gradient."""
+    most = config.gradients.layer_dim
+    if config.gradients.projection == "none":
+        return shape.attributed
+    return sum(min(size, most) for size in shape.sizes.values())
+
+
+def check_query_bytes(config: Config, shape: ModelShape, columns: int) -> None:
+    """Refuse more columns than a replica can hold H^-1 v of, in float64, and write at once.
+
+    Raises:
+        InputError: states the bytes that are needed and those that there are.
+    """
+    width = vector_width(config, shape)
+    needed = 8 * columns * width
+    if needed > SHARD_BYTES:
+        raise InputError(
+            f"method: in2core sums up {columns:,} target columns x {width:,} numbers x 8 bytes = "
+            f"{needed:,} bytes in every replica; expected at most {SHARD_BYTES:,}: use "
+            "targets.NAME.per: group, gradients.projection: layerwise with a smaller layer_dim, or "
+            "fewer layers"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from influence.budget import parse_budget
 from influence.config import Config
 from influence.errors import InputError
 
@@ -38,6 +39,11 @@ def _of_others(config: Config) -> str | None:
         return (
             f"layers: {config.layers!r} is for method: in2core; with method: {method} choose "
             "parameters by name in gradients.parameters"
+        )
+    if parse_budget(config.selection.budget).proponents is not None:
+        return (
+            f"selection.budget: {config.selection.budget!r} is for method: in2core; with method: "
+            f"{method} there are no proponents: write rows, a percentage or tokens"
         )
     if config.reference.adapter is not None:
         return (

@@ -124,7 +124,8 @@ def curvature_table(
     targets = torch.from_numpy(query.targets).to(device)
     damping = torch.from_numpy(query.damping)
     sums: CurvatureSums | None = None
-    for key, counted in _read_members(url, unit.needs[1]):
+    _query, members = unit.needs
+    for key, counted in _read_members(url, members):
         shard = cache.read(key)
         rows = gradient_rows(shard, unit=query.unit)
         if rows is None:

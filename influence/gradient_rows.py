@@ -98,7 +98,7 @@ def squared_norms(
         if sums is None:
             blocks = layer_blocks(layout)
             sums = SquaredNorms(len(blocks))
-        counted = pool.scorable[pool.positions(each.file, rows)]
+        counted = pool.scorable[pool.positions(each.file, rows.tolist())]
         sums.add(torch.from_numpy(norms[counted]))
     if sums is None or not sums.rows:
         raise InputError(f"not one candidate has a usable gradient; reasons: {pool.reasons()}")

@@ -80,6 +80,8 @@ def make_plan(config: Config) -> Plan:
     counts = reducer.load_catalogue(*catalogue(job))
     if budget.tokens is not None:
         selected = f"{budget.tokens:,} tokens"
+    elif budget.proponents is not None:
+        selected = f"{budget.proponents:.4g} of the proponents, which the scores tell"
     else:
         rows = budget.rows or max(1, round((budget.share or 0) * counts["scored"]))
         selected = f"{min(rows, counts['scored']):,} of {counts['scored']:,} rows"

@@ -354,6 +354,8 @@ class Reducer:
             sources=pool.sources,
             n_tokens=pool.n_tokens,
             per_source={name: Quota(q.min, q.max) for name, q in config.per_source.items()},
+            # In2Core keeps proponents: training on the others is expected to do harm.
+            floor=0.0 if self.config.method == "in2core" else None,
         )
 
     @property

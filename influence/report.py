@@ -139,6 +139,7 @@ def context(run: RunData) -> dict[str, Any]:
         "wanted_recall": (run.config.get("landmarks") or {}).get("recall"),
         "weights": weight_summary(run.scores) if run.scores else None,
         "stages": [stage_row(name, record) for name, record in run.manifest.stages.items()],
+        "harmful": [s for s in run.samples.get("worst", []) if s["score"] < 0],
         "attributed": sum(r["share"] for r in run.manifest.coverage if r["attributed"]),
     }
 
@@ -156,6 +157,11 @@ def warnings(run: RunData) -> list[str]:
         found.append(
             f"The budget ({counts.get('budget')}) is larger than the pool: every row that could be "
             "scored is selected, so the ranking decides nothing."
+        )
+    if counts.get("short_of_proponents"):
+        found.append(
+            f"The budget ({counts.get('budget')}) is larger than the proponents: all "
+            f"{counts.get('proponents'):,} rows with a score above 0 are selected, and no other."
         )
     if run.scores is None:
         return found

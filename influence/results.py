@@ -38,7 +38,7 @@ def write_results(
     _write_landmarks(run, pool, scores, columns)
     storage.put(storage.join(run, "fidelity.json"), to_json(fidelity))
     return {
-        "counts": selected_counts(pool, selection, scores.table, columns),
+        "counts": selected_counts(pool, selection, scores.table, columns, combine),
         "sources": source_counts(pool, selection),
         "fidelity": fidelity.model_dump(),
     }

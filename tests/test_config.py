@@ -210,6 +210,7 @@ IN2CORE: dict[str, Any] = {**SMALLEST, "method": "in2core", "reference": {"adapt
     [
         (SMALLEST, "layers", ["*.1.*"], "layers: .* is for method: in2core.*gradients.parameters"),
         (SMALLEST, "layers", "auto", "layers: .* is for method: in2core"),
+        (SMALLEST, "selection.budget", "9% of proponents", "selection.budget: .* method: in2core"),
         (SMALLEST, "reference.adapter", "a", "reference.adapter: .* name it in model.adapter"),
         (IN2CORE, "gradients.projection", "kronecker", "gradients.projection: .*layerwise, none"),
         (IN2CORE, "model.adapter", "b", "reference.adapter: 'a' and model.adapter: 'b'"),

@@ -26,6 +26,7 @@ from tiny_run import (
 
 from influence import storage
 from influence.cache import Cache
+from influence.cli import print_summary
 from influence.config import Config
 from influence.curvature_units import STAGE
 from influence.errors import InputError
@@ -148,6 +149,51 @@ def test_outputs_and_leftovers(influence: Runner) -> None:
     stages = manifest_of(directory).stages
     assert {"gradients", STAGE, "scores"} <= stages.keys()
     assert stages["gradients"].planned
+
+
+def test_only_proponents_are_selected_and_the_rest_is_said(
+    influence: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes: dict[str, Any] = {"gradients__projection": "none", "selection__combine": "mean"}
+    directory = influence(**changes, selection__budget=1000)
+    score = score_column(directory, "score")
+    helpful, harmful = int((score > 0).sum()), int((score < 0).sum())
+    assert 0 < helpful < N_SCORED
+    counts = manifest_of(directory).counts
+    assert (counts["proponents"], counts["opponents"]) == (helpful, harmful)
+    assert counts["selected"] == helpful, "a budget above the proponents took others"
+    assert counts["short_of_proponents"]
+    assert all(row["influence_score"] > 0 for row in selection_of(directory))
+    print_summary(directory, {**summary_of(directory), "report": "report.html"})
+    printed = capsys.readouterr().out
+    assert f"proponents (score above 0): {helpful} of {N_SCORED}" in printed
+    assert "all of them are selected, and no other row" in printed
+    half = influence(**changes, selection__budget="50% of proponents")
+    assert len(selection_of(half)) == round(helpful / 2)
+    best = np.sort(score[score > 0])[::-1][: round(helpful / 2)]
+    np.testing.assert_array_equal([row["influence_score"] for row in selection_of(half)], best)
+    assert not manifest_of(half).counts["short_of_proponents"]
+
+
+def test_the_report_lists_opponents_as_likely_harmful_rows(influence: Runner) -> None:
+    directory = influence(
+        gradients__projection="none", selection__budget=1000, selection__combine="mean"
+    )
+    page = Path(directory, "report.html").read_text()
+    samples = json.loads(Path(directory, "samples.json").read_text())
+    assert "Opponents: likely harmful rows" in page
+    assert "is larger than the proponents" in page
+    section = page[page.index("Opponents: likely harmful") : page.index('id="weights"')]
+    listed = [row["id"] for row in samples["worst"] if row["score"] < 0]
+    assert listed
+    assert section.count("<details") == len(listed), "rows that do no harm are listed as harmful"
+    assert all(f">{name}<" in section for name in listed)
+
+
+def summary_of(directory: str) -> dict[str, Any]:
+    """As much of a run's summary as is printed."""
+    fidelity = json.loads(Path(directory, "fidelity.json").read_text())
+    return {"sources": {"x": (1, 1)}, "fidelity": fidelity, "counts": manifest_of(directory).counts}
 
 
 class Cut(Exception):

@@ -64,7 +64,9 @@ def use_of(named: str, cache: str) -> Use:
         places = _resolved(config.model_copy(update={"cache": cache}))
     except InputError as error:
         raise InputError(f"{named}: cannot tell what it uses: {error}") from None
-    recorded = read_manifest(named) if is_run else None
+    # Which layers `layers: auto` keeps, only the run's own record says.
+    reads_record = is_run or config.layers == "auto"
+    recorded = read_manifest(named if is_run else config.run) if reads_record else None
     if recorded is not None:
         places = {**_recorded(recorded), **places}
     return Use(named, named if is_run else config.run, config.cache_url, places)

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from influence.budget import parse_budget
+from influence.memory_budget import parse_memory
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -149,6 +150,23 @@ class LandmarksConfig(Section):
     )
     kernel: Literal["laplace", "rbf", "linear", "cosine"] = "laplace"
     damping: PositiveFloat = 0.01
+
+
+class LayerEconomyConfig(Section):
+    """What `layers: auto` chooses by."""
+
+    pilot: Annotated[int, Field(ge=8)] = Field(
+        256, description="random candidates whose gradients of all layers are held against others"
+    )
+    memory: int | str = Field(
+        "25%", description="for gradients: a share of what all layers take, or bytes (20GB)"
+    )
+
+    @field_validator("memory")
+    @classmethod
+    def _readable(cls, value: int | str) -> int | str:
+        parse_memory(value)
+        return value
 
 
 class OptimizerConfig(Section):
@@ -288,6 +306,7 @@ class Config(Section):
     layers: str | list[str] = Field(
         "all", description="in2core: all, auto, or patterns of the names of those that count"
     )
+    layer_economy: LayerEconomyConfig = LayerEconomyConfig()  # pyright: ignore[reportCallIssue]
     selection: SelectionConfig = SelectionConfig()  # pyright: ignore[reportCallIssue]
     finetune: FinetuneConfig = FinetuneConfig()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -136,7 +136,7 @@ def curvature_table(
         vectors = torch.from_numpy(rows.vectors[kept]).to(device)
         sums.add(vectors, torch.from_numpy(rows.norms[kept]).to(device))
     values = np.zeros(query.targets.shape) if sums is None else sums.sums.cpu().numpy()
-    layout = VectorLayout(dtype="float64", dim=values.shape[1])
+    layout = VectorLayout(dtype="float64", dim=int(query.targets.shape[1]))
     columns = [
         pa.array(np.arange(len(values))),
         vector_column(values, np.zeros(len(values), dtype=bool)),

@@ -13,7 +13,9 @@ from influence.catalogue import Catalogue
 from influence.curvature_units import Query, add_up, curvature_units, write_query
 from influence.datainf import LayerBlock, inverse_products
 from influence.gradient_rows import gradient_rows, mean_gradients, squared_norms
+from influence.layer_choice import choose_layers
 from influence.predictor import linear_predictor, write_predictor
+from influence.schemas import LayerChoice
 from influence.scoring import half_weights
 from influence.shard_reader import read_shards
 from influence.target_columns import TargetColumns
@@ -60,6 +62,12 @@ class InfluenceReduce:
         key = write_query(self._scoring.url, self._query)
         size = 8 * targets.size
         return curvature_units(self._scoring.url, exact.sketches, pool.scorable, pool, key, size)
+
+    def choose_layers(self, pilot: ExactUnits, memory: str | int) -> LayerChoice:
+        """The layers to keep; see `influence.layer_choice`."""
+        cache, unit = self._cache, self._unit
+        targets = mean_gradients(cache, pilot.targets, self._targets, self._columns, unit=unit)
+        return choose_layers(cache, pilot, self._pool, targets, memory, unit=unit)
 
     def predictor(self, sums: Sequence[Unit]) -> str:
         """H^-1 v of every column, from the sums of pass 1; returns the key of what scores by it.

@@ -6,7 +6,6 @@ is called directly. Every method returns a small summary, never the arrays.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -25,6 +24,7 @@ from influence.certified_result import certified_scores, recall_certificate
 from influence.config import Config
 from influence.errors import InputError
 from influence.in2core_reduce import InfluenceReduce
+from influence.pool_counts import pool_counts
 from influence.predictor import (
     cosine_predictor,
     posterior_predictor,
@@ -33,6 +33,7 @@ from influence.predictor import (
 )
 from influence.quotas import Quota
 from influence.results import write_results
+from influence.schemas import LayerChoice
 from influence.score_shards import ShardTable, scoring_url
 from influence.score_table import ArrayTable, OverlaidTable, scored_rows
 from influence.scores import Scores
@@ -96,31 +97,7 @@ class Reducer:
 
     def counts(self) -> dict[str, Any]:
         """Rows, reasons, duplicates, truncation: of the pool and of every target."""
-        pool = self._pool
-        reasons = pool.reasons()
-        per_target = Counter(column.target for column in self.columns.columns)
-        return {
-            "rows": len(pool),
-            "scored": len(pool.eligible),
-            "duplicates": reasons.get("duplicate", 0),
-            "reasons": reasons,
-            "truncated": int(pool.truncated.sum()),
-            "tokens": int(pool.n_tokens.sum()),
-            "response_tokens": int(pool.n_response_tokens.sum()),
-            "budget": str(self.config.selection.budget),
-            "combine": self.config.selection.combine,
-            "targets": {
-                name: {
-                    "rows": len(catalogue),
-                    "scored": len(catalogue.eligible),
-                    "columns": per_target[name],
-                    "truncated": int(catalogue.truncated.sum()),
-                    "reasons": catalogue.reasons(),
-                    "tokens": int(catalogue.n_tokens.sum()),
-                }
-                for name, catalogue in self.targets.items()
-            },
-        }
+        return pool_counts(self._pool, self.targets, self.columns, self.config.selection)
 
     def tokens_of(self, units: Sequence[Unit]) -> list[int]:
         """Tokens that the model sees of each unit's rows: what there is to do."""
@@ -279,9 +256,26 @@ class Reducer:
         """Columns of the scores."""
         return len(self.columns.columns)
 
+    def choose_pilot(self) -> list[tuple[SourceFile, list[int]]]:
+        """Draw the rows on which layers are chosen; returns the rows of each file."""
+        pool = self._pool
+        eligible = pool.eligible
+        keys = landmarks.row_keys(self.config.seed, pool.digests, purpose=b"pilot")[eligible]
+        drawn = np.argsort(keys, kind="stable")[: self.config.layer_economy.pilot]
+        return pool.by_file(np.sort(eligible[drawn]))
+
+    def choose_layers(self, pilot: ExactUnits) -> LayerChoice:
+        """The layers to keep, by the gradients of the pilot's rows."""
+        memory = self.config.layer_economy.memory
+        return self._begun_influence().choose_layers(pilot, memory)
+
     def begin_influence(self, exact: ExactUnits) -> list[Unit]:
         """DataInf's pass 0 and the targets' gradients; returns the units of its pass 1."""
-        self._influence = InfluenceReduce(
+        self._influence = self._begun_influence()
+        return self._influence.begin(exact)
+
+    def _begun_influence(self) -> InfluenceReduce:
+        return InfluenceReduce(
             self.cache,
             scoring_url(self.config.run),
             self._pool,
@@ -289,7 +283,6 @@ class Reducer:
             self.columns,
             unit=self.config.gradients.normalize,
         )
-        return self._influence.begin(exact)
 
     def fit_influence(self, sums: Sequence[Unit]) -> str:
         """After the sums of pass 1; returns the key of what turns gradients into scores."""

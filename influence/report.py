@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 
 from influence import plots, storage
+from influence.layer_figures import layer_report
 from influence.report_data import (
     RunData,
     ScoreColumns,
@@ -138,6 +139,7 @@ def context(run: RunData) -> dict[str, Any]:
         "reliability": reliability_figure(run),
         "wanted_recall": (run.config.get("landmarks") or {}).get("recall"),
         "weights": weight_summary(run.scores) if run.scores else None,
+        "layers": layer_report(run.manifest.layers),
         "stages": [stage_row(name, record) for name, record in run.manifest.stages.items()],
         "harmful": [s for s in run.samples.get("worst", []) if s["score"] < 0],
         "attributed": sum(r["share"] for r in run.manifest.coverage if r["attributed"]),

@@ -276,6 +276,35 @@ class StageRecord(BaseModel):
         return self.model_seconds / self.replica_seconds
 
 
+class LayerSubset(BaseModel):
+    """Some layers that were judged: how many groups, what they take of a row, how well they rank.
+
+    `spearman` is on the pilot's rows that the choice was made on, `held_out` on the others.
+    """
+
+    rule: str
+    groups: int
+    row_bytes: int
+    spearman: float
+    held_out: float
+
+
+class LayerChoice(BaseModel):
+    """What `layers: auto` chose on a pilot, and every subset that it was held against."""
+
+    names: list[str] = Field(description="the parameters whose gradients are kept")
+    rule: str
+    pilot: int = Field(description="rows of it with a usable gradient")
+    groups: int = Field(description="of layers, in the model")
+    row_bytes: int
+    full_row_bytes: int
+    budget_row_bytes: float
+    rows: int = Field(description="of the pool")
+    spearman: float
+    held_out: float
+    table: list[LayerSubset] = Field(default_factory=list)
+
+
 class ReplicaCount(BaseModel):
     """Replicas when the manifest was written."""
 
@@ -308,6 +337,7 @@ class Manifest(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict)
     counts: dict[str, Any] = Field(default_factory=dict)
     coverage: list[dict[str, Any]] = Field(default_factory=list)
+    layers: LayerChoice | None = Field(default=None, description="of `layers: auto`")
     stages: dict[str, StageRecord] = Field(default_factory=dict)
 
     @property

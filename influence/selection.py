@@ -163,7 +163,7 @@ def above_floor(rule: Rule, P: Float[np.ndarray, "b m"]) -> Bool[np.ndarray, " b
     """Which rows the rule may take at all; None if it has no floor."""
     if rule.floor is None:
         return None
-    return (deciding(rule, P) > rule.floor).any(axis=1)
+    return deciding(rule, P).max(axis=1) > rule.floor
 
 
 def terms_of(

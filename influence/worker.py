@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -24,8 +24,10 @@ from influence.candidates import read_examples, read_rows
 from influence.config import Config
 from influence.errors import InputError, ModelLoadError
 from influence.fingerprints import embedding_values
+from influence.layer_choice import read_names
 from influence.loss import Reduction
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
+from influence.score_shards import scoring_url
 from influence.scoring_units import SCORING_STAGES, ScoringUnits
 from influence.stages import StageSettings, Toolbox, Vectors
 from influence.tokenization import Encoded, make_encoder
@@ -71,6 +73,7 @@ class Worker:
         self.cache = Cache(config.cache_url)
         self._encode: Any = None
         self._toolbox: Toolbox | None = None
+        self._chosen: tuple[str, Toolbox] | None = None
         self._load_error: ModelLoadError | None = None
         self._scoring = ScoringUnits(config, self._device)
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -160,11 +163,23 @@ class Worker:
             self._toolbox = Toolbox(replica, stage_settings(config))
         return self._toolbox
 
+    def _tools_of(self, unit: Unit) -> Toolbox:
+        """The toolbox; for gradients of chosen layers one that knows only those."""
+        tools = self._tools()
+        if unit.stage != "gradients" or not unit.needs:
+            return tools
+        (key,) = unit.needs
+        if self._chosen is None or self._chosen[0] != key:
+            names = read_names(scoring_url(self.config.run), key)
+            settings = replace(tools.settings, layers=names)
+            self._chosen = (key, Toolbox(tools.replica, settings))
+        return self._chosen[1]
+
     def _compute(self, bundle: Bundle, encoded: Sequence[Encoded]) -> _Computed:
         lap = _stopwatch()
-        tools = self._tools()
-        set_up = lap()
         unit = bundle.units[0]
+        tools = self._tools_of(unit)
+        set_up = lap()
         first_of, unique = unique_rows(encoded)
         # A target row that is there twice counts twice in the mean, as it does in a sketch.
         rows = encoded if unit.stage == "target_vectors" else unique

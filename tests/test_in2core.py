@@ -12,6 +12,7 @@ import pytest
 from datainf_oracle import influences_by_loops
 from tiny_run import (
     N_SCORED,
+    UNSCORABLE,
     Runner,
     Setup,
     assert_same_results,
@@ -22,10 +23,12 @@ from tiny_run import (
     selection_of,
     shards_in,
     tiny_config,
+    write_config,
 )
 
 from influence import storage
 from influence.cache import Cache
+from influence.cache_use import use_of
 from influence.cli import print_summary
 from influence.config import Config
 from influence.curvature_units import STAGE
@@ -39,6 +42,7 @@ from influence.reducer import Reducer
 from influence.report import build_report
 from influence.resume import claim_run
 from influence.sketch_noise import rank_correlation
+from influence.vector_export import export_vectors
 
 FILES = ("a.parquet", "b.jsonl")
 
@@ -194,6 +198,68 @@ def summary_of(directory: str) -> dict[str, Any]:
     """As much of a run's summary as is printed."""
     fidelity = json.loads(Path(directory, "fidelity.json").read_text())
     return {"sources": {"x": (1, 1)}, "fidelity": fidelity, "counts": manifest_of(directory).counts}
+
+
+def pool_layers(directory: str, cache: str) -> set[tuple[str, ...]]:
+    """The layers of a run's own gradient shards, as sets."""
+    record = manifest_of(directory).stages["gradients"]
+    shards = [Cache(cache).read(key) for key in record.planned if record.fingerprint in key]
+    return {tuple(name for name, _, _ in s.layout.blocks) for s in shards if s.layout.blocks}
+
+
+def test_layers_are_chosen_on_a_pilot_and_only_they_are_kept(
+    setup: Setup, tmp_path: Path, adapter: str
+) -> None:
+    changes: dict[str, Any] = {
+        "cache": str(tmp_path / "cache"),
+        "method": "in2core",
+        "model__adapter": adapter,
+        "gradients__layer_dim": 16,
+    }
+    auto = tiny_config(
+        setup, tmp_path / "auto", layers="auto", layer_economy={"pilot": 40}, **changes
+    )
+    run_cut(auto, 7, "gradients")  # in the pilot: what follows takes it up
+    job = prepare(auto, Progress(quiet=True))
+    select(job, local_execute(auto, job.watch), Reducer(auto))
+    build_report(auto.run)
+    choice = manifest_of(auto.run).layers
+    assert choice is not None
+    assert (choice.pilot, choice.groups, choice.rows) == (40, 21, 72)
+    assert choice.row_bytes <= choice.budget_row_bytes == 0.25 * choice.full_row_bytes
+    kept = set(choice.names)
+    assert {frozenset(names) for names in pool_layers(auto.run, auto.cache_url)} == {
+        frozenset(kept)
+    }, "gradients of other layers were kept of the pool"
+    page = Path(auto.run, "report.html").read_text()
+    assert 'id="layers"' in page
+    assert all(module.split(".lora_")[0] in page for module in kept)
+    by_name = tiny_config(setup, tmp_path / "named", layers=choice.names, **changes)
+    run_select(by_name, quiet=True)
+    assert manifest_of(by_name.run).stages["gradients"].computed == 0, "shards are not shared"
+    assert_same_results(auto.run, by_name.run, "layers by name are others than those chosen")
+    done = export_vectors(auto, "gradients", str(tmp_path / "out"), command="influence select")
+    assert done.rows["candidates"] == N_SCORED + UNSCORABLE["duplicate"]
+    places = {key.split("/")[1] for key in manifest_of(auto.run).stages["gradients"].planned}
+    path = write_config(tmp_path / "auto.yaml", auto)
+    used = {digest for stage, digest in use_of(path, auto.cache_url).places if stage == "gradients"}
+    assert places <= used, "a prune that keeps this config would remove its shards"
+
+
+def test_a_memory_that_holds_no_layer_is_refused_with_the_bytes(
+    setup: Setup, tmp_path: Path, adapter: str
+) -> None:
+    config = tiny_config(
+        setup,
+        tmp_path / "run",
+        method="in2core",
+        model__adapter=adapter,
+        gradients__layer_dim=16,
+        layers="auto",
+        layer_economy={"memory": 1000, "pilot": 8},
+    )
+    with pytest.raises(InputError, match=r"layer_economy\.memory: 1000 is 14 bytes a row"):
+        run_select(config, quiet=True)
 
 
 class Cut(Exception):

@@ -23,8 +23,8 @@ from influence.score_table import ScoreTable
 from influence.selection import Selection
 
 ROWS_PER_PART = 500_000
-# Numbers of a part of scores/ at most: 2^22 float64 are 32 MiB.
-VALUES_PER_PART = 1 << 22
+# Numbers of a part of scores/ at most: 2^21 float64 are 16 MiB.
+VALUES_PER_PART = 1 << 21
 WRITERS = 4
 SAMPLE_ROWS = 10
 _OF_SAMPLE = ("score", "target", "weight")
@@ -292,11 +292,12 @@ def _put_part(url: str, part: pa.Table) -> None:
 
 def _parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    # Scores are noise to a compressor, and most of a part.
-    codecs = {
-        field.name: "none" if pa.types.is_floating(field.type) else "zstd" for field in table.schema
-    }
-    nested = any(pa.types.is_nested(field.type) for field in table.schema)
-    compression: Any = "zstd" if nested else codecs
-    pq.write_table(table, sink, compression=compression)
+    if any(pa.types.is_nested(field.type) for field in table.schema):
+        pq.write_table(table, sink, compression="zstd")
+    else:
+        # Scores are noise to a compressor and to a dictionary, and most of a part.
+        texts = [field.name for field in table.schema if not pa.types.is_floating(field.type)]
+        codecs: Any = {name: "zstd" if name in texts else "none" for name in table.column_names}
+        dictionaries: Any = texts
+        pq.write_table(table, sink, compression=codecs, use_dictionary=dictionaries)
     return sink.getvalue().to_pybytes()

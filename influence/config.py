@@ -122,7 +122,9 @@ class GradientsConfig(Section):
     layer_sketch: Literal["srht", "rademacher", "countsketch"] = Field(
         "srht", description="layerwise: how each layer is projected"
     )
-    reduction: Literal["mean", "sum", "sqrt", "token_max"] = "mean"
+    reduction: Literal["mean", "sum", "sqrt", "token_max"] = Field(
+        "mean", description="of token losses; token_max: in2core, the token with the highest score"
+    )
     normalize: bool = True
 
     @field_validator("side", "dim", "layer_dim")
@@ -131,6 +133,11 @@ class GradientsConfig(Section):
         if value % 2:
             raise ValueError("must be even: a sketch is two independent halves")
         return value
+
+    @property
+    def loss_reduction(self) -> Literal["mean", "sum", "sqrt"]:
+        """How a sample's loss is made of its tokens' in its gradient; `token_max` comes later."""
+        return "mean" if self.reduction == "token_max" else self.reduction
 
 
 class LandmarksConfig(Section):

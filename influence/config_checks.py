@@ -24,6 +24,16 @@ def _of_in2core(config: Config) -> str | None:
             f"gradients.projection: {gradients.projection!r} adds layers up, and method: in2core "
             f"has a curvature for each; expected one of {', '.join(LAYERED)}"
         )
+    if gradients.reduction == "token_max" and gradients.projection != "none":
+        return (
+            "gradients.reduction: token_max multiplies every token's gradient with the whole "
+            f"directions; expected gradients.projection: none, found {gradients.projection!r}"
+        )
+    if gradients.reduction == "token_max" and gradients.normalize:
+        return (
+            "gradients.normalize: the largest of a row's tokens is no product with its unit "
+            "gradient; expected false with gradients.reduction: token_max"
+        )
     adapters = config.model.adapter, config.reference.adapter
     if None not in adapters and adapters[0] != adapters[1]:
         return (
@@ -35,6 +45,11 @@ def _of_in2core(config: Config) -> str | None:
 
 def _of_others(config: Config) -> str | None:
     method = config.method
+    if config.gradients.reduction == "token_max":
+        return (
+            "gradients.reduction: token_max is for method: in2core; with method: "
+            f"{method} expected mean, sum or sqrt"
+        )
     if config.layers != "all":
         return (
             f"layers: {config.layers!r} is for method: in2core; with method: {method} choose "

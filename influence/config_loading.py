@@ -27,7 +27,6 @@ from influence.errors import InputError
 BUILT: dict[str, tuple[object, ...]] = {
     "method": ("influence_distillation", "in2core", "exact", "rds", "random"),
     "embedding.kind": ("jvp", "hidden", "rds"),
-    "gradients.reduction": ("mean", "sum", "sqrt"),
     "landmarks.choose": ("certified", "uniform", "stratified"),
     "optimizer.kind": ("sgd",),
     "optimizer.state": (None,),

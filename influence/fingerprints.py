@@ -63,7 +63,7 @@ def _gradient_values(config: Config) -> dict[str, Any]:
     """Which gradients are taken: of what loss, with respect to which parameters."""
     gradients = config.gradients
     values: dict[str, Any] = {
-        "reduction": gradients.reduction,
+        "reduction": gradients.loss_reduction,
         "parameters": gradients.parameters,
         "blocks": gradients.blocks,
     }

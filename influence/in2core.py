@@ -19,6 +19,7 @@ from influence.model_shape import ModelShape, model_shape
 from influence.schemas import LayerChoice
 from influence.score_map import map_scores, map_units
 from influence.score_shards import scoring_url
+from influence.token_units import token_units
 
 
 def in2core(job: Job, reduce: Any) -> None:
@@ -34,7 +35,11 @@ def in2core(job: Job, reduce: Any) -> None:
     map_units(job, sums)
     with timed(job, STAGE, quiet=True):
         predictor = reduce.fit_influence(sums)
-    scores = map_scores(job, units.sketches, predictor)
+    if job.config.gradients.reduction == "token_max":
+        scores = token_units(units.sketches, predictor)
+        map_units(job, scores)
+    else:
+        scores = map_scores(job, units.sketches, predictor)
     with timed(job, "scores", quiet=True):
         reduce.take_influences(scores, units.sketches)
 

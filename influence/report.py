@@ -26,6 +26,7 @@ from influence.report_format import FILTERS, decimal
 from influence.schemas import FailedShard, StageRecord, TargetFidelity
 
 TOP_SOURCES = 30
+GRADIENT_METHODS = ("influence_distillation", "in2core", "less", "exact")
 
 METHODS = {
     "influence_distillation": "Influence Distillation",
@@ -139,6 +140,8 @@ def context(run: RunData) -> dict[str, Any]:
         "reliability": reliability_figure(run),
         "wanted_recall": (run.config.get("landmarks") or {}).get("recall"),
         "weights": weight_summary(run.scores) if run.scores else None,
+        "length": counts.get("length_spearman") or {},
+        "gradients": _gradient_settings(run),
         "layers": layer_report(run.manifest.layers),
         "stages": [stage_row(name, record) for name, record in run.manifest.stages.items()],
         "harmful": [s for s in run.samples.get("worst", []) if s["score"] < 0],
@@ -281,6 +284,13 @@ def weight_summary(scores: ScoreColumns) -> WeightSummary | None:
             weights, f"Histogram of the {len(weights):,} selected rows' weights."
         ),
     )
+
+
+def _gradient_settings(run: RunData) -> dict[str, Any] | None:
+    """How token gradients became a row's, for methods whose scores come from gradients."""
+    if run.manifest.method not in GRADIENT_METHODS:
+        return None
+    return run.config.get("gradients")
 
 
 def stage_row(name: str, record: StageRecord) -> StageRow:

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from influence import stages
+from influence import stages, token_units
 from influence.batching import make_batches
 from influence.cache import Cache
 from influence.candidates import read_examples, read_rows
@@ -25,7 +25,6 @@ from influence.config import Config
 from influence.errors import InputError, ModelLoadError
 from influence.fingerprints import embedding_values
 from influence.layer_choice import read_names
-from influence.loss import Reduction
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
 from influence.score_shards import scoring_url
 from influence.scoring_units import SCORING_STAGES, ScoringUnits
@@ -74,6 +73,7 @@ class Worker:
         self._encode: Any = None
         self._toolbox: Toolbox | None = None
         self._chosen: tuple[str, Toolbox] | None = None
+        self._directions: tuple[str, dict[str, torch.Tensor]] | None = None
         self._load_error: ModelLoadError | None = None
         self._scoring = ScoringUnits(config, self._device)
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -89,6 +89,8 @@ class Worker:
         if unit.stage in SCORING_STAGES:
             outcome, rows = self._model_thread.submit(self._scoring.run, unit).result()
             return [UnitResult(unit.key, outcome, rows, 0, 0.0, 0.0, None)]
+        if unit.stage == token_units.STAGE:
+            return [self._token_scores(unit)]
         if all(self.cache.verified(member.key) for member in bundle.units):
             # Committed since the job looked: by a replica that died before it could say so, or by
             # another job on this cache.
@@ -140,6 +142,28 @@ class Worker:
             return self._encode(read_rows(unit.file, unit.rows, unit.group_by))
         return self._encode(read_examples(unit.file, unit.first, unit.last, unit.group_by))
 
+    def _token_scores(self, unit: Unit) -> UnitResult:
+        """Scores of a unit's rows by their strongest token; they belong to this run alone."""
+        url = scoring_url(self.config.run)
+        if Cache(url).verified(unit.key):
+            return UnitResult(unit.key, "exists", 0, 0, 0.0, 0.0, None)
+        encoded = self._io_thread.submit(self._read, unit).result()
+        lap = _stopwatch()
+
+        def compute() -> tuple[pa.Table, str]:
+            tools, key = self._tools_of(unit), unit.needs[0]
+            if self._directions is None or self._directions[0] != key:
+                self._directions = (key, token_units.read_directions(tools, url, key))
+            budget = self.config.replicas.token_budget
+            table = token_units.score_table(tools, self._directions[1], encoded, budget)
+            return table, tools.replica.device_name
+
+        table, device = self._model_thread.submit(compute).result()
+        seconds = lap()
+        tokens = sum(row.n_tokens for row in encoded if row.reason is None)
+        outcome = Cache(url).commit(unit, table, {"stage": unit.stage, "device": device})
+        return UnitResult(unit.key, outcome, table.num_rows, tokens, 0.0, seconds, device)
+
     def _device(self) -> str:
         """The device of this replica; on a CPU with as many threads as the config gives it."""
         device = choose_device(self.config.model.device, self.config.replicas.num_gpus)
@@ -166,9 +190,10 @@ class Worker:
     def _tools_of(self, unit: Unit) -> Toolbox:
         """The toolbox; for gradients of chosen layers one that knows only those."""
         tools = self._tools()
-        if unit.stage != "gradients" or not unit.needs:
+        chosen = {"gradients": unit.needs, token_units.STAGE: unit.needs[1:]}.get(unit.stage)
+        if not chosen:
             return tools
-        (key,) = unit.needs
+        (key,) = chosen
         if self._chosen is None or self._chosen[0] != key:
             names = read_names(scoring_url(self.config.run), key)
             settings = replace(tools.settings, layers=names)
@@ -272,7 +297,7 @@ def stage_settings(config: Config) -> StageSettings:
         },
         parameters=gradients.parameters,
         parameter_blocks=gradients.blocks,
-        reduction=cast(Reduction, gradients.reduction),
+        reduction=gradients.loss_reduction,
         normalize=gradients.normalize,
         projection=gradients.projection,
         exact_norms=gradients.norms == "exact",

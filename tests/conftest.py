@@ -17,10 +17,11 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import pytest
 from cache_runs import copied, shared
+from in2core_runs import adapter, in2core
 from s3 import s3_server, s3_url
 from tiny_run import Runner, Setup, save_model, tiny_config, write_pool, write_targets
 
-__all__ = ["copied", "s3_server", "s3_url", "shared"]
+__all__ = ["adapter", "copied", "in2core", "s3_server", "s3_url", "shared"]
 
 
 @pytest.fixture(scope="session")

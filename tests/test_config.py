@@ -132,7 +132,6 @@ def test_every_problem_is_listed_at_once():
 UNBUILT: dict[str, list[Any]] = {
     "method": ["less", "perplexity", "semantic", "length"],
     "embedding.kind": ["auto"],
-    "gradients.reduction": ["token_max"],
     "landmarks.choose": ["kmeans++"],
     "optimizer.kind": ["adamw"],
     "optimizer.state": ["state.pt"],
@@ -213,6 +212,14 @@ IN2CORE: dict[str, Any] = {**SMALLEST, "method": "in2core", "reference": {"adapt
         (SMALLEST, "selection.budget", "9% of proponents", "selection.budget: .* method: in2core"),
         (SMALLEST, "reference.adapter", "a", "reference.adapter: .* name it in model.adapter"),
         (IN2CORE, "gradients.projection", "kronecker", "gradients.projection: .*layerwise, none"),
+        (SMALLEST, "gradients.reduction", "token_max", "gradients.reduction: .* method: in2core"),
+        (IN2CORE, "gradients.reduction", "token_max", ".*expected gradients.projection: none"),
+        (
+            IN2CORE,
+            "gradients",
+            {"reduction": "token_max", "projection": "none", "normalize": True},
+            "gradients.normalize: .* expected false",
+        ),
         (IN2CORE, "model.adapter", "b", "reference.adapter: 'a' and model.adapter: 'b'"),
     ],
 )

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from datainf_oracle import influences_by_loops
+from in2core_runs import run_cut
 from tiny_run import (
     N_SCORED,
-    UNSCORABLE,
     Runner,
     Setup,
     assert_same_results,
     manifest_of,
-    save_adapter,
     score_column,
     scores_of,
     selection_of,
     shards_in,
     tiny_config,
-    write_config,
 )
 
 from influence import storage
 from influence.cache import Cache
-from influence.cache_use import use_of
 from influence.cli import print_summary
 from influence.config import Config
 from influence.curvature_units import STAGE
@@ -40,22 +36,9 @@ from influence.pipeline import prepare, select
 from influence.progress import Progress
 from influence.reducer import Reducer
 from influence.report import build_report
-from influence.resume import claim_run
 from influence.sketch_noise import rank_correlation
-from influence.vector_export import export_vectors
 
 FILES = ("a.parquet", "b.jsonl")
-
-
-@pytest.fixture(scope="module")
-def adapter(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_adapter(tmp_path_factory.mktemp("adapter"), setup.model)
-
-
-@pytest.fixture(scope="module")
-def influence(run: Runner, adapter: str) -> Runner:
-    """As the fixture `run`, with the method and its reference."""
-    return lambda **changes: run(method="in2core", reference__adapter=adapter, **changes)
 
 
 def gradients_of(cache: str, manifest: Any, content: str, *, unit: bool) -> dict[int, tuple]:
@@ -112,8 +95,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_scores_are_the_negated_influences(influence: Runner, setup: Setup, name: str) -> None:
-    directory = influence(**VARIANTS[name])
+def test_scores_are_the_negated_influences(in2core: Runner, setup: Setup, name: str) -> None:
+    directory = in2core(**VARIANTS[name])
     expected = expected_scores(config_of(setup, directory), unit=name == "unit rows")
     found = score_column(directory, "score.sums")
     there = ~np.isnan(found)
@@ -124,10 +107,10 @@ def test_scores_are_the_negated_influences(influence: Runner, setup: Setup, name
     assert (found[there] < 0).any(), "no opponents among random rows: the sign says nothing"
 
 
-def test_a_projection_of_every_layer_keeps_the_ranking(influence: Runner) -> None:
-    whole = influence(gradients__projection="none")
-    kept = influence(gradients__layer_dim=4096)
-    some = influence(gradients__layer_dim=64)
+def test_a_projection_of_every_layer_keeps_the_ranking(in2core: Runner) -> None:
+    whole = in2core(gradients__projection="none")
+    kept = in2core(gradients__layer_dim=4096)
+    some = in2core(gradients__layer_dim=64)
     truth = score_column(whole, "score.sums")
     there = ~np.isnan(truth)
     scale = np.abs(truth[there]).max()
@@ -145,8 +128,8 @@ def test_a_projection_of_every_layer_keeps_the_ranking(influence: Runner) -> Non
     assert error / 4 < fidelity["some"]["sketch_sd"] < 4 * error
 
 
-def test_outputs_and_leftovers(influence: Runner) -> None:
-    directory = influence(gradients__projection="none")
+def test_outputs_and_leftovers(in2core: Runner) -> None:
+    directory = in2core(gradients__projection="none")
     rows = selection_of(directory)
     assert {row["influence_weight"] for row in rows} == {1.0}, "In2Core keeps rows, it weighs none"
     assert not storage.list_objects(storage.join(directory, "scoring")), "partial sums are left"
@@ -156,10 +139,10 @@ def test_outputs_and_leftovers(influence: Runner) -> None:
 
 
 def test_only_proponents_are_selected_and_the_rest_is_said(
-    influence: Runner, capsys: pytest.CaptureFixture[str]
+    in2core: Runner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes: dict[str, Any] = {"gradients__projection": "none", "selection__combine": "mean"}
-    directory = influence(**changes, selection__budget=1000)
+    directory = in2core(**changes, selection__budget=1000)
     score = score_column(directory, "score")
     helpful, harmful = int((score > 0).sum()), int((score < 0).sum())
     assert 0 < helpful < N_SCORED
@@ -172,15 +155,15 @@ def test_only_proponents_are_selected_and_the_rest_is_said(
     printed = capsys.readouterr().out
     assert f"proponents (score above 0): {helpful} of {N_SCORED}" in printed
     assert "all of them are selected, and no other row" in printed
-    half = influence(**changes, selection__budget="50% of proponents")
+    half = in2core(**changes, selection__budget="50% of proponents")
     assert len(selection_of(half)) == round(helpful / 2)
     best = np.sort(score[score > 0])[::-1][: round(helpful / 2)]
     np.testing.assert_array_equal([row["influence_score"] for row in selection_of(half)], best)
     assert not manifest_of(half).counts["short_of_proponents"]
 
 
-def test_the_report_lists_opponents_as_likely_harmful_rows(influence: Runner) -> None:
-    directory = influence(
+def test_the_report_lists_opponents_as_likely_harmful_rows(in2core: Runner) -> None:
+    directory = in2core(
         gradients__projection="none", selection__budget=1000, selection__combine="mean"
     )
     page = Path(directory, "report.html").read_text()
@@ -200,96 +183,11 @@ def summary_of(directory: str) -> dict[str, Any]:
     return {"sources": {"x": (1, 1)}, "fidelity": fidelity, "counts": manifest_of(directory).counts}
 
 
-def pool_layers(directory: str, cache: str) -> set[tuple[str, ...]]:
-    """The layers of a run's own gradient shards, as sets."""
-    record = manifest_of(directory).stages["gradients"]
-    shards = [Cache(cache).read(key) for key in record.planned if record.fingerprint in key]
-    return {tuple(name for name, _, _ in s.layout.blocks) for s in shards if s.layout.blocks}
-
-
-def test_layers_are_chosen_on_a_pilot_and_only_they_are_kept(
-    setup: Setup, tmp_path: Path, adapter: str
-) -> None:
-    changes: dict[str, Any] = {
-        "cache": str(tmp_path / "cache"),
-        "method": "in2core",
-        "model__adapter": adapter,
-        "gradients__layer_dim": 16,
-    }
-    auto = tiny_config(
-        setup, tmp_path / "auto", layers="auto", layer_economy={"pilot": 40}, **changes
-    )
-    run_cut(auto, 7, "gradients")  # in the pilot: what follows takes it up
-    job = prepare(auto, Progress(quiet=True))
-    select(job, local_execute(auto, job.watch), Reducer(auto))
-    build_report(auto.run)
-    choice = manifest_of(auto.run).layers
-    assert choice is not None
-    assert (choice.pilot, choice.groups, choice.rows) == (40, 21, 72)
-    assert choice.row_bytes <= choice.budget_row_bytes == 0.25 * choice.full_row_bytes
-    kept = set(choice.names)
-    assert {frozenset(names) for names in pool_layers(auto.run, auto.cache_url)} == {
-        frozenset(kept)
-    }, "gradients of other layers were kept of the pool"
-    page = Path(auto.run, "report.html").read_text()
-    assert 'id="layers"' in page
-    assert all(module.split(".lora_")[0] in page for module in kept)
-    by_name = tiny_config(setup, tmp_path / "named", layers=choice.names, **changes)
-    run_select(by_name, quiet=True)
-    assert manifest_of(by_name.run).stages["gradients"].computed == 0, "shards are not shared"
-    assert_same_results(auto.run, by_name.run, "layers by name are others than those chosen")
-    done = export_vectors(auto, "gradients", str(tmp_path / "out"), command="influence select")
-    assert done.rows["candidates"] == N_SCORED + UNSCORABLE["duplicate"]
-    places = {key.split("/")[1] for key in manifest_of(auto.run).stages["gradients"].planned}
-    path = write_config(tmp_path / "auto.yaml", auto)
-    used = {digest for stage, digest in use_of(path, auto.cache_url).places if stage == "gradients"}
-    assert places <= used, "a prune that keeps this config would remove its shards"
-
-
-def test_a_memory_that_holds_no_layer_is_refused_with_the_bytes(
-    setup: Setup, tmp_path: Path, adapter: str
-) -> None:
-    config = tiny_config(
-        setup,
-        tmp_path / "run",
-        method="in2core",
-        model__adapter=adapter,
-        gradients__layer_dim=16,
-        layers="auto",
-        layer_economy={"memory": 1000, "pilot": 8},
-    )
-    with pytest.raises(InputError, match=r"layer_economy\.memory: 1000 is 14 bytes a row"):
-        run_select(config, quiet=True)
-
-
-class Cut(Exception):
-    """Ends a run in the middle."""
-
-
-def run_cut(config: Config, after: int, stage: str) -> None:
-    """A run in this process that ends after so many units of a stage."""
-    claim_run(config)
-    job = prepare(config, Progress(quiet=True))
-    plain = local_execute(config, job.watch)
-    left = [after]
-
-    def execute(bundles: Iterable[Any], on_result: Callable, on_failure: Callable) -> None:
-        for bundle in bundles:
-            if bundle.units[0].stage == stage:
-                if not left[0]:
-                    raise Cut
-                left[0] -= 1
-            plain([bundle], on_result, on_failure)
-
-    with pytest.raises(Cut):
-        select(job, execute, Reducer(config))
-
-
 @pytest.mark.parametrize(("stage", "after"), [("gradients", 5), (STAGE, 4), ("scores", 2)])
 def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(
-    setup: Setup, tmp_path: Path, influence: Runner, adapter: str, stage: str, after: int
+    setup: Setup, tmp_path: Path, in2core: Runner, adapter: str, stage: str, after: int
 ) -> None:
-    whole = influence(gradients__layer_dim=16)
+    whole = in2core(gradients__layer_dim=16)
     config = tiny_config(
         setup,
         tmp_path / "run",

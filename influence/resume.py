@@ -33,6 +33,10 @@ _RECOMPUTES = {
     "gradients.norms": "the gradients",
     "gradients.side": "the gradients",
     "gradients.dim": "the gradients",
+    "gradients.layer_dim": "the gradients",
+    "gradients.layer_sketch": "the gradients",
+    "layers": "the gradients",
+    "layer_economy": "the pilot's gradients, and those of other layers",
     "gradients.reduction": "the gradients",
     "seed": "landmarks, embeddings and gradients",
 }

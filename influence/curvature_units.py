@@ -141,7 +141,9 @@ def curvature_table(
         pa.array(np.arange(len(values))),
         vector_column(values, np.zeros(len(values), dtype=bool)),
     ]
-    table = pa.Table.from_arrays(columns, schema=score_shard_schema(layout))
+    # Its rows are columns of the targets, and no rows of a file.
+    schema = score_shard_schema(layout).set(0, pa.field("column", pa.int64(), nullable=False))
+    table = pa.Table.from_arrays(columns, schema=schema)
     return table, {"counted": 0 if sums is None else sums.rows}
 
 

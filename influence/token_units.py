@@ -62,7 +62,7 @@ def score_table(
     for batch, scores in computed(make_batches(unique, token_budget), tools.limit, compute):
         found[batch.positions, :-1], found[batch.positions, -1] = scores, 0.0
     values = found[first_of]
-    missing = np.asarray(~np.isfinite(values).all(axis=1))
+    missing = ~np.isfinite(values.sum(axis=1))
     values[missing] = 0.0
     layout = VectorLayout(dtype="float64", dim=values.shape[1])
     rows = pa.array([row.row for row in encoded], type=pa.int64())

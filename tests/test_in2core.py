@@ -33,6 +33,7 @@ from influence.gradient_rows import gradient_rows, layer_blocks
 from influence.local import local_execute
 from influence.one_process import run_select
 from influence.pipeline import prepare, select
+from influence.plan import make_plan
 from influence.progress import Progress
 from influence.reducer import Reducer
 from influence.report import build_report
@@ -181,6 +182,17 @@ def summary_of(directory: str) -> dict[str, Any]:
     """As much of a run's summary as is printed."""
     fidelity = json.loads(Path(directory, "fidelity.json").read_text())
     return {"sources": {"x": (1, 1)}, "fidelity": fidelity, "counts": manifest_of(directory).counts}
+
+
+def test_a_plan_counts_the_runs_shards(in2core: Runner, setup: Setup) -> None:
+    directory = in2core(gradients__layer_dim=16)
+    config = config_of(setup, directory)
+    fresh = config.model_copy(update={"run": f"{directory}-plan", "cache": f"{directory}-plan/c"})
+    planned = {stage.name: stage for stage in make_plan(fresh).stages}
+    record = manifest_of(directory).stages["gradients"]
+    assert planned["gradients"].shards == record.shards
+    cached = {stage.name: stage for stage in make_plan(config).stages}
+    assert cached["gradients"].cached == record.shards, "plan and run name their shards differently"
 
 
 @pytest.mark.parametrize(("stage", "after"), [("gradients", 5), (STAGE, 4), ("scores", 2)])

@@ -127,7 +127,8 @@ def fate(unit: Bundle, attempt: int, random: Any) -> Fate:
     chance = random.random()
     kinds: tuple[tuple[float, Kind], ...]
     kinds = ((0.001, "hangs"), (0.003, "kills"), (0.01, "raises"), (0.02, "store"))
-    return Fate(next((kind for below, kind in kinds if chance < below), "fine"), seconds)
+    kind: Kind = next((kind for below, kind in kinds if chance < below), "fine")
+    return Fate(kind, seconds)
 
 
 def simulate(replicas: int, shards: int, troubled: bool) -> dict[str, Any]:

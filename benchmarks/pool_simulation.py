@@ -149,6 +149,11 @@ class SimulatedCluster:
         self.calls["kill"] += 1
         self._end(handle)
 
+    def node_went(self, error: BaseException, node: str | None) -> bool:
+        """See `Calls`: nobody knows here."""
+        del error, node
+        return False
+
     def now(self) -> float:
         """See `Calls`."""
         return self._clock

@@ -172,14 +172,17 @@ def gemm_rate(_index: int) -> float:
 
 def catalogue_of(rows: int, shard: int) -> Catalogue:
     """The catalogue of the random pool."""
-    tables = [
-        pa.Table.from_arrays(
-            row_columns(first, min(shard, rows - first)), schema=catalogue_schema()
+    file = pool_file(rows)
+    parts = (
+        (
+            file,
+            pa.Table.from_arrays(
+                row_columns(first, min(shard, rows - first)), schema=catalogue_schema()
+            ),
         )
         for first in range(0, rows, shard)
-    ]
-    file = pool_file(rows)
-    return build_catalogue([file], {file.url: tables}, drop_duplicates=True)
+    )
+    return build_catalogue([file], parts, drop_duplicates=True)
 
 
 def columns_of(count: int) -> TargetColumns:
@@ -195,6 +198,7 @@ def reduce(arguments: argparse.Namespace) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, context) as makers:
         list(makers.map(partial(write_embedding, folder, arguments.width), units))
+    peak = AnonymousPeak()
     catalogue = catalogue_of(rows, arguments.shard)
     ranks = np.arange(rows)
     cache = Cache(folder)
@@ -208,8 +212,6 @@ def reduce(arguments: argparse.Namespace) -> dict[str, Any]:
         storage.delete(cache.locate(unit.key))
     targets = columns_of(arguments.targets)
     rule = Rule(targets.target_of, ranks, Budget(share=0.05), "round_robin")
-    pa.default_memory_pool().release_unused()
-    peak = AnonymousPeak()
     with ProcessPoolExecutor(
         arguments.workers, context, initializer=start_worker, initargs=(folder, key)
     ) as workers:
@@ -263,14 +265,14 @@ def reduce(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def selections(arguments: argparse.Namespace) -> dict[str, Any]:
     """Round robin over the score shards of growing pools, and of growing budgets."""
-    folder, cache = arguments.folder, Cache(arguments.folder)
+    folder, cache, peak = arguments.folder, Cache(arguments.folder), AnonymousPeak()
     catalogue = catalogue_of(arguments.rows, arguments.shard)
     digest = f"{arguments.targets:032x}"
     units = range_units("scores", digest, [pool_file(arguments.rows)], arguments.shard)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, context) as makers:
         list(makers.map(partial(write_scores_shard, folder, arguments.targets), units))
-    peak, found = AnonymousPeak(), []
+    found = []
     quarters = [(1, 1), (2, 1), (4, 1), (4, 2), (4, 4)]
     for of_rows, of_select in quarters:
         some = units[: max(1, len(units) * of_rows // 4)]

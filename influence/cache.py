@@ -18,16 +18,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from influence import storage
-from influence.errors import StorageError
+from influence.errors import InfluenceError, StorageError
 from influence.schemas import FORMAT_VERSION, VectorLayout, layout_of
-from influence.units import Unit
+from influence.units import Unit, rows_are_of
 
 _META = b"influence"
 VERIFIERS = 8
 
 
-class DamagedShardError(Exception):
-    """The bytes under a shard's name are no whole shard of its unit."""
+class DamagedShardError(InfluenceError):
+    """The bytes under a shard's name are no whole shard of its unit.
+
+    A job looks at every shard before it uses it. One that is damaged after that ends the job: the
+    same command finds it, makes it anew and goes on.
+    """
+
+    exit_code = 3
 
 
 @dataclass(frozen=True)
@@ -113,20 +119,22 @@ def parse(data: bytes, key: str) -> Shard:
     try:
         table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
         meta = dict(json.loads((table.schema.metadata or {})[_META]))
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise DamagedShardError(
-            f"{key}: not a whole shard ({type(error).__name__}: {error})"
-        ) from None
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(key, f"not a whole shard ({type(error).__name__}: {error})") from None
     if meta.get("format_version") != FORMAT_VERSION or meta.get("key") != key:
-        raise DamagedShardError(
-            f"{key}: holds {meta.get('key')!r}, format {meta.get('format_version')}"
-        )
+        raise _damaged(key, f"holds {meta.get('key')!r}, format {meta.get('format_version')}")
     if meta.get("rows") != table.num_rows:
-        raise DamagedShardError(f"{key}: {table.num_rows} rows, its footer says {meta.get('rows')}")
+        raise _damaged(key, f"{table.num_rows} rows, its footer says {meta.get('rows')}")
     # Pages have checksums, the footer has none: a changed name, type or fact shows here only.
     if meta.get("digest") != _footer_digest(table.schema, meta):
-        raise DamagedShardError(f"{key}: its footer is not the one that was written")
+        raise _damaged(key, "its footer is not the one that was written")
+    if "row" in table.column_names and not rows_are_of(key, table.column("row").to_numpy()):
+        raise _damaged(key, "holds other rows than its name says")
     return Shard(table, meta)
+
+
+def _damaged(key: str, what: str) -> DamagedShardError:
+    return DamagedShardError(f"{key}: {what}; the same command computes this shard anew")
 
 
 def _footer_digest(schema: pa.Schema, meta: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ __all__ = [
     "short_names",
 ]
 
+_COMMIT = re.compile(r"(?<=\w)@[0-9a-f]{40}(?=/)")
 _KINDS = "`.parquet`, or `.jsonl`/`.json` with one object per line, plain or `.gz`/`.zst`"
 
 
@@ -162,9 +164,13 @@ def short_names(urls: Sequence[str]) -> dict[str, str]:
     """A short name for each file, all different: its base name where no other file has it.
 
     Else as many trailing parts of the path as no other file ends with, at least; the whole URL if
-    need be. Depends on the set of URLs alone. Rows without an `id` are called NAME:ROW.
+    need be. Depends on the set of URLs alone, and not on the commit of a dataset on the hub. Rows
+    without an `id` are called NAME:ROW.
     """
-    parts = {url: url.rstrip("/").split("/") for url in urls}
+    plain = {url: _COMMIT.sub("", url) for url in urls}
+    if len(set(plain.values())) < len(plain):  # one dataset of the hub at two commits
+        plain = {url: url for url in urls}
+    parts = {url: name.rstrip("/").split("/") for url, name in plain.items()}
     names: dict[str, str] = {}
     left, depth = list(parts), 0
     while left:

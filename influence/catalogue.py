@@ -6,7 +6,7 @@ It says which rows can be scored, which are duplicates, and how long they are, b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,9 +18,24 @@ from jaxtyping import Bool, Int
 from influence.candidates import SourceFile, short_names
 from influence.errors import InputError
 from influence.schemas import REASON_DUPLICATE
-from influence.text_columns import Digests, Labels, Texts
+from influence.spool import Spool
+from influence.text_columns import (
+    DIGEST_BYTES,
+    Digests,
+    Labels,
+    LabelSpool,
+    Texts,
+    TextSpool,
+    digest_bytes,
+)
 
 NO_SOURCE = "(none)"
+_NUMBERS = {
+    "row": np.int64,
+    "n_tokens": np.int32,
+    "n_response_tokens": np.int32,
+    "truncated": np.bool_,
+}
 
 
 @dataclass
@@ -112,57 +127,64 @@ def row_id(value: str | None, name: str, row: int) -> str:
 
 def build_catalogue(
     files: Sequence[SourceFile],
-    tables: Mapping[str, Sequence[pa.Table]],
+    parts: Iterable[tuple[SourceFile, pa.Table]],
     *,
     drop_duplicates: bool,
 ) -> Catalogue:
-    """Put the catalogue shards of some files together; `tables` are per URL, in row order.
+    """Put the catalogue shards of some files together, in the order of files and rows.
 
+    One part is held at a time: the columns lie in temporary files, some 70 bytes a row.
     With `drop_duplicates`, a row whose messages stood in an earlier row gets the reason
     "duplicate": it is scored through that earlier row and never selected a second time.
 
     Raises:
         InputError: not one row.
     """
-    parts = [table for file in files for table in tables[file.url]]
-    if not parts:
-        raise InputError("the files hold no rows; expected at least one sample")
-    whole = pa.concat_tables(parts)
     names = short_names([file.url for file in files])
-    index = np.repeat(np.arange(len(files), dtype=np.int32), [file.rows for file in files])
-    digests = Digests.of(whole.column("digest"))
-    reason = Labels(whole.column("reason"))
-    if drop_duplicates:
-        scorable = np.flatnonzero(reason.missing)
-        reason.put(scorable[digests.repeats(scorable)], REASON_DUPLICATE)
-    return Catalogue(
+    number = {file.url: index for index, file in enumerate(files)}
+    numbers = {name: Spool(kind) for name, kind in _NUMBERS.items()}
+    labels = {name: LabelSpool() for name in ("source", "group", "reason")}
+    ids, digests, of_file = TextSpool(), Spool(np.uint8), Spool(np.int32)
+    for file, table in parts:
+        of_file.add(np.full(table.num_rows, number[file.url]))
+        ids.add(_ids(table, names[file.url]))
+        digests.add(digest_bytes(table.column("digest")))
+        labels["source"].add(_sources(table.column("source")))
+        for name in ("group", "reason"):
+            labels[name].add(table.column(name))
+        for name, spool in numbers.items():
+            spool.add(table.column(name).to_numpy())
+    made = Catalogue(
         files=list(files),
-        file=index,
-        row=whole.column("row").to_numpy(),
-        ids=_ids(whole, [names[file.url] for file in files], index),
-        sources=_sources(whole.column("source")),
-        groups=Labels(whole.column("group")),
-        digests=digests,
-        n_tokens=whole.column("n_tokens").to_numpy(),
-        n_response_tokens=whole.column("n_response_tokens").to_numpy(),
-        truncated=whole.column("truncated").to_numpy(),
-        reason=reason,
+        file=of_file.array(),
+        row=numbers["row"].array(),
+        ids=ids.texts(),
+        sources=labels["source"].labels(),
+        groups=labels["group"].labels(),
+        digests=Digests(digests.array().reshape(-1, DIGEST_BYTES)),
+        n_tokens=numbers["n_tokens"].array(),
+        n_response_tokens=numbers["n_response_tokens"].array(),
+        truncated=numbers["truncated"].array(),
+        reason=labels["reason"].labels(),
     )
+    if not len(made):
+        raise InputError("the files hold no rows; expected at least one sample")
+    if drop_duplicates:
+        scorable = np.flatnonzero(made.reason.missing)
+        made.reason.put(scorable[made.digests.repeats(scorable)], REASON_DUPLICATE)
+    return made
 
 
-def _ids(whole: pa.Table, names: Sequence[str], index: Int[np.ndarray, "n"]) -> Texts:
+def _ids(table: pa.Table, name: str) -> pa.ChunkedArray:
     """The `id` column, and FILE:ROW where it is null."""
-    given = whole.column("id")
+    given = table.column("id")
     if not given.null_count:
-        return Texts(given)
-    files = pa.array(names).take(pa.array(index))
-    rows = whole.column("row").cast(pa.string()).combine_chunks()
-    places = pc.binary_join_element_wise(files, rows, ":")  # pyright: ignore
-    return Texts(pc.coalesce(given.combine_chunks(), places))  # pyright: ignore
+        return given
+    places = [row_id(None, name, row) for row in table.column("row").to_pylist()]
+    return pc.coalesce(given, pa.chunked_array([pa.array(places, pa.string())]))  # pyright: ignore
 
 
-def _sources(given: pa.ChunkedArray) -> Labels:
+def _sources(given: pa.ChunkedArray) -> pa.ChunkedArray:
     """The `source` column; NO_SOURCE where it is null or empty."""
-    labels = Labels(given)
-    labels.put(np.flatnonzero(labels.missing | labels.empty), NO_SOURCE)
-    return labels
+    named = pc.not_equal(pc.coalesce(given, ""), "")  # pyright: ignore
+    return pc.if_else(named, given, NO_SOURCE)  # pyright: ignore

@@ -59,7 +59,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The pool of candidates."""
 
-    candidates: list[str] = Field(min_length=1, description="files or globs, local or s3://")
+    candidates: list[str] = Field(
+        min_length=1, description="files or globs, local, s3://, gs:// or hf://"
+    )
     limit: PositiveInt | None = Field(None, description="take the first rows in file order")
     max_length: Annotated[int, Field(ge=2)] = 2048
 
@@ -263,7 +265,7 @@ Method = Literal[
 class Config(Section):
     """The whole config of a run. Only `run`, `model`, `data` and `targets` have no default."""
 
-    run: str = Field(description="run directory: a folder or s3://bucket/prefix")
+    run: str = Field(description="run directory: a folder, s3:// or gs://bucket/prefix")
     cache: str | None = Field(None, description="cache directory; default RUN/cache")
     model: ModelConfig
     data: DataConfig

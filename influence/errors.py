@@ -28,6 +28,12 @@ class StorageError(InfluenceError):
     exit_code = 2
 
 
+class RunTakenError(InfluenceError):
+    """Another driver has taken this run's directory over: this one writes nothing more into it."""
+
+    exit_code = 2
+
+
 class ShardsFailedError(InfluenceError):
     """Some shards failed for good; everything else is committed and the same command goes on."""
 

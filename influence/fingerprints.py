@@ -79,7 +79,7 @@ def _projection_values(config: Config) -> dict[str, Any]:
     if gradients.projection != "none":
         values |= {"dim": gradients.dim, "seed": config.seed, "norms": gradients.norms}
     if gradients.projection == "kronecker":
-        values["side"] = gradients.side
+        values |= {"side": gradients.side, "sides": "folded"}
     return values
 
 

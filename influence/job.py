@@ -81,6 +81,7 @@ def run_units(job: Job, units: Sequence[Unit]) -> None:
             else:
                 missing.setdefault(unit.key, unit)
     for key in sorted(present - whole):
+        job.log.damaged(missing[key].stage, key)
         job.progress.note(f"damaged shard, computed again: {key}")
     job.log.save()
     records = job.log.manifest.stages

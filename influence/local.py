@@ -28,7 +28,7 @@ class _Attempt:
 def retry_pause(failures: int) -> float:
     """Seconds before a unit is tried again that the store has failed `failures` times: 2, 4, 8...
 
-    The store's client has retried for some 20 s by then; see `influence.storage`.
+    A store that had answered before has been asked for a minute by then; see `influence.stores`.
     """
     return min(LONGEST_PAUSE_SECONDS, PAUSE_SECONDS * 2.0 ** (failures - 1))
 

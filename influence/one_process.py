@@ -6,6 +6,7 @@ from typing import Any
 
 from influence.config import Config
 from influence.hub import resolve_revision
+from influence.lease import driving
 from influence.local import local_execute
 from influence.pipeline import prepare, select
 from influence.progress import Progress
@@ -13,6 +14,7 @@ from influence.reducer import Reducer
 from influence.replica import choose_device
 from influence.report import build_report
 from influence.resume import claim_run
+from influence.run_log import RunLog
 
 
 def run_select(config: Config, *, replace: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -24,8 +26,12 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     if config.method != "random":
         choose_device(config.model.device, config.replicas.num_gpus)
     config = resolve_revision(config)
-    claim_run(config, replace=replace)
-    job = prepare(config, Progress(quiet=quiet))
-    summary = select(job, local_execute(config, job.watch), Reducer(config))
-    summary["report"] = build_report(config.run)
+    progress = Progress(quiet=quiet)
+    with driving(config.run, progress.note) as lease:
+        claim_run(config, replace=replace)
+        log = RunLog(config.run, config.method, progress.note, lease)
+        job = prepare(config, progress, log)
+        summary = select(job, local_execute(config, job.watch), Reducer(config))
+        lease.check()
+        summary["report"] = build_report(config.run)
     return summary

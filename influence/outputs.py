@@ -23,8 +23,8 @@ from influence.score_table import ScoreTable
 from influence.selection import Selection
 
 ROWS_PER_PART = 500_000
-# Numbers of a part of scores/ at most: 2^22 float64 are 32 MiB.
-VALUES_PER_PART = 1 << 22
+# Numbers of a part of scores/ at most: 2^21 float64 are 16 MiB.
+VALUES_PER_PART = 1 << 21
 WRITERS = 4
 SAMPLE_ROWS = 10
 _OF_SAMPLE = ("score", "target", "weight")
@@ -39,8 +39,13 @@ RESULTS = (
     "report.html",
     "manifest.json",
 )
+#: Called right before something is written; raises where it must not be.
+Check = Callable[[], None]
 ColumnsOf = Callable[[np.ndarray, np.ndarray], Mapping[str, Any]]
 _PART = re.compile(r"part-\d+\.parquet")
+
+
+def _nothing() -> None: ...
 
 
 def remove_results(run: str) -> None:
@@ -63,12 +68,13 @@ def write_scores(
     names: Sequence[str],
     table: ScoreTable,
     columns: ColumnsOf,
+    check: Check = _nothing,
 ) -> int:
     """Write `scores/part-*.parquet`, one row per candidate; returns the number of parts.
 
     `columns` makes of some rows' positions and scores `score`, `weight`, `exact` (arrays),
     `target` (list) and for each name `score.NAME`, `low.NAME`, `high.NAME`; NaN becomes null.
-    Memory for a few parts.
+    Memory for a few parts. `check` is called right before each part is put.
     """
     schema = scores_schema(list(names))
     wide = table.columns + 3 * len(names) + 8
@@ -77,7 +83,7 @@ def write_scores(
         _score_part(catalogue, schema, start, columns(start + np.arange(len(P)), P))
         for start, P in _parts_of(table, rows)
     )
-    return _write_parts(storage.join(run, "scores"), parts)
+    return _write_parts(storage.join(run, "scores"), parts, check)
 
 
 def _parts_of(table: ScoreTable, rows: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -126,7 +132,11 @@ def _score_part(
 
 
 def write_selection(
-    run: str, catalogue: Catalogue, selection: Selection, scores: np.ndarray
+    run: str,
+    catalogue: Catalogue,
+    selection: Selection,
+    scores: np.ndarray,
+    check: Check = _nothing,
 ) -> pa.Table:
     """Write `selection/part-*.parquet` and `selection.jsonl`, best first.
 
@@ -143,9 +153,12 @@ def write_selection(
             table = table.drop_columns([field.name])
         table = table.append_column(field, pa.array(values, type=field.type))
     starts = range(0, max(1, table.num_rows), ROWS_PER_PART)
-    _write_parts(storage.join(run, "selection"), [table.slice(s, ROWS_PER_PART) for s in starts])
+    parts = [table.slice(s, ROWS_PER_PART) for s in starts]
+    _write_parts(storage.join(run, "selection"), parts, check)
     lines = (_json_line(row) for row in table.to_pylist())
-    storage.put(storage.join(run, "selection.jsonl"), "".join(lines).encode())
+    data = "".join(lines).encode()
+    check()
+    storage.put(storage.join(run, "selection.jsonl"), data)
     return table
 
 
@@ -267,7 +280,7 @@ def _as_text(table: pa.Table, names: set[str]) -> pa.Table:
     return table
 
 
-def _write_parts(folder: str, parts: Iterable[pa.Table]) -> int:
+def _write_parts(folder: str, parts: Iterable[pa.Table], check: Check) -> int:
     """Put the parts, a few at once; returns their number."""
     names: list[str] = []
     with ThreadPoolExecutor(WRITERS) as writers:
@@ -276,12 +289,14 @@ def _write_parts(folder: str, parts: Iterable[pa.Table]) -> int:
             names.append(f"part-{len(names):05d}.parquet")
             if len(ahead) == WRITERS:
                 ahead.popleft().result()
+            check()
             ahead.append(writers.submit(_put_part, storage.join(folder, names[-1]), part))
         for written in ahead:
             written.result()
     for info in storage.list_objects(folder):
         name = info.url.rsplit("/", 1)[1]
         if _PART.fullmatch(name) and name not in names:
+            check()
             storage.delete(info.url)  # a part of an earlier, larger result of this run directory
     return len(names)
 
@@ -292,11 +307,12 @@ def _put_part(url: str, part: pa.Table) -> None:
 
 def _parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    # Scores are noise to a compressor, and most of a part.
-    codecs = {
-        field.name: "none" if pa.types.is_floating(field.type) else "zstd" for field in table.schema
-    }
-    nested = any(pa.types.is_nested(field.type) for field in table.schema)
-    compression: Any = "zstd" if nested else codecs
-    pq.write_table(table, sink, compression=compression)
+    if any(pa.types.is_nested(field.type) for field in table.schema):
+        pq.write_table(table, sink, compression="zstd")
+    else:
+        # Scores are noise to a compressor and to a dictionary, and most of a part.
+        texts = [field.name for field in table.schema if not pa.types.is_floating(field.type)]
+        codecs: Any = {name: "zstd" if name in texts else "none" for name in table.column_names}
+        dictionaries: Any = texts
+        pq.write_table(table, sink, compression=codecs, use_dictionary=dictionaries)
     return sink.getvalue().to_pybytes()

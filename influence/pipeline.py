@@ -6,6 +6,7 @@ nothing here knows of Ray.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from influence import storage
 from influence.cache import Cache
 from influence.candidates import SourceFile, scan_files
 from influence.config import Config
-from influence.errors import InputError, InterruptedRunError
+from influence.errors import InfluenceError, InputError, InterruptedRunError
 from influence.exact_work import exact_units, further_units
 from influence.fingerprints import stage_fingerprints
 from influence.job import Execute, Job, run_units, timed
@@ -67,17 +68,26 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
         job.tokens = reduce.tokens_of
         METHODS[config.method](job, reduce)
         with timed(job, "selection"):
-            summary = reduce.select()
+            # Where the results are written, which may be another process, the lease counts too.
+            summary = reduce.select(None if log.lease is None else log.lease.owner)
+        log.check()
         remove_scoring(config.run)
         log.manifest.counts = summary["counts"]
     except (KeyboardInterrupt, InterruptedRunError):
-        log.finish("interrupted")
+        _last_word(log, "interrupted")
         raise
     except Exception:
-        log.finish("failed")
+        _last_word(log, "failed")
         raise
     log.finish("done")
     return summary
+
+
+def _last_word(log: RunLog, state: str) -> None:
+    """What the job ended of (a full disk, a store that is away) may also keep this from being
+    written, and is what the user has to be told."""
+    with contextlib.suppress(InfluenceError):
+        log.finish(state)
 
 
 def prepare(config: Config, progress: Progress, log: RunLog | None = None) -> Job:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from influence import storage
 from influence.errors import InputError
@@ -104,6 +105,14 @@ def cosine_predictor(means: Float[np.ndarray, "m e"]) -> Predictor:
     return Predictor("linear", 1.0, False, 0.0, means, np.eye(m), np.zeros(m), np.empty((m, 0)))
 
 
+class _Room(NamedTuple):
+    """Memory of one block: rows (and what makes distances of them), kernel values, in float64."""
+
+    wide: torch.Tensor
+    cross: torch.Tensor
+    exact: torch.Tensor
+
+
 class Mapper:
     """A predictor on a device, ready to be applied to block after block.
 
@@ -117,18 +126,17 @@ class Mapper:
         shifted = predictor.kernel in ("rbf", "laplace")
         width = predictor.centres.shape[1]
         centre = predictor.centres.mean(axis=0) if shifted else np.zeros(width)
-        # exp(-|x - z|) or exp(-|x - z|^2) of rows that are stretched by this.
-        self._stretch = 0.5**0.5 if predictor.kernel == "rbf" else 1.0
-        self._stretch /= predictor.bandwidth
         self._centre = self._tensor(centre)
         centres = predictor.centres - centre
         if predictor.kernel == "cosine":
             centres = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-300)
         if shifted:
+            # exp(-|x - z|) or exp(-|x - z|^2), the distances being stretched by this.
+            stretch = (0.5 if predictor.kernel == "rbf" else 1.0) / predictor.bandwidth**2
             # Two columns more: |x|^2 - 2 x'z + |z|^2 is one product, without a pass for each term.
-            centres = centres * self._stretch
             squares = np.einsum("ij,ij->i", centres, centres)[:, None]
             centres = np.concatenate([-2.0 * centres, np.ones_like(squares), squares], axis=1)
+            centres *= stretch
         self._centres = self._tensor(centres)
         self._to_mean = self._tensor(predictor.to_mean.T, torch.float64)
         self._to_spread = self._tensor(predictor.to_spread)
@@ -141,12 +149,13 @@ class Mapper:
             raise InputError(f"embeddings of shape {X.shape}: expected rows of {width} numbers")
         P = np.empty((len(X), predictor.columns))
         variance = np.zeros(len(X))
-        step = max(1, _BLOCK_ENTRIES // max(len(predictor.centres), width))
+        step = max(1, min(len(X), _BLOCK_ENTRIES // max(len(predictor.centres), width)))
+        room = self._room(step, width)
         for start in range(0, len(X), step):
             rows = slice(start, start + step)
-            x = torch.from_numpy(X[rows]).to(self._device, torch.float32)
-            cross, diagonal = self._kernel(x)
-            P[rows] = (self._to_mean @ cross.double().T).T.cpu().numpy()
+            cross, diagonal = self._kernel(torch.from_numpy(X[rows]).to(self._device), room)
+            exact = room.exact[: len(cross)].copy_(cross)
+            P[rows] = (self._to_mean @ exact.T).T.cpu().numpy()
             if predictor.to_spread.shape[1]:
                 explained = (cross @ self._to_spread).square_().sum(1)
                 left = (diagonal - explained).clamp_min_(0.0)
@@ -154,27 +163,34 @@ class Mapper:
         P += predictor.mean
         return Predicted(P, variance)
 
+    def _room(self, step: int, width: int) -> _Room:
+        """Room for blocks of `step` rows: fresh memory costs as much as a pass over it."""
+        r = len(self._predictor.centres)
+        columns = self._centres.shape[1]
+        empty = partial(torch.empty, device=self._device)
+        room = _Room(empty(step, columns), empty(step, r), empty(step, r, dtype=torch.float64))
+        room.wide[:, width:] = 1.0  # the last column stays, the one before is |x|^2
+        return room
+
     def _kernel(
-        self, x: Float[torch.Tensor, "b e"]
+        self, given: Shaped[torch.Tensor, "b e"], room: _Room
     ) -> tuple[Float[torch.Tensor, "b r"], Float[torch.Tensor, " b"]]:
-        """k(x, centres) and k(x, x)."""
-        predictor = self._predictor
-        if predictor.kernel == "linear":
-            return x @ self._centres.T, x.square().sum(1)
-        if predictor.kernel == "cosine":
+        """k(x, centres) and k(x, x), in float32; the first in the room's memory."""
+        kernel, (count, width) = self._predictor.kernel, given.shape
+        wide, cross = room.wide[:count], room.cross[:count]
+        x = wide[:, :width].copy_(given)
+        if kernel == "linear":
+            return torch.matmul(x, self._centres.T, out=cross), x.square().sum(1)
+        if kernel == "cosine":
             norm = x.norm(dim=1, keepdim=True)
-            unit = x / torch.where(norm > 0, norm, 1.0)
-            return unit @ self._centres.T, (norm[:, 0] > 0).to(x.dtype)
-        width = x.shape[1]
-        wide = x.new_empty(len(x), width + 2)
-        torch.sub(x, self._centre, out=wide[:, :width])
-        wide[:, :width] *= self._stretch
-        torch.linalg.vecdot(wide[:, :width], wide[:, :width], out=wide[:, width])
-        wide[:, width + 1] = 1.0
-        distances = (wide @ self._centres.T).clamp_min_(0.0)
-        if predictor.kernel == "laplace":
+            x /= torch.where(norm > 0, norm, 1.0)
+            return torch.matmul(x, self._centres.T, out=cross), (norm[:, 0] > 0).to(x.dtype)
+        x -= self._centre
+        torch.linalg.vecdot(x, x, out=wide[:, width])
+        distances = torch.matmul(wide, self._centres.T, out=cross).clamp_min_(0.0)
+        if kernel == "laplace":
             distances.sqrt_()
-        return distances.neg_().exp_(), torch.ones(len(x), device=x.device)
+        return distances.neg_().exp_(), torch.ones(count, device=given.device)
 
     def _tensor(self, values: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, dtype)

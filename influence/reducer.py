@@ -280,8 +280,12 @@ class Reducer:
         drawn = scoring.random_scores(self.config.seed, digests)
         self._all_exact(eligible, np.repeat(drawn, len(self.columns.columns), axis=1))
 
-    def select(self) -> dict[str, Any]:
-        """Choose the rows and their weights; certify; write every file but the report."""
+    def select(self, owner: str | None = None) -> dict[str, Any]:
+        """Choose the rows and their weights; certify; write every file but the report.
+
+        Raises:
+            RunTakenError: the run is no longer that of the lease of this `owner`.
+        """
         pool, config, table = self._pool, self.config.selection, self.scores.table
         certified = self.certified
         selected = certified.selected if certified is not None else None
@@ -309,6 +313,7 @@ class Reducer:
             selected._replace(selection=selection),
             fidelity,
             self.columns,
+            owner,
         )
         return {**written, "counts": {**self.counts(), **written["counts"]}}
 

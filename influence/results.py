@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from influence import outputs, storage
 from influence.catalogue import Catalogue
 from influence.certificate import named_scores
 from influence.config import Config
+from influence.lease import check_driver
 from influence.schemas import Fidelity, to_json
 from influence.score_table import rows_of
 from influence.scores import Scores
@@ -24,18 +26,29 @@ def write_results(
     selected: Selected,
     fidelity: Fidelity,
     columns: TargetColumns,
+    owner: str | None = None,
 ) -> dict[str, Any]:
-    """Write scores, selection, samples, landmarks and certificate; returns counts for a summary."""
+    """Write scores, selection, samples, landmarks and certificate; returns counts for a summary.
+
+    Raises:
+        RunTakenError: the run is no longer that of the lease of this `owner`; the last thing
+            before each file that is written is to look.
+    """
+    check = (lambda: None) if owner is None else partial(check_driver, config.run, owner)
     selection, combine, run = selected.selection, config.selection.combine, config.run
     columns_of = ScoreColumns.of(scores, selection, fidelity, columns, combine)
-    outputs.write_scores(run, pool, columns.names, scores.table, columns_of)
+    outputs.write_scores(run, pool, columns.names, scores.table, columns_of, check)
     P = selected.scores(selection.order)
-    outputs.write_selection(run, pool, selection, combined_score(P, columns.target_of, combine)[0])
+    score = combined_score(P, columns.target_of, combine)[0]
+    outputs.write_selection(run, pool, selection, score, check)
     best, worst = extremes(scores.table, columns, combine, outputs.SAMPLE_ROWS)
     samples = {"best": best, "worst": worst}
     of_samples = {k: columns_of(rows, rows_of(scores.table, rows).P) for k, rows in samples.items()}
+    check()
     outputs.write_samples(run, pool, samples, of_samples)
+    check()
     _write_landmarks(run, pool, scores, columns)
+    check()
     storage.put(storage.join(run, "fidelity.json"), to_json(fidelity))
     return {
         "counts": selected_counts(pool, selection, scores.table, columns),

@@ -11,8 +11,9 @@ from importlib import metadata
 from pydantic import ValidationError
 
 from influence import storage
-from influence.errors import InfluenceError, InputError
+from influence.errors import InfluenceError, InputError, RunTakenError
 from influence.fingerprints import Fingerprint
+from influence.lease import Lease
 from influence.schemas import FailedShard, Manifest, StageRecord, to_json
 from influence.units import Unit
 from influence.worker import UnitResult
@@ -30,6 +31,7 @@ class RunLog:
         run: the run directory.
         method: the selection method.
         note: prints a line that the user should see.
+        lease: the driver's hold on the run; once that is lost nothing is written.
 
     Attributes:
         failed_writes: writes that the store failed since the job began; see `save`.
@@ -37,13 +39,19 @@ class RunLog:
     """
 
     def __init__(
-        self, run: str, method: str, note: Callable[[str], None] = lambda text: None
+        self,
+        run: str,
+        method: str,
+        note: Callable[[str], None] = lambda text: None,
+        lease: Lease | None = None,
     ) -> None:
         self.url = storage.join(run, "manifest.json")
         self.manifest = Manifest(method=method, versions=_versions(), started=_now())
         self.failed_writes = 0
         self.refresh: Callable[[Manifest], None] = lambda manifest: None
+        self.lease = lease
         self._note = note
+        self._damaged: set[str] = set()
         self._tried = 0.0
         self._on_disk = False
         self._writes = True
@@ -67,6 +75,22 @@ class RunLog:
         """A shard of an earlier run stands in the cache, whole."""
         self.manifest.stages[unit.stage].reused += 1
 
+    def damaged(self, stage: str, key: str) -> None:
+        """What stands under this name is no whole shard of its unit."""
+        record = self.manifest.stages[stage]
+        record.damaged += key not in self._damaged
+        record.notes = sorted({*record.notes, f"replaced a damaged shard: {key}"})
+        self._damaged.add(key)
+
+    def check(self) -> None:
+        """See that the run is still this driver's.
+
+        Raises:
+            RunTakenError: another driver has it.
+        """
+        if self.lease is not None:
+            self.lease.check()
+
     def done(self, stage: str, result: UnitResult) -> None:
         """A shard was computed (or found committed by somebody else)."""
         record = self.manifest.stages[stage]
@@ -82,7 +106,7 @@ class RunLog:
             record.devices = sorted({*record.devices, result.device})
         record.notes = sorted({*record.notes, *result.notes})
         if result.outcome == "replaced":
-            record.notes = sorted({*record.notes, f"replaced a damaged shard: {result.key}"})
+            self.damaged(stage, result.key)
         self.save_sometimes()
 
     def held(self, stage: str, seconds: float) -> None:
@@ -134,9 +158,12 @@ class RunLog:
 
         Raises:
             InfluenceError: the first write of the job failed: it could not record anything.
+            RunTakenError: another driver has the run.
         """
         try:
             self._write()
+        except RunTakenError:
+            raise
         except InfluenceError as error:
             if not self._on_disk:
                 raise
@@ -161,6 +188,7 @@ class RunLog:
             return
         self.refresh(self.manifest)
         self.manifest.written = _now()
+        self.check()
         try:
             storage.put(self.url, to_json(self.manifest))
         finally:

@@ -237,6 +237,7 @@ class StageRecord(BaseModel):
     shards: int = 0
     reused: int = 0
     computed: int = 0
+    damaged: int = Field(default=0, description="objects that were no whole shard: made anew")
     borrowed_rows: int = Field(default=0, description="in shards made for other choices of rows")
     rows: int = 0
     tokens: int = 0

@@ -23,7 +23,11 @@ def map_scores(job: Job, embedding: Sequence[Unit], predictor: str) -> list[Unit
     cache = Cache(scoring_url(job.config.run))
     with timed(job, "scores", quiet=True):
         job.log.took("scores", 0.0)
-        whole = cache.verify(sorted(cache.present([unit.key for unit in units])))
+        present = cache.present([unit.key for unit in units])
+        whole = cache.verify(sorted(present))
+        for key in sorted(present - whole):
+            job.log.damaged("scores", key)
+            job.progress.note(f"damaged shard, computed again: {key}")
         missing = [unit for unit in units if unit.key not in whole]
 
         def on_result(bundle: Bundle, results: list[UnitResult]) -> None:

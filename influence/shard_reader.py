@@ -12,12 +12,10 @@ from functools import reduce
 from typing import TypeVar
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
 from influence import scoring
 from influence.cache import Cache, Shard
-from influence.candidates import SourceFile
 from influence.catalogue import Catalogue, build_catalogue
 from influence.errors import InputError
 from influence.target_columns import TargetColumns, mean_vectors
@@ -54,12 +52,9 @@ def read_ahead(items: Iterable[T], read: Callable[[T], R]) -> Iterator[tuple[T, 
 
 def read_catalogue(cache: Cache, units: Sequence[Unit], *, drop_duplicates: bool) -> Catalogue:
     """Put the catalogue shards of some files together."""
-    files: dict[str, SourceFile] = {}
-    tables: dict[str, list[pa.Table]] = {}
-    for unit, shard in read_shards(cache, units):
-        files[unit.file.url] = unit.file
-        tables.setdefault(unit.file.url, []).append(shard.table)
-    return build_catalogue(list(files.values()), tables, drop_duplicates=drop_duplicates)
+    files = list({unit.file.url: unit.file for unit in units}.values())
+    parts = ((unit.file, shard.table) for unit, shard in read_shards(cache, units))
+    return build_catalogue(files, parts, drop_duplicates=drop_duplicates)
 
 
 def usable_embeddings(
@@ -74,11 +69,20 @@ def usable_embeddings(
     if not usable.any():
         return usable, None  # its vectors have no width
     vectors = shard.vectors()
-    usable &= np.isfinite(vectors).all(axis=1)
-    kept = vectors[usable]
+    usable &= _finite_rows(vectors)
+    kept = vectors.copy() if usable.all() else vectors[usable]
     if lengths:
         kept = kept.astype(np.float32) * norm[usable, None].astype(np.float32)
     return usable, kept
+
+
+def _finite_rows(vectors: Float[np.ndarray, "b e"]) -> Bool[np.ndarray, " b"]:
+    """Which rows have finite numbers only."""
+    if vectors.dtype == np.float16:
+        # An exponent of ones: numpy would make a float32 of every number first.
+        bits = vectors.view(np.uint16) & 0x7FFF
+        return np.asarray(bits.max(axis=1, initial=0) < 0x7C00)
+    return np.asarray(np.isfinite(vectors).all(axis=1))
 
 
 def embedding_blocks(

@@ -157,6 +157,7 @@ def _stage_document(status: Status, name: str, record: StageRecord) -> dict[str,
         "missing": planned - committed,
         "reused": record.reused,
         "computed": record.computed,
+        "damaged": record.damaged,
         "rows": record.rows,
         "tokens": record.tokens,
         "seconds": record.seconds,
@@ -252,8 +253,7 @@ def _lines_of_work(status: Status) -> list[str]:
         speeds.append(f"in the last minute {recent}")
     if speeds:
         lines.append("; ".join(speeds))
-    if share := share_text(manifest):
-        lines.append(share)
+    lines += [line for line in (share_text(manifest), damage_text(manifest)) if line]
     if manifest.state != "running":
         return lines
     if manifest.replicas is not None:
@@ -262,6 +262,12 @@ def _lines_of_work(status: Status) -> list[str]:
         left = left_text(Left(status.seconds_left, tuple(manifest.pace.not_begun)))
         lines.append(f"{left} (of the shards that are known so far)")
     return lines
+
+
+def damage_text(manifest: Manifest) -> str:
+    """How many shards were found damaged; nothing if none was."""
+    count = sum(record.damaged for record in manifest.stages.values())
+    return f"damaged shards found and made anew: {count} (named in manifest.json)" if count else ""
 
 
 def share_text(manifest: Manifest) -> str:

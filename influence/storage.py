@@ -1,4 +1,4 @@
-"""Local paths, s3:// and gs:// behind one set of functions on URLs.
+"""Local paths, s3://, gs:// and (to read) hf:// behind one set of functions on URLs.
 
 Every function takes strings only, so that nothing here has to travel between processes. Settings
 of a remote store (endpoint, region, credentials) come from the environment or the node's role,
@@ -8,37 +8,26 @@ never from a URL or a config.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
-import re
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from functools import lru_cache
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import obstore
 import pyarrow as pa
 from obstore.exceptions import AlreadyExistsError, PreconditionError
-from obstore.store import GCSStore, LocalStore, S3Store
 
+from influence import hub_files
 from influence.errors import InputError, StorageError
 from influence.globs import has_magic, local_matches, remote_matcher
+from influence.remote_file import RemoteFile
 from influence.storage_errors import Location, translated
+from influence.stores import SCHEME, ask, locate
 
-_REMOTE = ("s3", "gs")
-_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
-_RETRY: dict[str, Any] = {
-    "max_retries": 6,
-    "retry_timeout": timedelta(seconds=20),
-    "backoff": {
-        "init_backoff": timedelta(milliseconds=100),
-        "max_backoff": timedelta(seconds=4),
-        "base": 2,
-    },
-}
-_CLIENT: dict[str, Any] = {"connect_timeout": "3s", "read_timeout": "30s", "timeout": "300s"}
 _READER_BYTES = 1 << 20
 
 
@@ -56,42 +45,6 @@ class ObjectInfo:
     modified: datetime
 
 
-@dataclass
-class _RemoteFile:
-    """The part of Python's file protocol that pyarrow and gzip need, over an obstore reader."""
-
-    reader: Any
-    location: Location
-    closed: bool = False
-
-    def read(self, size: int | None = -1) -> bytes:
-        with translated(self.location):
-            return bytes(self.reader.read(None if size is None or size < 0 else size))
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self.reader.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self.reader.tell()
-
-    def size(self) -> int:
-        return self.reader.size
-
-    def close(self) -> None:
-        if not self.closed:
-            self.reader.close()
-        self.closed = True
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return False
-
-
 def join(base: str, *parts: str) -> str:
     """`base` and `parts` with single slashes between them; an empty part adds nothing."""
     out = base
@@ -104,7 +57,7 @@ def join(base: str, *parts: str) -> str:
 
 def absolute(url: str) -> str:
     """The URL in a form that means the same in every working directory."""
-    where = _locate(url)
+    where = locate(url)
     return url if where.scheme else where.key
 
 
@@ -115,11 +68,25 @@ def read_bytes(url: str) -> bytes:
         InputError: there is no such object, or the store refuses.
         StorageError: the store cannot be reached, or keeps failing.
     """
-    where = _locate(url)
-    with translated(where, url):
-        if not where.scheme:
+    where = _local_if_hub(url)
+    if not where.scheme:
+        with translated(where, url):
             return Path(where.key).read_bytes()
-        return bytes(obstore.get(_store(where), where.key).bytes())
+    return ask(where, url, lambda store: bytes(obstore.get(store, where.key).bytes()))
+
+
+def load(url: str) -> tuple[bytes, ObjectInfo] | None:
+    """The whole object and what is known of this very version of it; None if there is none."""
+    where = locate(url)
+
+    def get(store: Any) -> tuple[bytes, ObjectInfo] | None:
+        try:
+            found = obstore.get(store, where.key)
+            return bytes(found.bytes()), _info(where, url, found.meta)
+        except FileNotFoundError:
+            return None
+
+    return ask(where, url, get)
 
 
 def open_input(url: str) -> Any:
@@ -131,67 +98,89 @@ def open_input(url: str) -> Any:
         InputError: there is no such object, or the store refuses.
         StorageError: the store cannot be reached, or keeps failing.
     """
-    where = _locate(url)
-    with translated(where, url):
-        if not where.scheme:
+    where = _local_if_hub(url)
+    if not where.scheme:
+        with translated(where, url):
             if Path(where.key).stat().st_size == 0:  # an empty file cannot be mapped
                 return pa.BufferReader(b"")
             return pa.memory_map(where.key, "r")
-        reader = obstore.open_reader(_store(where), where.key, buffer_size=_READER_BYTES)
-        return _RemoteFile(reader, where)
+
+    def opened(store: Any) -> Any:
+        return obstore.open_reader(store, where.key, buffer_size=_READER_BYTES)
+
+    return RemoteFile(where, url, lambda: ask(where, url, opened))
 
 
 def put_new(url: str, data: bytes) -> bool:
     """Create the object in one single put: True if this call created it, False if it was there.
 
-    Nobody ever sees a part of it. After a connection lost half-way the store may hold this call's
+    Nobody ever sees a part of it. After an answer lost on the way the store may hold this call's
     own object while False is returned: False means "look at what is there".
     """
-    where = _locate(url)
-    with translated(where, url):
+    where = locate(url)
+
+    def create(store: Any) -> bool:
         try:
-            obstore.put(_store(where), where.key, data, mode="create", use_multipart=False)
+            obstore.put(store, where.key, data, mode="create", use_multipart=False)
         except AlreadyExistsError:
             return False
-    return True
+        return True
+
+    return ask(where, url, create)
 
 
 def put(url: str, data: bytes) -> None:
     """Write the object in one atomic step, over whatever was there."""
-    where = _locate(url)
-    with translated(where, url):
-        obstore.put(_store(where), where.key, data, mode="overwrite", use_multipart=False)
+    where = locate(url)
+    ask(
+        where,
+        url,
+        lambda store: obstore.put(store, where.key, data, mode="overwrite", use_multipart=False),
+    )
 
 
 def replace(url: str, data: bytes, etag: str | None) -> bool:
     """Overwrite the object if it is still the one with this `ObjectInfo.etag`: True if replaced.
 
-    A local disk has no conditional update: there it is an atomic overwrite, and always True.
+    As with `put_new`, False means "look at what is there". On a local disk an `etag` of None
+    overwrites whatever is there; elsewhere there must be one.
     """
-    where = _locate(url)
+    where = locate(url)
     if not where.scheme:
-        put(url, data)
+        with _alone_in(os.path.dirname(where.key)):
+            if etag is not None:
+                now = head(url)
+                if now is None or now.etag != etag:
+                    return False
+            put(url, data)
         return True
     if etag is None:
         raise ValueError(f"replace needs the etag of the object it replaces: {url}")
     version: Any = {"version": etag} if where.scheme == "gs" else {"e_tag": etag}
-    with translated(where, url):
+
+    def update(store: Any) -> bool:
         try:
-            obstore.put(_store(where), where.key, data, mode=version, use_multipart=False)
+            obstore.put(store, where.key, data, mode=version, use_multipart=False)
         except PreconditionError:
             return False
-    return True
+        return True
+
+    return ask(where, url, update)
 
 
 def head(url: str) -> ObjectInfo | None:
     """Size and etag of the object, or None if there is none."""
-    where = _locate(url)
-    with translated(where, url):
+    where = locate(url)
+    if where.scheme == "hf":
+        return _head_of_copy(url, where)
+
+    def look(store: Any) -> ObjectInfo | None:
         try:
-            meta = obstore.head(_store(where), where.key)
+            return _info(where, url, obstore.head(store, where.key))
         except FileNotFoundError:
             return None
-    return ObjectInfo(url, meta["size"], _etag(where, meta), meta["last_modified"])
+
+    return ask(where, url, look)
 
 
 def list_objects(prefix_url: str) -> list[ObjectInfo]:
@@ -201,18 +190,12 @@ def list_objects(prefix_url: str) -> list[ObjectInfo]:
         InputError: the bucket does not exist, or the store refuses.
         StorageError: the store cannot be reached, or keeps failing.
     """
-    where = _locate(prefix_url, key_needed=False)
+    where = locate(prefix_url, key_needed=False)
     base = where.key.strip("/")
-    with translated(where, prefix_url):
-        found = obstore.list(_store(where), prefix=base or None).collect()
+    found = ask(where, prefix_url, lambda store: obstore.list(store, prefix=base or None).collect())
     cut = len(base) + 1 if base else 0
     infos = [
-        ObjectInfo(
-            join(prefix_url, meta["path"][cut:]),
-            meta["size"],
-            _etag(where, meta),
-            meta["last_modified"],
-        )
+        _info(where, join(prefix_url, meta["path"][cut:]), meta)
         for meta in found
         if meta["path"] != base  # some stores list a folder's own marker
     ]
@@ -221,25 +204,31 @@ def list_objects(prefix_url: str) -> list[ObjectInfo]:
 
 def delete(url: str) -> None:
     """Remove the object; one that is not there is no error."""
-    where = _locate(url)
-    with translated(where, url), contextlib.suppress(FileNotFoundError):
-        obstore.delete(_store(where), where.key)
+    where = locate(url)
+
+    def remove(store: Any) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            obstore.delete(store, where.key)
+
+    ask(where, url, remove)
 
 
 def expand(pattern: str) -> list[str]:
     """The files that a glob matches, sorted; a pattern without a wildcard is itself.
 
     `*`, `?` and `[...]` stay within one path segment and `**` spans any number of them; a leading
-    wildcard does not match a name that starts with a dot.
+    wildcard does not match a name that starts with a dot. URLs of the hub come back with a commit.
 
     Raises:
         InputError: nothing matched, or the pattern is no usable URL.
     """
-    where = _locate(pattern, key_needed=False)
-    if not has_magic(pattern):
+    where = locate(pattern, key_needed=False)
+    if where.scheme == "hf":
+        matches = hub_files.matching(where)
+    elif not has_magic(pattern):
         return [pattern]
-    if not where.scheme:
-        local = pattern if not _SCHEME.match(pattern) else where.key
+    elif not where.scheme:
+        local = pattern if not SCHEME.match(pattern) else where.key
         matches = [local] if Path(local).is_file() else local_matches(local)
     else:
         if has_magic(where.bucket):
@@ -261,13 +250,14 @@ def probe_create_only(base_url: str) -> None:
         InputError: the store cannot be written at all.
     """
     url = join(base_url, f".probe-{uuid.uuid4().hex}")
-    first = put_new(url, b"first")
+    # Nobody else uses this name: "already exists" is the answer to this very put, sent again.
+    put_new(url, b"first")
     try:
         second = put_new(url, b"second")
         kept = read_bytes(url)
     finally:
         delete(url)
-    if not first or second or kept != b"first":
+    if second or kept != b"first":
         raise StorageError(
             f"{base_url}: this store lets a second create-only put replace the first (or refuses "
             "the first), so two workers could overwrite each other's results; use a store that "
@@ -293,58 +283,32 @@ def clock(base_url: str) -> datetime:
     return info.modified
 
 
-def _locate(url: str, key_needed: bool = True) -> Location:
-    """Take a URL apart; credentials in it are refused without being repeated."""
-    found = _SCHEME.match(url)
-    if found is None:
-        if not url:
-            raise InputError("an empty path; expected a local path, s3://BUCKET/KEY or gs://...")
-        return Location("", "", os.path.abspath(url))
-    scheme = found.group(1).lower()
-    rest = url[found.end() :]
-    bucket, _, key = rest.partition("/")
-    if scheme not in (*_REMOTE, "file"):
-        raise InputError(f"{scheme}:// is not supported; use a local path, s3:// or gs://")
-    # A secret key may itself hold slashes, so a colon in the bucket's place is enough.
-    if "@" in bucket or ":" in bucket or "X-Amz-" in rest:
-        raise InputError(
-            f"a {scheme}:// URL holds credentials; write {scheme}://BUCKET/KEY and give the "
-            "credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or by the "
-            "node's role"
-        )
-    if scheme == "file":
-        return Location("", "", os.path.abspath(unquote(urlsplit(url).path)))
-    if not bucket or (key_needed and not key.strip("/")):
-        raise InputError(f"{url}: expected {scheme}://BUCKET/KEY")
-    return Location(scheme, bucket, key)
+@contextlib.contextmanager
+def _alone_in(folder: str) -> Iterator[None]:
+    """Keep others who ask for the same on this machine out of a folder; best effort elsewhere."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
-def _store(where: Location) -> Any:
-    if not where.scheme:
-        return _local_store()
-    prefixes = ("AWS_",) if where.scheme == "s3" else ("GOOGLE_",)
-    settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith(prefixes)))
-    return _remote_store(where.scheme, where.bucket, settings)
+def _local_if_hub(url: str) -> Location:
+    """Where the bytes are read: a file of the hub is one on this machine's disk."""
+    where = locate(url)
+    if where.scheme != "hf":
+        return where
+    return Location("", "", str(hub_files.local_copy(where)))
 
 
-@lru_cache(maxsize=1)
-def _local_store() -> LocalStore:
-    return LocalStore()
+def _head_of_copy(url: str, where: Location) -> ObjectInfo:
+    at = hub_files.pinned(where)
+    found = hub_files.local_copy(at).stat()
+    commit = at.bucket.rpartition("@")[2]  # the same on every node
+    return ObjectInfo(url, found.st_size, commit, datetime.fromtimestamp(found.st_mtime, UTC))
 
 
-@lru_cache(maxsize=16)
-def _remote_store(scheme: str, bucket: str, settings: tuple[tuple[str, str], ...]) -> Any:
-    """One client per bucket and environment: a changed environment gets a client of its own."""
-    env = dict(settings)
-    if scheme == "gs":
-        return GCSStore(bucket, client_options=_CLIENT, retry_config=_RETRY)  # pyright: ignore
-    endpoint = env.get("AWS_ENDPOINT_URL") or env.get("AWS_ENDPOINT") or ""
-    # An http:// endpoint is the user's own choice unless AWS_ALLOW_HTTP says otherwise.
-    allow = env.get("AWS_ALLOW_HTTP", str(endpoint.startswith("http://"))).lower()
-    client = {**_CLIENT, "allow_http": allow in ("1", "true", "yes")}
-    extra: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
-    return S3Store(bucket, client_options=client, retry_config=_RETRY, **extra)  # pyright: ignore
-
-
-def _etag(where: Location, meta: Any) -> str | None:
-    return meta.get("version") if where.scheme == "gs" else meta.get("e_tag")
+def _info(where: Location, url: str, meta: Any) -> ObjectInfo:
+    etag = meta.get("version") if where.scheme == "gs" else meta.get("e_tag")
+    return ObjectInfo(url, meta["size"], etag, meta["last_modified"])

@@ -11,7 +11,7 @@ from influence.errors import InputError
 from influence.report_format import percent
 from influence.run_log import read_manifest
 from influence.schemas import Fidelity, Interval, Recall
-from influence.status import compact_table, share_text
+from influence.status import compact_table, damage_text, share_text
 
 MOST_SOURCES = 30
 
@@ -114,7 +114,8 @@ def stage_table(run: str) -> Table:
     manifest = read_manifest(run)
     if manifest is None:
         raise InputError(f"{run}: no manifest.json; expected a run directory")
-    table = compact_table(title="stages", caption=share_text(manifest) or None)
+    caption = "\n".join(line for line in (share_text(manifest), damage_text(manifest)) if line)
+    table = compact_table(title="stages", caption=caption or None)
     headings = ("stage", "shards", "reused", "rows", "tokens", "seconds", "tokens/s")
     for heading in (*headings, "in model"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")

@@ -13,7 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Int, UInt8
 
+from influence.spool import Spool
+
 _AT_ONCE = 1 << 16
+DIGEST_BYTES = 16
 
 
 class Texts(Sequence):
@@ -55,6 +58,30 @@ class Texts(Sequence):
         ranks = np.empty(len(order), dtype=np.int64)
         ranks[order] = np.arange(len(order))
         return ranks
+
+
+class TextSpool:
+    """Texts without nulls, added chunk by chunk; they lie in a file."""
+
+    def __init__(self) -> None:
+        self._ends, self._bytes, self._total = Spool(np.int64), Spool(np.uint8), 0
+        self._ends.add(np.zeros(1))
+
+    def add(self, column: pa.Array | pa.ChunkedArray) -> None:
+        """Append a column."""
+        texts = Texts(column).arrow
+        _, ends, data = texts.buffers()
+        bounds = np.frombuffer(ends, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+        if len(texts):
+            self._bytes.add(np.frombuffer(data or b"", np.uint8)[bounds[0] : bounds[-1]])
+            self._ends.add(bounds[1:] - bounds[0] + self._total)
+            self._total += int(bounds[-1] - bounds[0])
+
+    def texts(self) -> Texts:
+        """All of them; nothing can be added afterwards."""
+        ends = self._ends.array()
+        buffers = (pa.py_buffer(ends), pa.py_buffer(self._bytes.array()))
+        return Texts(pa.LargeStringArray.from_buffers(len(ends) - 1, *buffers))
 
 
 class Labels(Sequence):
@@ -130,21 +157,28 @@ class Labels(Sequence):
         return {self.values[found[i]]: int(times[i]) for i in order}
 
 
+class LabelSpool:
+    """Labels, added chunk by chunk; their codes lie in a file."""
+
+    def __init__(self) -> None:
+        self._codes, self._code_of = Spool(np.int32), dict[str | None, int]()
+
+    def add(self, column: pa.Array | pa.ChunkedArray) -> None:
+        """Append a column."""
+        labels, known = Labels(column), self._code_of
+        codes = [known.setdefault(value, len(known)) for value in labels.values]
+        self._codes.add(np.asarray(codes, dtype=np.int32)[labels.codes])
+
+    def labels(self) -> Labels:
+        """All of them, by first occurrence; nothing can be added afterwards."""
+        return Labels.of(self._codes.array(), list(self._code_of))
+
+
 class Digests(Sequence):
     """Digests of 16 bytes, one a row."""
 
     def __init__(self, raw: UInt8[np.ndarray, "n 16"]) -> None:
         self._raw = raw
-
-    @classmethod
-    def of(cls, column: pa.ChunkedArray) -> Digests:
-        """From a column of 16 bytes fixed size."""
-        parts = []
-        for chunk in column.chunks:
-            data = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)
-            start = chunk.offset * 16
-            parts.append(data[start : start + 16 * len(chunk)].reshape(-1, 16))
-        return cls(np.concatenate(parts) if parts else np.empty((0, 16), np.uint8))
 
     def __len__(self) -> int:
         return len(self._raw)
@@ -163,9 +197,22 @@ class Digests(Sequence):
 
     def repeats(self, rows: Int[np.ndarray, " r"]) -> Bool[np.ndarray, " r"]:
         """Which of these rows (in increasing order) have the digest of an earlier one of them."""
-        halves = np.ascontiguousarray(self._raw[rows]).view("<u8")
-        order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal ones by position
-        ordered = halves[order]
         again = np.zeros(len(rows), dtype=bool)
-        again[order[1:]] = (ordered[1:] == ordered[:-1]).all(axis=1)
+        # Equal digests share their first byte: a sixteenth of the rows is sorted at a time.
+        first = self._raw[:, 0][rows] >> 4
+        for part in range(16):
+            inside = np.flatnonzero(first == part)
+            halves = np.ascontiguousarray(self._raw[rows[inside]]).view("<u8")
+            order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal ones by position
+            ordered = halves[order]
+            again[inside[order[1:]]] = (ordered[1:] == ordered[:-1]).all(axis=1)
         return again
+
+
+def digest_bytes(column: pa.ChunkedArray) -> UInt8[np.ndarray, " bytes"]:
+    """The bytes of a column of digests, one after the other."""
+    parts = [np.empty(0, np.uint8)]
+    for chunk in column.chunks:
+        data = np.frombuffer(chunk.buffers()[1] or b"", dtype=np.uint8)
+        parts.append(data[chunk.offset * DIGEST_BYTES :][: len(chunk) * DIGEST_BYTES])
+    return np.concatenate(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,10 @@ class Unit:
     def count(self) -> int:
         """Number of rows."""
         return len(self.rows) if self.rows is not None else self.last - self.first + 1
+
+
+# The end of such a key: FIRST-LAST, a digest of chosen rows, a digest of the group's column.
+_RANGE = re.compile(r"-(\d+)-(\d+)(?:-([0-9a-f]{16}))?(?:-[0-9a-f]{8})?\.parquet\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +113,21 @@ def bundled(units: Iterable[Unit]) -> list[Bundle]:
     return [Bundle(tuple(members)) for members in groups.values()]
 
 
-def hash_rows(rows: Sequence[int]) -> str:
+def hash_rows(rows: Sequence[int] | np.ndarray) -> str:
     """Short digest of a sparse set of rows."""
     data = np.asarray(rows, dtype="<i8").tobytes()
     return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def rows_are_of(key: str, rows: np.ndarray) -> bool:
+    """Whether these are the rows, in order, of the unit with this key."""
+    found = _RANGE.search(key)
+    if found is None:
+        return False
+    first, last, digest = int(found[1]), int(found[2]), found[3]
+    if digest is not None:
+        return hash_rows(rows) == digest
+    return np.array_equal(rows, np.arange(first, last + 1))
 
 
 def range_units(

@@ -19,6 +19,8 @@ class Attempt:
 
     unit: Any
     failures: int = 0
+    # Nodes that went while it was on one of their replicas.
+    nodes_lost: int = 0
     # Its replica died while several units were in flight: it is tried alone, to find the culprit.
     suspect: bool = False
     # When it came to the head of its replica's queue, as far as is known here: its time limit

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import ray
 
+from ray_jobs.nodes import node_went
+
 
 class Answer(Protocol):
     """What a replica will have said: a value, or the error that Ray has instead."""
@@ -39,6 +41,10 @@ class Calls(Protocol):
 
     def kill(self, handle: Any) -> None:
         """Stop a replica, at work or not."""
+        ...
+
+    def node_went(self, error: BaseException, node: str | None) -> bool:
+        """Whether a replica on a node (None: not known yet) was lost because its node went."""
         ...
 
     def now(self) -> float:
@@ -72,6 +78,10 @@ class RayCalls:
     def kill(self, handle: Any) -> None:
         """See `Calls`."""
         ray.kill(handle)
+
+    def node_went(self, error: BaseException, node: str | None) -> bool:
+        """See `Calls`."""
+        return node_went(error, node)
 
     def now(self) -> float:
         """See `Calls`."""

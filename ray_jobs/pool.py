@@ -9,10 +9,10 @@ does once a second looks at every replica.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from influence.errors import InfluenceError, InputError
 from influence.local import retry_pause
@@ -26,6 +26,8 @@ _POLL_SECONDS = 1.0
 _START_FAILURES = 5
 #: Units that a replica may fail in a row before it is taken for broken.
 _FAILURES_IN_A_ROW = 2
+#: Nodes that may go under a unit before it is suspected of being the reason.
+_NODES_LOST = 10
 #: A replica idle for so long is given back; shorter than that, a next phase may well need it.
 _IDLE_SECONDS = 5.0
 #: Between phases, when the others that went would have to load their models again, too.
@@ -42,6 +44,7 @@ class ReplicaPool:
         on_poll: called about once a second, and whenever a number changes, with the replicas that
             are up, and that are awaited.
         observer: told of the replicas' time with work, and of units that are tried again.
+        going: asked about once a second for the ids of the nodes that are told to go.
         calls: how replicas are reached; Ray's actors unless given.
     """
 
@@ -55,12 +58,13 @@ class ReplicaPool:
         shard_seconds: float,
         on_poll: Callable[[int, int], None] = lambda up, starting: None,
         observer: Observer | None = None,
+        going: Callable[[], Collection[str]] = tuple,
         calls: Calls | None = None,
     ) -> None:
         self._start = start
         self._minimum, self._maximum = minimum, maximum
         self._retries, self._shard_seconds = retries, shard_seconds
-        self._on_poll = on_poll
+        self._on_poll, self._going = on_poll, going
         self._observer: Observer = Silent() if observer is None else observer
         self._calls: Calls = RayCalls() if calls is None else calls
         self._replicas = Replicas(self._calls)
@@ -86,7 +90,7 @@ class ReplicaPool:
         self._queue = Queue(units)
         self._on_result, self._on_failure = on_result, on_failure
         self._nothing_at = self._calls.now()  # when there was nothing to hand out, last
-        while self._queue or self._replicas.busy:
+        while self._queue or self._replicas.working:
             self._scale()
             self._hand_out()
             self._collect()
@@ -99,8 +103,9 @@ class ReplicaPool:
 
     def close(self) -> None:
         """Stop every replica; what they committed stands."""
-        for replica in [*self._replicas.starting, *self._replicas.up]:
-            self._replicas.remove(replica)
+        replicas = self._replicas
+        for replica in [*replicas.starting, *replicas.up, *replicas.leaving]:
+            replicas.remove(replica)
 
     # --- replicas ---
 
@@ -158,18 +163,25 @@ class ReplicaPool:
     def _lost(self, replica: Replica, error: BaseException, late: Sequence[Attempt] = ()) -> None:
         """A replica is gone: its units go back, and the culprit is looked for.
 
+        A node that goes is no unit's doing, up to a number of times.
+
         Args:
             late: units that exceeded the time limit, if that is why.
         """
+        told_to_go = replica in self._replicas.leaving and isinstance(error, RayActorError)
+        blameless = told_to_go or self._calls.node_went(error, replica.node)
         self._replicas.remove(replica)
-        if not replica.ready:
+        if not replica.ready and not blameless:
             self._failed_to_start(replica, error)
         attempts = self._unfinished(replica)
-        preempted = isinstance(error, ActorDiedError) and bool(getattr(error, "preempted", False))
-        culprit = attempts[0] if len(attempts) == 1 and not preempted else self._latest(late)
+        for attempt in attempts:
+            attempt.nodes_lost += blameless
+        blamed = [a for a in attempts if not blameless or a.nodes_lost > _NODES_LOST]
+        culprit = blamed[0] if len(blamed) == len(attempts) == 1 else self._latest(late)
         others = [attempt for attempt in attempts if attempt is not culprit]
-        for attempt in others:
-            attempt.suspect = not preempted and culprit is None
+        for attempt in blamed:
+            if attempt is not culprit:
+                attempt.suspect = culprit is None
         self._again(others)
         if culprit is not None and culprit in attempts:
             culprit.suspect = culprit.suspect or bool(late)
@@ -268,7 +280,7 @@ class ReplicaPool:
             self._lost(replica, error)
             return
         if not replica.ready:
-            self._replicas.came_up(replica)
+            self._replicas.came_up(replica, _node_of(value))
             self._start_failures = 0
             return
         replica.failures_in_a_row = self._replaced = 0
@@ -306,6 +318,7 @@ class ReplicaPool:
         if now - self._tended >= _POLL_SECONDS:
             self._tended = now
             self._enforce_time_limit(now)
+            self._replicas.heed(self._going())
             self._release(now - _IDLE_SECONDS)
             self._report()
         elif self._told != self._replicas.counts:
@@ -316,8 +329,16 @@ class ReplicaPool:
         self._on_poll(*self._told)
 
     def _enforce_time_limit(self, now: float) -> None:
-        for replica in list(self._replicas.up):
+        for replica in [*self._replicas.up, *self._replicas.leaving]:
             late = [a for a in replica.in_flight.values() if now - a.since > self._shard_seconds]
             if late:
                 text = f"not finished in {self._shard_seconds:g} s (replicas.shard_seconds)"
                 self._lost(replica, TimeoutError(text), late)
+
+
+def _node_of(answer: Any) -> str | None:
+    """Where a replica is, from its first answer."""
+    match answer:
+        case (str(node), _):
+            return node
+    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ class Replica:
     up: Answer
     started: float
     ready: bool = False
+    # Where it is, once it is up.
+    node: str | None = None
     failures_in_a_row: int = 0
     idle_since: float = 0.0
     # Until when its time is accounted for.
@@ -36,7 +38,8 @@ class Replicas:
 
     Attributes (dictionaries without values are sets that keep their order):
         starting: those that are awaited, the oldest first.
-        up: those that are up.
+        up: those that are up, without the leaving ones.
+        leaving: those on nodes that are told to go: they finish what they have.
         room: those that can take one more unit, by the number that they have.
     """
 
@@ -44,20 +47,27 @@ class Replicas:
         self._calls = calls
         self.starting: dict[Replica, None] = {}
         self.up: dict[Replica, None] = {}
+        self.leaving: dict[Replica, None] = {}
         self.room: tuple[dict[Replica, None], ...] = tuple({} for _ in range(IN_FLIGHT))
         self._asked: dict[Answer, Replica] = {}
 
     def __len__(self) -> int:
+        """How many there are to count on."""
         return len(self.starting) + len(self.up)
 
     @property
     def counts(self) -> tuple[int, int]:
         """How many are up, and how many are awaited."""
-        return len(self.up), len(self.starting)
+        return len(self.up) + len(self.leaving), len(self.starting)
+
+    @property
+    def working(self) -> bool:
+        """Whether an answer to a unit is awaited."""
+        return self.busy > 0 or any(replica.in_flight for replica in self.leaving)
 
     @property
     def busy(self) -> int:
-        """How many have something to do."""
+        """How many have something to do and are to be counted on."""
         return len(self.up) - len(self.room[0])
 
     def start(self, handle: Any) -> None:
@@ -66,13 +76,27 @@ class Replicas:
         self.starting[replica] = None
         self._asked[replica.up] = replica
 
-    def came_up(self, replica: Replica) -> None:
+    def came_up(self, replica: Replica, node: str | None) -> None:
         """An awaited one is there."""
-        replica.ready = True
+        replica.ready, replica.node = True, node
         replica.idle_since = replica.counted = self._calls.now()
         del self.starting[replica]
         self.up[replica] = None
         self._file(replica)
+
+    def heed(self, going: Collection[str]) -> None:
+        """Nodes are told to go: what is there gets no new work, and goes once it has none."""
+        for replica in [*self.leaving]:
+            if replica.node not in going:
+                self.up[replica] = None
+                del self.leaving[replica]
+                self._file(replica)
+        for replica in [each for each in self.up if each.node in going]:
+            del self.up[replica]
+            self.leaving[replica] = None
+            self._file(replica)
+        for replica in [each for each in self.leaving if not each.in_flight]:
+            self.remove(replica)
 
     def give(self, replica: Replica, attempt: Attempt) -> None:
         """Give it a unit."""
@@ -100,7 +124,7 @@ class Replicas:
     def remove(self, replica: Replica) -> None:
         """Stop one, dead or alive; no answer of it is awaited any more."""
         self._calls.kill(replica.handle)
-        for group in (self.starting, self.up, *self.room):
+        for group in (self.starting, self.up, self.leaving, *self.room):
             group.pop(replica, None)
         for answer in (replica.up, *replica.in_flight):
             self._asked.pop(answer, None)
@@ -119,5 +143,5 @@ class Replicas:
         """Put one that is up where it belongs in `room`."""
         for level in self.room:
             level.pop(replica, None)
-        if not replica.alone and len(replica.in_flight) < IN_FLIGHT:
+        if replica in self.up and not replica.alone and len(replica.in_flight) < IN_FLIGHT:
             self.room[len(replica.in_flight)][replica] = None

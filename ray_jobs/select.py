@@ -7,12 +7,15 @@ from typing import Any
 from influence.config import Config
 from influence.hub import resolve_revision
 from influence.job import Job
+from influence.lease import driving
 from influence.pipeline import prepare, select
 from influence.progress import Progress
 from influence.report import build_report
 from influence.resume import claim_run
+from influence.run_log import RunLog
 from ray_jobs.actors import RemoteReducer, replica_factory
 from ray_jobs.metrics import RayMetrics
+from ray_jobs.nodes import GoingNodes
 from ray_jobs.placement import PlacementWatch
 from ray_jobs.pool import ReplicaPool
 from ray_jobs.session import ray_session
@@ -25,18 +28,22 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
         InfluenceError: see `influence.errors` for the kinds and their exit codes.
     """
     config = resolve_revision(config)
-    claim_run(config, replace=replace)
-    job = prepare(config, Progress(quiet=quiet))
-    with ray_session(config):
-        metrics = RayMetrics(config.run)
-        job.watch.others.append(metrics)
-        pool = _pool(job)
-        try:
-            summary = select(job, pool, RemoteReducer(config, pool.rest))
-        finally:
-            pool.close()
-            metrics.replicas(0, 0)
-    summary["report"] = build_report(config.run)
+    progress = Progress(quiet=quiet)
+    with driving(config.run, progress.note) as lease:
+        claim_run(config, replace=replace)
+        log = RunLog(config.run, config.method, progress.note, lease)
+        job = prepare(config, progress, log)
+        with ray_session(config):
+            metrics = RayMetrics(config.run)
+            job.watch.others.append(metrics)
+            pool = _pool(job)
+            try:
+                summary = select(job, pool, RemoteReducer(config, pool.rest))
+            finally:
+                pool.close()
+                metrics.replicas(0, 0)
+        lease.check()
+        summary["report"] = build_report(config.run)
     return summary
 
 
@@ -57,6 +64,7 @@ def _pool(job: Job) -> ReplicaPool:
         shard_seconds=settings.shard_seconds,
         on_poll=on_poll,
         observer=job.watch,
+        going=GoingNodes(),
     )
 
 

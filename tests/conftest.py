@@ -17,10 +17,12 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import pytest
 from cache_runs import copied, shared
+from gcs import gcs_endpoint, gs_url
+from hub import data_hub
 from s3 import s3_server, s3_url
 from tiny_run import Runner, Setup, save_model, tiny_config, write_pool, write_targets
 
-__all__ = ["copied", "s3_server", "s3_url", "shared"]
+__all__ = ["copied", "data_hub", "gcs_endpoint", "gs_url", "s3_server", "s3_url", "shared"]
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +52,8 @@ def ray_cluster() -> Iterator[None]:
             _node_ip_address="127.0.0.1",
             log_to_driver=False,
             logging_level=logging.WARNING,
+            # A node that is killed is known to be after 5 s instead of 15.
+            _system_config={"health_check_period_ms": 1000},
         )
     yield
     ray.shutdown()

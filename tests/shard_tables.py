@@ -44,10 +44,10 @@ def one_catalogue(
     *parts: tuple[SourceFile, dict[str, Any]], drop_duplicates: bool = False
 ) -> Catalogue:
     """A catalogue of (file, columns of `row_table`) with texts that differ between files."""
-    tables = {}
+    tables = []
     for file, columns in parts:
         texts = {"texts": [f"{file.url} {row}" for row in range(file.rows)]}
-        tables[file.url] = [row_table(range(file.rows), **(texts | columns))]
+        tables.append((file, row_table(range(file.rows), **(texts | columns))))
     return build_catalogue([file for file, _ in parts], tables, drop_duplicates=drop_duplicates)
 
 

@@ -33,11 +33,13 @@ def _table(first: int = 0, dtype: str = "float32") -> pa.Table:
     return vector_table(range(first, first + 5), _vectors(dtype), NORM)
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gs"])
 def cache(request, tmp_path) -> Cache:
-    """An empty cache on either kind of store."""
+    """An empty cache on each kind of store."""
     if request.param == "local":
         return Cache(str(tmp_path / "cache"))
+    if request.param == "gs":
+        return Cache(request.getfixturevalue("gs_url"))
     return Cache(storage.join(request.getfixturevalue("s3_url"), uuid.uuid4().hex))
 
 

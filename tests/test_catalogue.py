@@ -65,11 +65,13 @@ def test_positions_and_rows_are_inverse():
 
 
 def test_a_file_in_several_shards_is_put_together_in_row_order():
-    tables = {
-        A.url: [row_table([0, 1]), row_table([2]), row_table([3])],
-        C.url: [row_table([0, 1])],
-    }
-    pool = build_catalogue([A, C], tables, drop_duplicates=False)
+    parts = [
+        (A, row_table([0, 1])),
+        (A, row_table([2])),
+        (A, row_table([3])),
+        (C, row_table([0, 1])),
+    ]
+    pool = build_catalogue([A, C], parts, drop_duplicates=False)
     assert pool.row.tolist() == [0, 1, 2, 3, 0, 1]
     assert pool.file.tolist() == [0, 0, 0, 0, 1, 1]
     assert pool.n_tokens.tolist() == [10, 11, 12, 13, 10, 11]
@@ -86,4 +88,4 @@ def test_a_reason_stands_until_the_end():
 
 def test_no_rows_are_an_error():
     with pytest.raises(InputError, match="no rows"):
-        build_catalogue([], {}, drop_duplicates=True)
+        build_catalogue([], [], drop_duplicates=True)

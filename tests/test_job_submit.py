@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from faults import Fault, record
 from ray_head import Head, running_head
 from tiny_run import (
     Setup,
@@ -58,6 +59,7 @@ def test_stopped_in_mid_run_and_submitted_again(setup: Setup, tmp_path: Path, he
     config = tiny_config(setup, tmp_path / "run", **changes)
     path = write_config(tmp_path / "config.yaml", config)
 
+    start = time.monotonic()
     submitted = head.cli("submit", "--no-wait", "--submission-id", "first", "--", *ENTRYPOINT, path)
     assert submitted.returncode == 0, submitted.stdout
     wait_for_shards(head, "first", config.cache_url, 10)
@@ -94,6 +96,8 @@ def test_stopped_in_mid_run_and_submitted_again(setup: Setup, tmp_path: Path, he
     assert reused == len(after_stop), "a committed shard was not reused"
     assert_same_results(plain.run, config.run, "a stopped and resubmitted run differs")
     assert "succeeded" in head.cli("status", "second").stdout
+    took = round(time.monotonic() - start, 1)
+    record(Fault("ray job stop, submitted again", 2, outcome="the same bytes", seconds=took))
 
 
 def test_a_refused_config_ends_as_failed_with_its_exit_code(

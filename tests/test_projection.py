@@ -16,6 +16,7 @@ from influence.projection import (
     rademacher_projection,
 )
 from influence.projection.randomness import places
+from influence.projection.side import make_side
 from influence.projection.srht import hadamard
 
 # Two layers have a side small enough for kronecker to keep exactly; the last is a stack of three.
@@ -29,6 +30,7 @@ LAYERS = [
 SETTINGS = [
     ("kronecker", {"side": 8, "dim": 32}),
     ("kronecker", {"side": 8, "dim": 4096}),
+    ("kronecker", {"side": 2, "dim": 64}),  # folds the sides above 15
     ("srht", {"side": 2, "dim": 32}),
     ("rademacher", {"side": 2, "dim": 32}),
     ("countsketch", {"side": 2, "dim": 64}),
@@ -167,6 +169,36 @@ def test_variance_of_the_two_sided_projection():
     expected = ((left + m) * (right + n) - m * n) / 2  # the mean of two halves
     found = measured("kronecker", layers, values, side=2 * s, dim=10**5)
     assert found == pytest.approx(expected, rel=0.15), "not `side`/2 independent directions a side"
+
+
+def test_a_folded_side_is_one_matrix_and_adds_little_variance():
+    """Numbers of different folds meet with probability 1/w: 1/8 more variance than directions."""
+    width, directions = 37, 2
+    side = make_side(width, directions, ("x",), torch.float64, "cpu")
+    assert side is not None
+    assert side.base.shape == (2, 19, 2), "37 numbers are two folds of 19 and 18"
+    x = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(
+        side.project(x),
+        x @ side.matrix(),
+        rtol=1e-12,
+        atol=1e-12,
+        msg="folding a row is another map than the matrix that a GPU or an embedding uses",
+    )
+    a, b = x[:, 0] + 0.5
+    met = torch.zeros((), dtype=torch.float64)
+    for i in range(19, width):  # a_i b_j + a_j b_i with a random sign, j the place that i folds to
+        met += (a[i] * b[i - 19] + a[i - 19] * b[i]) ** 2
+    found, folded = [], []
+    for seed in range(4000):
+        drawn = make_side(width, directions, (seed,), torch.float64, "cpu")
+        left, right = drawn.project(x[:, 0] + 0.5)[:, :directions]
+        found.append(float(left @ right) / directions)
+        flip = drawn.flips[0, 0, :18]
+        sums = [torch.cat([v[:18] + v[19:] * flip, v[18:19]]) for v in (a, b)]
+        folded.append(sign_variance(*sums))
+    expected = float(met) + float(torch.tensor(folded).mean()) / directions
+    assert torch.tensor(found).var() == pytest.approx(expected, rel=0.1), "folds are not random"
 
 
 def test_variance_of_the_second_sketch_has_no_collisions_inside_a_layer():

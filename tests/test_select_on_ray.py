@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import ray
+from faults import Fault, record
 from tiny_run import (
     Setup,
     assert_same_results,
@@ -170,6 +171,7 @@ def test_a_poisoned_shard_is_named_and_the_rest_is_committed(
         document = given.model_dump(mode="json")
         return lambda: actor.remote(document)
 
+    start = time.monotonic()
     with monkeypatch.context() as patch:
         patch.setattr(select_job, "replica_factory", poisoned)
         with pytest.raises(SystemExit) as caught:
@@ -192,6 +194,9 @@ def test_a_poisoned_shard_is_named_and_the_rest_is_committed(
         "embedding": 1
     }, "the second run did more than the missing shard"
     assert_same_results(in_one_process, config.run, "a run that went on after a failure differs")
+    ended = "exit 3, the shard is named, all others committed; mended: the same bytes"
+    took = round(time.monotonic() - start, 1)
+    record(Fault("a poisoned shard", 2, outcome=ended, seconds=took))
 
 
 def test_a_model_that_does_not_load_stops_the_job_with_its_cause(

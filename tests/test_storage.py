@@ -12,17 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from influence import storage
+from influence import storage, stores
 from influence.errors import InputError, StorageError
 
 pytest_plugins = ["s3"]
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gs"])
 def base(request, tmp_path):
-    """An empty folder on either kind of store."""
+    """An empty folder on each kind of store."""
     if request.param == "local":
         return str(tmp_path / "store")
+    if request.param == "gs":
+        return request.getfixturevalue("gs_url")
     return storage.join(request.getfixturevalue("s3_url"), uuid.uuid4().hex)
 
 
@@ -48,8 +50,8 @@ def test_put_overwrites_and_delete_is_idempotent(base):
     assert storage.put_new(url, b"three"), "a deleted object still blocks a create"
 
 
-def test_replace_on_s3_needs_the_current_etag(s3_url):
-    url = storage.join(s3_url, uuid.uuid4().hex)
+def test_replace_needs_the_current_etag(base):
+    url = storage.join(base, uuid.uuid4().hex)
     storage.put(url, b"damaged")
     seen = storage.head(url)
     assert seen is not None
@@ -58,6 +60,7 @@ def test_replace_on_s3_needs_the_current_etag(s3_url):
     assert storage.read_bytes(url) == b"repaired"
     storage.delete(url)
     assert not storage.replace(url, b"late", seen.etag), "replace created an object"
+    assert storage.head(url) is None
 
 
 def test_replace_on_a_disk_overwrites(tmp_path):
@@ -218,7 +221,8 @@ def failing_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket whose store answers 503."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Failing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setitem(storage._RETRY, "max_retries", 1)
+    monkeypatch.setitem(stores._RETRY, "max_retries", 1)
+    monkeypatch.setattr(stores, "PATIENCE_SECONDS", 0.0)
     environment = {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "REGION": "us-east-1"}
     for name, value in environment.items():
         monkeypatch.setenv(f"AWS_{name}", value)

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from influence.text_columns import Digests, Labels, Texts
+from influence.text_columns import Digests, Labels, LabelSpool, Texts, TextSpool, digest_bytes
 
 WORDS = ["b", "a", None, "", "ä", "a", "\U0001f600", "\uffff", "b", None, "Z", "aa"]
 
@@ -55,9 +55,27 @@ def test_digests_and_which_of_them_repeat():
     chunked = pa.chunked_array(
         [pa.array(column[:7], pa.binary(16)), pa.array(column[5:], pa.binary(16))[2:]]
     )
-    digests = Digests.of(chunked)
+    digests = Digests(digest_bytes(chunked).reshape(-1, 16))
     assert list(digests) == column
     assert digests[11] == column[11]
     rows = np.arange(3, 40, 2)
     expected = [column[row] in [column[r] for r in rows[:i]] for i, row in enumerate(rows)]
     assert digests.repeats(rows).tolist() == expected
+
+
+def test_spooled_columns_are_what_was_added_and_can_be_changed():
+    chunks = [["b", "a", "b"], [], ["", "ü", "c"], ["a"]]
+    texts, labels = TextSpool(), LabelSpool()
+    for chunk in chunks:
+        # A slice: its buffers hold more than the chunk.
+        column = pa.array(["before", *chunk, "after"], pa.string())[1 : 1 + len(chunk)]
+        texts.add(column)
+        labels.add(pa.array([value or None for value in chunk], pa.string()))
+    expected = [value for chunk in chunks for value in chunk]
+    assert list(texts.texts()) == expected
+    coded = labels.labels()
+    assert list(coded) == [value or None for value in expected]
+    assert coded.values == ["b", "a", None, "ü", "c"], "not by first occurrence"
+    coded.put(np.array([0, 6]), "new")
+    assert list(coded)[::6] == ["new", "new"]
+    assert list(TextSpool().texts()) == []

@@ -71,7 +71,7 @@ def backpropagate(
     reduction: Reduction,
     consume: Consumer,
     members: Members | None = None,
-    input_sides: Mapping[str, Float[Tensor, "in s"]] | None = None,
+    input_sides: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Float[Tensor, " b"]:
     """Calls `consume(layer, terms)` for each layer during one backward pass; returns the losses.
 
@@ -80,7 +80,7 @@ def backpropagate(
     computes no weight gradient, and the graph starts at the first attributed layer. Terms are
     dropped as soon as they are consumed. A layer that takes no part in the forward is not handed
     over: its gradient is zero. `members`: the model's, where the caller keeps a list of them.
-    `input_sides`: by layer, what its inputs are multiplied by as soon as they are there (see
+    `input_sides`: by layer, what is made of its inputs as soon as they are there (see
     `Projection.input_side`); where a rule has no use for it the terms are those without it.
 
     Raises InputError if a layer's rows cannot be told apart by sample.
@@ -116,13 +116,13 @@ def _by_module(layers: Sequence[Layer]) -> list[tuple[nn.Module, Rule, dict[str,
     return list(found.values())
 
 
-def _sink(layer: Layer, consume: Consumer, side: Tensor | None) -> Sink:
+def _sink(layer: Layer, consume: Consumer, side: Callable[[Tensor], Tensor] | None) -> Sink:
     hand_over = _handing_over(layer, consume)
     kinds = {use.rule.inputs.get(use.own_name) for use in layer.uses}
     if kinds == {"unused"}:
         return Sink(hand_over, keep=lambda x: x.new_empty(0))
     if kinds == {"factor"} and side is not None:
-        return Sink(hand_over, keep=lambda x: torch.matmul(x.to(side.dtype), side), sketched=True)
+        return Sink(hand_over, keep=side, sketched=True)
     return Sink(hand_over)
 
 

@@ -260,7 +260,7 @@ def _accumulator(
 
 def _input_sides(
     projection: Projection | None, layers: Sequence[Layer], scales: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+) -> dict[str, Callable[[Tensor], Tensor]]:
     """The layers that nothing but the projection takes part in, whose inputs need not be kept."""
     if projection is None or not projection.takes_factors:
         return {}

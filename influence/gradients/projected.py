@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from jaxtyping import Float
@@ -23,10 +24,10 @@ class Projection(Protocol):
     @property
     def takes_factors(self) -> bool: ...
 
-    def input_side(self, name: str) -> Float[Tensor, "in s"] | None:
-        """What a layer's inputs may be multiplied by ahead of `add_term`, for a `sketched` term.
+    def input_side(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """What may be made of a layer's inputs ahead of `add_term`, for a `sketched` term.
 
-        The product takes far less room than the inputs, which have to be kept from the forward
+        It takes far less room than the inputs, which have to be kept from the forward
         pass until the layer's output gradients arrive. None: the layer's terms need the inputs.
         """
         ...

@@ -8,8 +8,9 @@ sum independent of the order of its terms.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor
 from influence.gradients.term import Formed, OneHot, Term, part_runs
 from influence.projection.halves import HALVES, LayerShape, check_distinct, check_even
 from influence.projection.randomness import places, signs
+from influence.projection.side import Side, make_side
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,16 @@ class _LayerMap:
     projected block goes, and what it is multiplied by.
     """
 
-    out_signs: Float[Tensor, "out halves_s"] | None
-    in_signs: Float[Tensor, "in halves_r"] | None
+    out_side: Side | None
+    in_side: Side | None
     slots: Int[Tensor, "parts halves size"]
     factors: Float[Tensor, "parts halves size"]
 
 
 @dataclass(frozen=True)
 class KroneckerProjection:
-    """A half projects each layer with side/2 random directions a side (signs / sqrt(side/2)) and
-    adds the blocks up in dim/2 slots with random signs. Make one with `make_kronecker`."""
+    """A half projects each layer with side/2 random directions a side (see `Side`) and adds the
+    blocks up in dim/2 slots with random signs. Make one with `make_kronecker`."""
 
     dim: int
     dtype: torch.dtype
@@ -46,9 +48,13 @@ class KroneckerProjection:
     maps: dict[str, _LayerMap]
     takes_factors: bool = True
 
-    def input_side(self, name: str) -> Float[Tensor, "in halves_r"] | None:
-        """The directions of a layer's input side; None where that side is kept as it is."""
-        return self.maps[name].in_signs
+    def input_side(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """What projects a layer's inputs; None where that side is kept as it is."""
+        side = self.maps[name].in_side
+        return None if side is None else partial(self._project, side)
+
+    def _project(self, side: Side, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows halves_r"]:
+        return side.project(x.to(self.dtype))
 
     def accumulator(self, rows: int) -> Float[Tensor, "rows dim"]:
         """Zeros that each layer's part is added to."""
@@ -58,18 +64,18 @@ class KroneckerProjection:
         """Adds the projection of D' X, without forming it."""
         layer = self.maps[name]
         x = term.x.to(self.dtype)
-        right = _halves_apart(x) if term.sketched else _project_rows(x, layer.in_signs)
-        left = _project_left(term.d, layer.out_signs, self.dtype)
+        right = _halves_apart(x) if term.sketched else _project_rows(x, layer.in_side)
+        left = _project_left(term.d, layer.out_side, self.dtype)
         self._scatter(layer, torch.matmul(left.mT, right), term.sample, term.part, total)
 
     def add_formed(self, name: str, formed: Formed, total: Float[Tensor, "b dim"]) -> None:
         """Adds the projection of formed gradients: the same map."""
         layer = self.maps[name]
         block = formed.gradients.to(self.dtype).unsqueeze(1)
-        if layer.in_signs is not None:
-            block = torch.matmul(block, _by_half(layer.in_signs))
-        if layer.out_signs is not None:
-            block = torch.matmul(_by_half(layer.out_signs).mT, block)
+        if layer.in_side is not None:
+            block = torch.matmul(block, _by_half(layer.in_side.matrix()))
+        if layer.out_side is not None:
+            block = torch.matmul(_by_half(layer.out_side.matrix()).mT, block)
         self._scatter(layer, block, formed.sample, formed.part, total)
 
     def _scatter(
@@ -115,21 +121,19 @@ def _by_half(side: Float[Tensor, "d halves_s"]) -> Float[Tensor, "halves d s"]:
 
 
 def _project_left(
-    d: Tensor | OneHot, side: Float[Tensor, "out halves_s"] | None, dtype: torch.dtype
+    d: Tensor | OneHot, side: Side | None, dtype: torch.dtype
 ) -> Float[Tensor, "g halves t s"]:
     if isinstance(d, Tensor):
         return _project_rows(d.to(dtype), side)
     if side is None:
         return F.one_hot(d.index, d.width).to(dtype).unsqueeze(1)
-    return side[d.index].view(*d.index.shape, HALVES, -1).transpose(1, 2)
+    return _halves_apart(side.rows(d.index))
 
 
-def _project_rows(
-    x: Float[Tensor, "g t d"], side: Float[Tensor, "d halves_s"] | None
-) -> Float[Tensor, "g halves t s"]:
+def _project_rows(x: Float[Tensor, "g t d"], side: Side | None) -> Float[Tensor, "g halves t s"]:
     if side is None:
         return x.unsqueeze(1)
-    return _halves_apart(torch.matmul(x, side))
+    return _halves_apart(side.project(x))
 
 
 def _halves_apart(projected: Float[Tensor, "g t halves_s"]) -> Float[Tensor, "g halves t s"]:
@@ -164,8 +168,8 @@ def make_kronecker(
     offset = 0
     for layer, size in zip(layers, sizes, strict=True):
         sides = [
-            _side_signs(layer.out, directions, (seed, layer.name, "out")),
-            _side_signs(layer.in_, directions, (seed, layer.name, "in")),
+            make_side(layer.out, directions, (seed, layer.name, "out"), dtype, device),
+            make_side(layer.in_, directions, (seed, layer.name, "in"), dtype, device),
         ]
         scale = HALVES**-0.5
         for each in sides:
@@ -187,14 +191,7 @@ def make_kronecker(
             )
             factor = signs(shape, seed, layer.name, "sign").double() * scale
         halves = torch.arange(HALVES).view(1, HALVES, 1) * slots
-        kept = [None if each is None else each.to(device, dtype) for each in sides]
         maps[layer.name] = _LayerMap(
-            kept[0], kept[1], (index + halves).to(device), factor.to(device, dtype)
+            sides[0], sides[1], (index + halves).to(device), factor.to(device, dtype)
         )
     return KroneckerProjection(HALVES * slots, dtype, torch.device(device), maps)
-
-
-def _side_signs(width: int, directions: int, purpose: tuple[object, ...]) -> Tensor | None:
-    if width <= directions:
-        return None
-    return torch.cat([signs((width, directions), *purpose, h) for h in range(HALVES)], dim=1)

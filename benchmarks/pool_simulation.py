@@ -72,6 +72,7 @@ class SimulatedCluster:
         places: replicas that find room; see `resize`.
         start_seconds: from a replica's place to its first word.
         lifetime: mean seconds (exponential) after which a replica dies; None: never.
+        newest_first: replicas go on with the newest of their units, not with the oldest.
         seed: of all that is drawn.
 
     Attributes:
@@ -90,8 +91,10 @@ class SimulatedCluster:
         places: int = 1_000_000,
         start_seconds: float = 5.0,
         lifetime: float | None = None,
+        newest_first: bool = False,
         seed: int = 0,
     ) -> None:
+        self._newest_first = newest_first
         self._fate, self._places, self._start_seconds = fate, places, start_seconds
         self._lifetime, self._random = lifetime, random.Random(seed)
         self._clock, self._order = 0.0, count()
@@ -210,6 +213,8 @@ class SimulatedCluster:
             self.worked += fate.seconds
         self._tell(answer, unit, error)
         replica.units.popleft()
+        if self._newest_first:
+            replica.units.rotate(1)
         if replica.units:
             self._begin(replica)
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from pool_simulation import Fate, SimulatedCluster
 
 from influence.errors import InputError
+from ray_jobs.attempts import Attempt, Queue
 from ray_jobs.pool import ReplicaPool
 
 LIMIT = 60.0
@@ -251,6 +252,26 @@ def test_a_hung_unit_costs_no_more_time_limits_than_it_has_attempts() -> None:
         assert run.failures[4][0] == cluster.attempts[4] == retries + 1
         spent = cluster.now() - 8 * 10.0 - (limits + 1) * 5.0
         assert spent < limits * (LIMIT + 3.0), f"{spent:.0f} s for {limits} attempts"
-    # Without any retry nobody is given up on suspicion: the first of the queue is tried alone.
-    run = Run(SimulatedCluster(fate))(range(9), maximum=1, retries=0)
-    assert list(run.failures) == [4]
+
+
+def test_without_a_retry_nobody_is_given_up_for_a_time_limit_that_others_shared() -> None:
+    def fate(unit: int, attempt: int, generator: random.Random) -> Fate:
+        return Fate("hangs") if unit == 2 else fine(unit, attempt, generator)
+
+    # The replica passes over the first of its queue: it is not the one that hangs.
+    cluster = SimulatedCluster(fate, newest_first=True)
+    run = Run(cluster)(range(9), maximum=1, retries=0)
+    assert list(run.failures) == [2], "the first of the queue was given up, and it only waited"
+
+
+def test_a_replica_looks_at_few_units_however_many_it_may_not_have() -> None:
+    queue, seen = Queue(range(10_000)), 0
+
+    def never(attempt: Attempt) -> bool:
+        nonlocal seen
+        seen += 1
+        return False
+
+    assert queue.take(never) is None
+    assert 0 < seen <= 100, "every unit that waits is looked at for every answer"
+    assert len(queue) == 10_000

@@ -39,7 +39,6 @@ UNUSED = (
     "weights.curvature",
     "weights.eta",
     "reference",
-    "finetune",
     "evaluation",
     "prices",
 )

@@ -241,7 +241,10 @@ def adapted(model: Any, settings: FinetuneSettings, adapter: str | None) -> Iter
     from peft.tuners.lora import LoraLayer
 
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    training = model.training
+    training, quantized = model.training, getattr(model, "is_quantized", False)
+    if getattr(model, "quantization_method", None) == "gguf":
+        # Its weights were dequantised when they were loaded, but the Trainer goes by this mark.
+        model.is_quantized = False
     if adapter is None:
         modules = settings.target_modules
         config = LoraConfig(
@@ -276,3 +279,5 @@ def adapted(model: Any, settings: FinetuneSettings, adapter: str | None) -> Iter
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags[name])
         model.train(training)
+        if quantized:
+            model.is_quantized = quantized

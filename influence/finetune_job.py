@@ -9,7 +9,7 @@ from typing import Any
 from influence import storage
 from influence.candidates import SourceFile, scan_files
 from influence.config import Config, ModelConfig
-from influence.errors import InputError
+from influence.errors import InputError, ModelLoadError
 from influence.finetune import finetune, full_identity
 from influence.finetune_settings import FinetuneSettings
 from influence.fingerprints import adapter_content, model_content
@@ -87,7 +87,7 @@ def prepare_finetune(config: Config, watcher: Watcher) -> FinetuneJob:
         )
     identity = {
         "model": model_content(model),
-        "adapter": adapter_content(start) if start.adapter else None,
+        "adapter": _adapter_content(start, own=section.adapter is not None),
         "dtype": dtype,
         "attention": model.attention,
     }
@@ -143,6 +143,18 @@ def train(job: FinetuneJob, device: str, watcher: Watcher) -> TrainingRecord:
         identity=job.identity,
         watcher=watcher,
     )
+
+
+def _adapter_content(start: ModelConfig, *, own: bool) -> str | None:
+    if start.adapter is None:
+        return None
+    try:
+        return adapter_content(start)
+    except ModelLoadError as error:
+        text = str(error)
+        raise InputError(
+            text.replace("model.adapter", "finetune.adapter") if own else text
+        ) from None
 
 
 def _local(start: ModelConfig) -> str | None:

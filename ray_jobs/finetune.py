@@ -120,9 +120,8 @@ class RemoteWatcher:
 def worker(config: dict[str, Any]) -> None:
     """One worker's part of the training; Ray Train has made the process group."""
     mailbox = config["mailbox"]
-    why: BaseException | None = ray.get(mailbox.why_stop.remote())
-    if why is not None:
-        raise why
+    if ray.get(mailbox.why_stop.remote()) is not None:
+        return  # the driver knows; Ray Train, which counts this as success, tries no more
     job: FinetuneJob = ray.get(config["job"][0])
     try:
         train(job, choose_device(job.model.device, config["num_gpus"]), RemoteWatcher(mailbox))
@@ -166,14 +165,14 @@ class _Fit:
     """Runs `trainer.fit()` in a thread, and keeps its error."""
 
     def __init__(self, trainer: Any) -> None:
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self._trainer = trainer
         self.thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
 
     def _fit(self) -> None:
         try:
             self._trainer.fit()
-        except Exception as error:
+        except BaseException as error:  # also the SystemExit of a Ray that is shut down
             self.error = error
 
 
@@ -224,7 +223,7 @@ def _pass_on(mailbox: Any, watcher: Watcher) -> BaseException | None:
 
 
 def _stop(mailbox: Any, fit: _Fit) -> None:
-    """Tell the workers; they end at their next step, and do not begin again."""
+    """Tell the workers: they end at their next step, and when they start again, at once."""
     with suppress(RayError):
         ray.get(mailbox.stop.remote(InterruptedRunError("the driver was told to stop")))
     deadline = time.monotonic() + _STOP_SECONDS
@@ -232,7 +231,7 @@ def _stop(mailbox: Any, fit: _Fit) -> None:
         fit.thread.join(_POLL_SECONDS)
 
 
-def _explained(error: Exception, config: Config) -> BaseException:
+def _explained(error: BaseException, config: Config) -> BaseException:
     """What ended the training, out of Ray Train's error."""
     failures = getattr(error, "worker_failures", None) or {0: error}
     cause = next((e for e in failures.values() if isinstance(e, InfluenceError)), None)

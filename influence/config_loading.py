@@ -38,7 +38,6 @@ UNUSED = (
     "weights.curvature",
     "weights.eta",
     "reference.finetune",
-    "finetune",
     "evaluation",
     "prices",
 )

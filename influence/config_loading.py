@@ -41,7 +41,6 @@ UNUSED = (
     "reference",
     "finetune",
     "evaluation",
-    "prices",
 )
 
 

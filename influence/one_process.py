@@ -26,6 +26,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     config = resolve_revision(config)
     claim_run(config, replace=replace)
     job = prepare(config, Progress(quiet=quiet))
+    job.replicas = 1
     summary = select(job, local_execute(config, job.watch), Reducer(config))
     summary["report"] = build_report(config.run)
     return summary

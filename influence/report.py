@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 
 from influence import plots, storage
+from influence.report_bill import bill_caption, bill_lines
 from influence.report_data import (
     RunData,
     ScoreColumns,
@@ -139,6 +140,9 @@ def context(run: RunData) -> dict[str, Any]:
         "wanted_recall": (run.config.get("landmarks") or {}).get("recall"),
         "weights": weight_summary(run.scores) if run.scores else None,
         "stages": [stage_row(name, record) for name, record in run.manifest.stages.items()],
+        "bill": run.manifest.bill,
+        "bill_lines": bill_lines(run.manifest.bill) if run.manifest.bill else [],
+        "bill_caption": bill_caption(run.manifest.bill) if run.manifest.bill else "",
         "attributed": sum(r["share"] for r in run.manifest.coverage if r["attributed"]),
     }
 

@@ -32,6 +32,9 @@ class RunLog:
         note: prints a line that the user should see.
 
     Attributes:
+        computed: keys of the shards that this job computed, by stage.
+        maps: how often embeddings were mapped to scores.
+        scored_rows: rows of the score shards that were made.
         failed_writes: writes that the store failed since the job began; see `save`.
         refresh: called with the manifest before every write, for what changes all the time.
     """
@@ -41,6 +44,9 @@ class RunLog:
     ) -> None:
         self.url = storage.join(run, "manifest.json")
         self.manifest = Manifest(method=method, versions=_versions(), started=_now())
+        self.computed: dict[str, set[str]] = {}
+        self.maps = 0
+        self.scored_rows = 0
         self.failed_writes = 0
         self.refresh: Callable[[Manifest], None] = lambda manifest: None
         self._note = note
@@ -74,16 +80,30 @@ class RunLog:
             record.reused += 1
         else:
             record.computed += 1
+            self.computed.setdefault(stage, set()).add(result.key)
         record.rows += result.rows
         record.tokens += result.tokens
         record.model_seconds += result.model_seconds
         record.set_up_seconds += result.set_up_seconds
+        record.load += result.load
         if result.device is not None:
             record.devices = sorted({*record.devices, result.device})
         record.notes = sorted({*record.notes, *result.notes})
         if result.outcome == "replaced":
             record.notes = sorted({*record.notes, f"replaced a damaged shard: {result.key}"})
         self.save_sometimes()
+
+    def mapped(self, predictor: str) -> None:
+        """A map from embeddings to scores begins, by the predictor of this key."""
+        self.maps += 1
+        self.computed.setdefault("scores", set()).add(predictor)
+
+    def scored(self, results: Sequence[UnitResult]) -> None:
+        """Shards of scores were made; the record does not count them: they are not in the cache."""
+        for result in results:
+            if result.outcome != "exists":
+                self.scored_rows += result.rows
+                self.computed.setdefault("scores", set()).add(result.key)
 
     def held(self, stage: str, seconds: float) -> None:
         """A replica spent this time on the stage; see `influence.observer.Observer`."""
@@ -107,10 +127,12 @@ class RunLog:
         )
         self.save()
 
-    def took(self, stage: str, seconds: float, fingerprint: str = "") -> None:
-        """Add wall time to a stage; stages without shards (regression, ...) are made here."""
-        record = self.manifest.stages.setdefault(stage, StageRecord(fingerprint=fingerprint))
+    def took(self, stage: str, seconds: float, up_seconds: float = 0.0) -> None:
+        """Add wall time to a stage, and the seconds that replicas were up in it, all together;
+        stages without shards (regression, ...) are made here."""
+        record = self.manifest.stages.setdefault(stage, StageRecord(fingerprint=""))
         record.seconds += seconds
+        record.up_seconds += up_seconds
 
     def failures(self) -> list[FailedShard]:
         """Every shard that failed for good in this run."""

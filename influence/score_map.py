@@ -23,11 +23,13 @@ def map_scores(job: Job, embedding: Sequence[Unit], predictor: str) -> list[Unit
     cache = Cache(scoring_url(job.config.run))
     with timed(job, "scores", quiet=True):
         job.log.took("scores", 0.0)
+        job.log.mapped(predictor)
         whole = cache.verify(sorted(cache.present([unit.key for unit in units])))
         missing = [unit for unit in units if unit.key not in whole]
 
         def on_result(bundle: Bundle, results: list[UnitResult]) -> None:
-            del bundle, results
+            del bundle
+            job.log.scored(results)
             job.progress.tick()
 
         def on_failure(bundle: Bundle, attempts: int, error: str) -> None:

@@ -18,12 +18,13 @@ import pyarrow as pa
 import torch
 
 from influence import stages
-from influence.batching import make_batches
+from influence.batching import IGNORED, Batch, make_batches
 from influence.cache import Cache
 from influence.candidates import read_examples, read_rows
 from influence.config import Config
 from influence.errors import InputError, ModelLoadError
 from influence.fingerprints import embedding_values
+from influence.load import Load
 from influence.loss import Reduction
 from influence.predictor import Mapper, Predictor, read_predictor
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
@@ -40,7 +41,7 @@ class UnitResult:
 
     `model_seconds` are those in which the model computed the unit's vectors, and nothing else:
     `set_up_seconds` (loading the model, building engines) are not in them, and neither is
-    reading, batching, packing or writing.
+    reading, batching, packing or writing. `load` is what it computed in them.
     """
 
     key: str
@@ -51,17 +52,19 @@ class UnitResult:
     model_seconds: float
     device: str | None
     notes: tuple[str, ...] = field(default=())
+    load: Load = field(default=Load())
 
 
 @dataclass(frozen=True)
 class _Computed:
-    """Tables of a bundle's units, seconds setting up and in the model, and where."""
+    """Tables of a bundle's units, seconds setting up and in the model, where, and how much."""
 
     tables: list[pa.Table]
     set_up: float
     model: float
     device: str
     notes: tuple[str, ...]
+    load: Load = field(default=Load())
 
 
 class Worker:
@@ -120,6 +123,7 @@ class Worker:
                 *(whole if member is unit else (0, 0, 0.0, 0.0)),
                 computed.device,
                 computed.notes,
+                computed.load if member is unit else Load(),
             )
             for member, outcome in zip(bundle.units, outcomes, strict=True)
         ]
@@ -209,7 +213,9 @@ class Worker:
             tables = [vector_table(encoded, first_of, part) for part in columns]
         notes = (*tools.replica.notes, *tools.notes)
         notes += (tools.limit.note,) if tools.limit.note else ()
-        return _Computed(tables, set_up, model, tools.replica.device_name, notes)
+        columns_each = sum(len(unit.needs) for unit in bundle.units)
+        load = load_of(batches, columns_each)
+        return _Computed(tables, set_up, model, tools.replica.device_name, notes, load)
 
     def _stage(self, bundle: Bundle, tools: Toolbox) -> Callable[[list[Any]], list[Vectors]]:
         """What computes the columns of every unit from batches; all that it needs is set up."""
@@ -287,6 +293,17 @@ def stage_settings(config: Config) -> StageSettings:
         dim=gradients.dim,
         seed=config.seed,
     )
+
+
+def load_of(batches: Sequence[Batch], columns: int) -> Load:
+    """What a model computes of batches whose rows are multiplied with so many target columns."""
+    load = Load()
+    for batch in batches:
+        lengths, rows = batch.lengths, len(batch.lengths)
+        responses = int((batch.labels != IGNORED).sum())
+        squares = int(lengths @ lengths)
+        load += Load(rows, int(lengths.sum()), responses, squares, columns * rows)
+    return load
 
 
 def _stopwatch() -> Callable[[], float]:

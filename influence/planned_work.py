@@ -1,0 +1,310 @@
+"""What a run has to do, stage by stage: from the catalogue and the cache's listing, no model runs.
+
+The units are those of `influence.pipeline`, planned by the same code, so that a run computes the
+shards that are listed here as missing, and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from influence import cost, shard_bytes
+from influence.certified import MAX_INDUCING, rounds_at_most
+from influence.exact_work import Chosen, ExactWork, plan_exact
+from influence.input_bytes import file_bytes, input_bytes
+from influence.job import Job
+from influence.membership import DRAWS
+from influence.missing_work import MissingWork
+from influence.model_shape import ModelShape
+from influence.pool_units import catalogue_units, embedding_units, rds_target_units
+from influence.quantities import Quantities, StageWork, driver_seconds
+from influence.result_bytes import WALKS, of_results, selected_rows
+from influence.stored import Stored
+from influence.units import Unit
+
+# What the file of a predictor takes beside its numbers.
+_PREDICTOR_BYTES = 2_000
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What an earlier run of the same config and data went through: its rounds, and their shards.
+
+    Attributes:
+        source: that run.
+        keys: of the shards of exact gradients, in the cache still.
+        rows: candidates with exact scores in the end.
+        maps: from embeddings to scores.
+    """
+
+    source: str
+    keys: tuple[str, ...]
+    rows: int
+    maps: int
+
+
+@dataclass
+class Work:
+    """Stages in order. `chosen` are the first landmarks, where the method draws any."""
+
+    stages: dict[str, StageWork] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    chosen: Chosen | None = None
+    exact: ExactWork | None = None
+
+
+def catalogue_work(job: Job, replicas: int) -> StageWork:
+    """Tokenising, as far as it is to do; before it is done nothing is known of tokens and texts.
+
+    To find the files' contents, the job reads all of them, whatever the cache holds.
+    """
+    pool, targets = catalogue_units(job)
+    units = [*pool, *(unit for members in targets.values() for unit in members)]
+    there = Stored(job.cache).sizes([unit.key for unit in units])
+    missing = list({unit.key: unit for unit in units if unit.key not in there}.values())
+    files = {unit.file.url: unit.file for unit in units}.values()
+    # Cached shards are read to be verified, and all once more to be put together.
+    held = sum(there.values())
+    least = Quantities(
+        shards=len(missing),
+        bundles=len(missing),
+        rows=sum(unit.count for unit in missing),
+        effort=sum(file_bytes(u.file) * u.count / u.file.total_rows for u in missing),
+        read=sum(map(file_bytes, files)) + input_bytes(missing, replicas) + 2 * held,
+        written=None if missing else 0,
+        objects=len(missing),
+    )
+    keys = tuple(unit.key for unit in missing)
+    print_ = job.fingerprints["catalogue"]
+    return StageWork("catalogue", least, None, print_, len(units), len(there), held, keys)
+
+
+def plan_work(
+    job: Job,
+    reduce: Any,
+    counts: Mapping[str, Any],
+    shape: ModelShape | None,
+    replicas: int,
+    decided: Decided | None = None,
+) -> Work:
+    """Every stage after the catalogue, which has to be there.
+
+    Raises:
+        InputError: too few candidates for landmarks, and what else the run itself would raise.
+    """
+    planner = _Planner(MissingWork(job, reduce, shape, replicas), counts, decided)
+    {
+        "influence_distillation": planner.influence_distillation,
+        "exact": planner.exact,
+        "rds": planner.rds,
+        "random": planner.random,
+    }[job.config.method]()
+    return planner.work
+
+
+@dataclass
+class _Planner:
+    missing: MissingWork
+    counts: Mapping[str, Any]
+    decided: Decided | None
+    work: Work = field(default_factory=Work)
+
+    def influence_distillation(self) -> None:
+        job, config = self.job, self.job.config
+        chosen = self.work.chosen = self.missing.reduce.choose_landmarks()
+        landmarks = sum(len(rows) for _file, rows in chosen)
+        gradients = self.gradients(chosen)
+        embedding = self.missing.stage("embedding", embedding_units(job))
+        certified = config.landmarks.choose == "certified"
+        maps, most = 1, None
+        if certified and self.decided is not None:
+            maps, gradients = self.decided.maps, self.as_decided(gradients, self.decided)
+            landmarks = self.decided.rows
+        elif certified:
+            limit = max(landmarks, min(config.landmarks.count, self.counts["scored"]))
+            rounds = rounds_at_most(landmarks, limit)
+            extra = self.rounds(gradients, landmarks, limit, rounds)
+            gradients, most = replace(gradients, most=extra), (limit, rounds + 1)
+        self.add(gradients)
+        self.add(embedding)
+        self.fit(embedding, gradients, landmarks, maps, most)
+        self.scores(embedding, landmarks, maps, most, variance=certified)
+        self.selection(landmarks)
+
+    def exact(self) -> None:
+        gradients = self.gradients(None)
+        self.add(gradients)
+        numbers = float(self.counts["rows"] * (self.columns + 8))
+        scoring = Quantities(read=gradients.whole, effort=driver_seconds(1, 0.0, numbers))
+        self.add(StageWork("scores", scoring, replicas=False))
+        self.selection(0)
+
+    def rds(self) -> None:
+        units = embedding_units(self.job)
+        of_targets = [u for members in rds_target_units(self.job).values() for u in members]
+        self.add(self.missing.stage("embedding", [*of_targets, *units]))
+        embedding = self.missing.stage("embedding", units)
+        self.scores(embedding, self.columns, 1, None, variance=False)
+        self.selection(0)
+
+    def random(self) -> None:
+        self.selection(0)
+
+    def gradients(self, chosen: Chosen | None) -> StageWork:
+        """The candidates' stage; adds that of the targets' full gradients, if there is any."""
+        work = self.work.exact = plan_exact(self.job, self.missing.reduce, chosen)
+        if work.borrowed:
+            self.work.notes.append(
+                f"{work.stage}: {work.borrowed:,} rows are read from {len(work.lenders):,} shards "
+                "that were made for another choice of rows"
+            )
+        if self.job.config.gradients.projection == "exact":
+            vectors = [unit for members in work.vectors.values() for unit in members]
+            self.add(self.missing.stage("target_vectors", vectors))
+        stage = self.missing.stage(work.stage, work.units.all)
+        lent = sum(self.missing.stored.sizes(list(work.lenders)).values())
+        return replace(stage, least=replace(stage.least, read=stage.least.read + lent))
+
+    def rounds(self, stage: StageWork, first: int, limit: int, rounds: int) -> Quantities:
+        """`stage` with all rows that rounds may add, of the pool's mean length."""
+        config, extra = self.job.config, limit - first
+        pool = self.missing.reduce.pool_load()
+        load = pool.times(extra / max(1, pool.rows))
+        products = stage.name == "inner_products"
+        flops = self.missing.price(
+            stage.name, replace(load, products=extra * self.columns * products)
+        )
+        # A round's rows are cut anew in every file, and for inner products once for each target.
+        rows = config.replicas.gradient_rows_per_shard
+        chunks = min(extra, -(-extra // rows) + rounds * len(self.job.files))
+        layouts = [self.missing.layout("gradients", 0)]
+        if products:
+            per_target = self.counts["targets"].values()
+            layouts = [self.missing.layout(stage.name, target["columns"]) for target in per_target]
+        texts = self.mean_texts
+        empty = [shard_bytes.vector_shard(stage.name, x, 0, 0, 0, sparse=True) for x in layouts]
+        whole = [shard_bytes.vector_shard(stage.name, x, extra, extra, texts) for x in layouts]
+        files = [Unit("", "", file, 0, file.rows - 1) for file in self.job.files]
+        least = stage.least
+        return Quantities(
+            shards=least.shards + chunks * len(layouts),
+            bundles=least.bundles + chunks,
+            rows=(least.rows or 0) + extra,
+            tokens=(least.tokens or 0) + load.tokens,
+            flops=(least.flops or 0) + flops,
+            effort=least.effort + flops,
+            read=least.read + rounds * input_bytes(files, 1),
+            written=(least.written or 0) + sum(whole) + (chunks - 1) * sum(empty),
+            objects=least.objects + chunks * len(layouts),
+        )
+
+    def as_decided(self, stage: StageWork, decided: Decided) -> StageWork:
+        """`stage` with the rounds of an earlier run, whose shards are all there."""
+        there = self.missing.stored.sizes(list(decided.keys))
+        self.work.notes.append(
+            f"{stage.name}: the rounds are those of {decided.source}, whose rows are in the cache"
+        )
+        shards = max(stage.shards, len(there))
+        held = max(stage.held, sum(there.values()))
+        return replace(stage, shards=shards, cached=shards - stage.least.shards, held=held)
+
+    def fit(
+        self,
+        embedding: StageWork,
+        gradients: StageWork,
+        landmarks: int,
+        maps: int,
+        most: tuple[int, int] | None,
+    ) -> None:
+        """The regression: gradients, and the embeddings' shards that hold one of their rows."""
+        certified = self.job.config.landmarks.choose == "certified"
+        rows = self.job.config.replicas.rows_per_shard
+        assert self.work.chosen is not None
+        holding = {(file.url, row // rows) for file, members in self.work.chosen for row in members}
+        part = min(1.0, len(holding) / max(1, embedding.shards))
+
+        def of(exact: int, written: int, times: int) -> Quantities:
+            known = min(exact, MAX_INDUCING) if certified else exact
+            operations = cost.regression(known, self.missing.width, self.columns)
+            effort = driver_seconds(times, operations, self.round_scores if certified else 0.0)
+            read = gradients.held + written + round(part * embedding.whole)
+            return Quantities(effort=effort, read=read)
+
+        first = of(landmarks, gradients.least.written or 0, maps)
+        last = None
+        if most is not None and gradients.most is not None:
+            last = of(most[0], gradients.most.written or 0, most[1])
+        self.add(StageWork("regression", first, last, replicas=False))
+
+    def scores(
+        self,
+        embedding: StageWork,
+        centres: int,
+        maps: int,
+        most: tuple[int, int] | None,
+        *,
+        variance: bool,
+    ) -> None:
+        """The map from embeddings to scores: once, or once in every round."""
+        units = embedding_units(self.job)
+        rows = [unit.count for unit in units]
+        shards = sum(shard_bytes.score_shard(self.columns, each) for each in rows)
+
+        def of(exact: int, times: int) -> Quantities:
+            known = min(exact, MAX_INDUCING) if variance else exact
+            effort = cost.scores(
+                sum(rows), self.missing.width, known, self.columns, variance=variance
+            )
+            numbers = known * (self.missing.width + self.columns + (known if variance else 0))
+            predictor = 8 * numbers + _PREDICTOR_BYTES
+            return Quantities(
+                shards=times * len(units),
+                bundles=times * len(units),
+                rows=times * sum(rows),
+                effort=times * effort,
+                read=times * (embedding.whole + self.missing.replicas * predictor),
+                written=times * (shards + predictor),
+                objects=times * (len(units) + 1),
+            )
+
+        last = None if most is None else of(most[0], most[1])
+        self.add(StageWork("scores", of(centres, maps), last, shards=maps * len(units)))
+
+    def selection(self, landmarks: int) -> None:
+        """Choosing the rows, and the files of the results."""
+        written, objects = of_results(self.job, self.counts, landmarks, self.mean_texts)
+        scored = self.work.stages.get("scores")
+        read = WALKS * (scored.least.written or 0) if scored is not None else 0
+        read += sum(map(file_bytes, self.job.files))
+        effort = driver_seconds(1, 0.0, self.counts["rows"] * (self.columns + 8))
+        quantities = Quantities(effort=effort, read=read, written=written, objects=objects)
+        self.add(StageWork("selection", quantities, replicas=False))
+
+    @property
+    def job(self) -> Job:
+        return self.missing.job
+
+    def add(self, stage: StageWork) -> None:
+        self.work.stages[stage.name] = stage
+
+    @property
+    def mean_texts(self) -> float:
+        """Bytes of a row's texts."""
+        texts = self.missing.texts
+        return sum(texts.values()) / max(1, len(texts))
+
+    @cached_property
+    def columns(self) -> int:
+        """Score columns of all targets."""
+        return sum(target["columns"] for target in self.counts["targets"].values())
+
+    @property
+    def round_scores(self) -> float:
+        """Scores that the driver looks at in a round: the pool's, and in every draw of the unknown
+        ones those that may be selected (several times as many as will be)."""
+        rows = self.counts["rows"]
+        plausible = min(rows, 5 * selected_rows(self.job.config.selection.budget, self.counts))
+        return float((WALKS * rows + DRAWS * plausible) * (self.columns + 8))

@@ -11,6 +11,7 @@ from torch import Tensor
 from influence import cost, history, stages
 from influence.batching import Batch, make_batches
 from influence.config import Config
+from influence.errors import InputError
 from influence.fingerprints import stage_fingerprints
 from influence.model_shape import model_shape
 from influence.numerics import spread_rows
@@ -33,9 +34,12 @@ def measure_speeds(config: Config, count: int) -> Measured:
     the shortest of them first, so that what is done once is not timed.
 
     Raises:
-        InputError: no row can be scored, or `replicas.num_gpus` above 0 and no CUDA device here.
+        InputError: a method without a model, no row that can be scored, or `replicas.num_gpus`
+            above 0 and no CUDA device here.
         ModelLoadError: the model cannot be loaded.
     """
+    if config.method == "random":
+        raise InputError("--measure: method random runs no model; there is nothing to measure")
     rows, begun = spread_rows(config, count), time.monotonic()
     device = choose_device(config.model.device, config.replicas.num_gpus)
     if device == "cpu":

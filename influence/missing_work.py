@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from influence import cost, shard_bytes
+from influence.exact_work import Chosen
 from influence.fingerprints import embedding_values
 from influence.input_bytes import input_bytes
 from influence.job import Job
@@ -67,6 +68,12 @@ class MissingWork:
     def price(self, stage: str, load: Load) -> float:
         """Operations of a load."""
         return cost.STAGES[stage](self.job.config, self.shape, load)
+
+    def rest_load(self, chosen: Chosen) -> Load:
+        """Of the candidates that can be scored and are not among the chosen ones."""
+        units = [Unit("", "", file, rows[0], rows[-1], tuple(rows)) for file, rows in chosen]
+        taken = sum((each.load for each in self.reduce.loads_of(units)), Load())
+        return self.reduce.pool_load() + taken.times(-1)
 
     def bundle_bytes(self, bundle: Bundle, load: UnitLoad) -> int:
         """What a bundle's shards will have."""

@@ -17,7 +17,7 @@ from influence.hub import resolve_revision
 from influence.local import local_execute
 from influence.model_shape import ModelShape
 from influence.pipeline import NEED_GRADIENTS, catalogue, prepare
-from influence.plan_notes import notes_of
+from influence.plan_notes import notes_of, unlike_replicas
 from influence.plan_schemas import Bill, Measured, PlanDocument
 from influence.planned_work import Work, catalogue_work, plan_work
 from influence.progress import Progress
@@ -61,28 +61,29 @@ class Plan:
         )
 
 
-def make_plan(config: Config, measured: Sequence[Measured] = ()) -> Plan:
+def make_plan(config: Config, asked: Sequence[Measured] = ()) -> Plan:
     """Scan and tokenise (committing catalogue shards), then count every stage's work.
 
-    `measured` speeds come before those that runs left in the cache.
+    Speeds that are `asked` for come before those that runs left in the cache.
     """
     config = resolve_revision(config)
     job = prepare(config, Progress(), RunLog.unsaved(config.run, config.method))
     job.execute = local_execute(config, job.watch)
     reducer = Reducer(config)
     counts = reducer.load_catalogue(*catalogue(job))
-    runs = [*measured, *history.recall(config.cache_url)]
+    runs = history.recall(config.cache_url)
     shape, replicas = shape_of(job), replicas_of(job)
     rounds = history.decided(job, runs)
     work = plan_work(job, reducer, counts, shape, replicas, rounds)
     work.stages = {"catalogue": catalogue_work(job, replicas), **work.stages}
-    speeds = Speeds(config, shape, job.fingerprints, runs)
+    speeds = Speeds(config, shape, job.fingerprints, runs, asked)
     bill = planned_bill(work.stages.values(), config, speeds, replicas)
     plan = Plan(config, counts, work, bill, shape, _selected(config, counts))
     if shape is not None and config.method in NEED_GRADIENTS:
         plan.memory = _memory(config, shape, counts)
         plan.notes += _refusals(config, shape, work)
-    plan.notes += notes_of(job, work, runs)
+    plan.notes += notes_of(job, work, [*runs, *asked])
+    plan.notes += [unlike for each in asked if (unlike := unlike_replicas(config, each))]
     return plan
 
 

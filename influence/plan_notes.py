@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from influence.config import Config
 from influence.job import Job
 from influence.plan_schemas import Measured
 from influence.planned_work import Work
+from influence.speeds import kind_of
 
 # Of values that a fingerprint covers: what says nothing to a reader, or is told otherwise.
 _UNSAID = ("format_version", "target_vectors")
@@ -24,9 +26,20 @@ def notes_of(job: Job, work: Work, history: Sequence[Measured]) -> list[str]:
         notes.append(
             f"certified: from {first:,} landmarks, rounds go on until the recall is "
             f"{landmarks.recall:g}, to landmarks.count = {landmarks.count:,} at most; the lines "
-            "'at most' take rows of the pool's mean length"
+            "'at most' take further rows of mean length"
         )
     return notes
+
+
+def unlike_replicas(config: Config, measured: Measured) -> str:
+    """Why speeds that were asked for say nothing of this config; nothing if they do."""
+    mine, theirs = kind_of(config).model_dump(), measured.replica.model_dump()
+    differing = [
+        f"{name} {theirs[name]}, here {mine[name]}" for name in mine if mine[name] != theirs[name]
+    ]
+    if not differing:
+        return ""
+    return f"speeds of {measured.source} are not used: other replicas ({'; '.join(differing)})"
 
 
 def _anew(job: Job, work: Work, history: Sequence[Measured]) -> list[str]:

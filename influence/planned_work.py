@@ -119,9 +119,10 @@ class _Planner:
         gradients = self.gradients(chosen)
         embedding = self.missing.stage("embedding", embedding_units(job))
         certified = config.landmarks.choose == "certified"
-        maps, most = 1, None
+        maps, most, centres = 1, None, landmarks
         if certified and self.decided is not None:
             maps, gradients = self.decided.maps, self.as_decided(gradients, self.decided)
+            centres = (landmarks + self.decided.rows) // 2  # of all rounds, in the mean
             landmarks = self.decided.rows
         elif certified:
             limit = max(landmarks, min(config.landmarks.count, self.counts["scored"]))
@@ -131,7 +132,7 @@ class _Planner:
         self.add(gradients)
         self.add(embedding)
         self.fit(embedding, gradients, landmarks, maps, most)
-        self.scores(embedding, landmarks, maps, most, variance=certified)
+        self.scores(embedding, centres, maps, most, variance=certified)
         self.selection(landmarks)
 
     def exact(self) -> None:
@@ -169,10 +170,10 @@ class _Planner:
         return replace(stage, least=replace(stage.least, read=stage.least.read + lent))
 
     def rounds(self, stage: StageWork, first: int, limit: int, rounds: int) -> Quantities:
-        """`stage` with all rows that rounds may add, of the pool's mean length."""
+        """`stage` with all rows that rounds may add, of the other candidates' mean length."""
         config, extra = self.job.config, limit - first
-        pool = self.missing.reduce.pool_load()
-        load = pool.times(extra / max(1, pool.rows))
+        rest = self.missing.rest_load(self.work.chosen or ())
+        load = rest.times(extra / max(1, rest.rows))
         products = stage.name == "inner_products"
         flops = self.missing.price(
             stage.name, replace(load, products=extra * self.columns * products)
@@ -251,7 +252,6 @@ class _Planner:
         """The map from embeddings to scores: once, or once in every round."""
         units = embedding_units(self.job)
         rows = [unit.count for unit in units]
-        shards = sum(shard_bytes.score_shard(self.columns, each) for each in rows)
 
         def of(exact: int, times: int) -> Quantities:
             known = min(exact, MAX_INDUCING) if variance else exact
@@ -266,7 +266,7 @@ class _Planner:
                 rows=times * sum(rows),
                 effort=times * effort,
                 read=times * (embedding.whole + self.missing.replicas * predictor),
-                written=times * (shards + predictor),
+                written=times * (self.score_bytes + predictor),
                 objects=times * (len(units) + 1),
             )
 
@@ -276,9 +276,8 @@ class _Planner:
     def selection(self, landmarks: int) -> None:
         """Choosing the rows, and the files of the results."""
         written, objects = of_results(self.job, self.counts, landmarks, self.mean_texts)
-        scored = self.work.stages.get("scores")
-        read = WALKS * (scored.least.written or 0) if scored is not None else 0
-        read += sum(map(file_bytes, self.job.files))
+        mapped = self.job.config.method in ("influence_distillation", "rds")
+        read = sum(map(file_bytes, self.job.files)) + (WALKS * self.score_bytes if mapped else 0)
         effort = driver_seconds(1, 0.0, self.counts["rows"] * (self.columns + 8))
         quantities = Quantities(effort=effort, read=read, written=written, objects=objects)
         self.add(StageWork("selection", quantities, replicas=False))
@@ -300,6 +299,12 @@ class _Planner:
     def columns(self) -> int:
         """Score columns of all targets."""
         return sum(target["columns"] for target in self.counts["targets"].values())
+
+    @cached_property
+    def score_bytes(self) -> int:
+        """What the shards of one map to scores take."""
+        rows = [unit.count for unit in embedding_units(self.job)]
+        return sum(shard_bytes.score_shard(self.columns, each) for each in rows)
 
     @property
     def round_scores(self) -> float:

@@ -12,7 +12,7 @@ from influence.job import Job
 from influence.outputs import ROWS_PER_PART, SAMPLE_CHARACTERS, SAMPLE_ROWS, VALUES_PER_PART
 
 #: How often choosing and writing walk over the scores of a pool.
-WALKS = 6
+WALKS = 9
 # Compressed lengths, flags, labels and a share of the ids; and what a part or a document takes.
 _LABELS, _TEXT_SHARE, _PER_COLUMN, _DOCUMENTS = 12, 0.6, 130, 8_000
 _NAMES = ("selection.jsonl", "fidelity.json", "landmarks.parquet", "samples.json")

@@ -72,6 +72,7 @@ class Speeds:
         shape: its model's; None for a method without one.
         fingerprints: of its stages.
         history: what earlier runs measured, the newest first.
+        asked: measurements that come before those, whatever they are of.
     """
 
     def __init__(
@@ -80,11 +81,13 @@ class Speeds:
         shape: ModelShape | None,
         fingerprints: Mapping[str, Fingerprint],
         history: Sequence[Measured] = (),
+        asked: Sequence[Measured] = (),
     ) -> None:
         self._config, self._shape = config, shape
         self._model = fingerprints["embedding"].values if "embedding" in fingerprints else {}
         kind = kind_of(config)
-        self._history = [each for each in history if each.replica == kind]
+        # Speeds of other replicas (more threads, another dtype) say nothing of these.
+        self._groups = [[e for e in group if e.replica == kind] for group in (asked, history)]
 
     def of(self, work: StageWork) -> Speed:
         """Of a stage."""
@@ -105,7 +108,7 @@ class Speeds:
 
     def set_up(self) -> tuple[float, str]:
         """Seconds until a replica can begin, and where they are from."""
-        for run in self._history:
+        for run in (run for group in self._groups for run in group):
             same = any(self._same_model(stage) for stage in run.stages.values())
             if run.set_up_seconds is not None and same:
                 return run.set_up_seconds, f"measured in {run.source}"
@@ -116,7 +119,11 @@ class Speeds:
     def _measured(self, work: StageWork) -> tuple[Measured, MeasuredStage] | None:
         """The nearest measurement: of the same settings, else of the same model, else of another;
         of these the newest that took long enough, else the longest."""
-        found = [(run, run.stages[work.name]) for run in self._history if work.name in run.stages]
+        groups = [
+            [(run, run.stages[work.name]) for run in group if work.name in run.stages]
+            for group in self._groups
+        ]
+        found = groups[0] or groups[1]
         if not found:
             return None
         mine = work.fingerprint.hex if work.fingerprint is not None else ""

@@ -133,6 +133,12 @@ def test_the_nearest_measurement_counts() -> None:
         assert "measured in a" in speed.source, why
 
 
+def test_a_measurement_that_was_asked_for_comes_first() -> None:
+    asked = _measured("a", 1.0, seconds=2.0, values={**MODEL, "model": "m2"}, hex_="b" * 32)
+    speeds = Speeds(_config(), None, {"embedding": PRINT}, [_measured("b", 2.0)], [asked])
+    assert speeds.of(_work(1, 1e13)).per_second == pytest.approx(1.0)
+
+
 def test_an_assumed_speed_is_named() -> None:
     config, work = _config(), _work(1, 1e13)
     assumed = _speeds(config).of(work)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from influence import storage
 from influence.cache_use import Place, Use
+from influence.history import FOLDER
 from influence.schemas import CachedFingerprint, CacheListing, OtherObjects, layout_of
 
 #: The stages whose fingerprints this version can compute. What is kept under any other name (of a
@@ -45,7 +46,8 @@ class Contents:
 
     Attributes:
         shards: objects with a shard's name, empty ones among them.
-        foreign: name (below the URL) and size of every other object.
+        foreign: name (below the URL) and size of every other object, but for what runs leave of
+            their speeds (`influence.history`).
     """
 
     url: str
@@ -81,6 +83,8 @@ def scan_cache(url: str) -> Contents:
     for info in storage.list_objects(url):
         name = info.url.removeprefix(root)
         match = _KEY.fullmatch(name)
+        if match is None and name.startswith(f"{FOLDER}/"):
+            continue
         if match is None:
             contents.foreign.append((name, info.size))
             continue

@@ -84,12 +84,6 @@ class Catalogue:
         start = self._starts[file.url]
         return start + np.asarray(rows, dtype=np.int64)
 
-    def tokens_of(self, file: SourceFile, rows: Sequence[int]) -> int:
-        """Tokens of those rows of a file that a model would see, duplicates too."""
-        where = self.positions(file, rows)
-        seen = np.asarray([text in (None, REASON_DUPLICATE) for text in self.reason.values])
-        return int(self.n_tokens[where][seen[self.reason.codes[where]]].sum())
-
     def by_file(
         self, positions: Sequence[int] | Int[np.ndarray, "p"]
     ) -> list[tuple[SourceFile, list[int]]]:

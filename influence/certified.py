@@ -74,6 +74,17 @@ def audit_rows(n: int, audit: int | None) -> int:
     return audit if audit is not None else max(256, ceil(n / 100))
 
 
+def rounds_at_most(initial: int, count: int) -> int:
+    """About how many rounds it takes after the first landmarks until `count` rows are exact, if
+    each is as small as rounds for recall are; with some for what would be selected on an estimate,
+    and the audit."""
+    exact, rounds = initial, 0
+    while exact < count:
+        exact += max(_SMALLEST_ROUND, ceil(_GROWTH * exact))
+        rounds += 1
+    return min(rounds + 4, count - initial)
+
+
 def _inducing(known: int, uniform: int) -> Int[np.ndarray, " r"]:
     """Which of the exact rows, uniform ones first, span the features: all, or MAX_INDUCING."""
     if known <= MAX_INDUCING:

@@ -65,17 +65,41 @@ def plan(
             "(float64 for a float32 run), and say how similar gradients and embeddings are.",
         ),
     ] = 0,
+    json_: Annotated[
+        str | None,
+        typer.Option("--json", metavar="FILE", help="Also write it as JSON; - for stdout alone."),
+    ] = None,
+    measure: Annotated[
+        int,
+        typer.Option(
+            "--measure",
+            metavar="ROWS",
+            min=0,
+            help="First run the model on so many rows here and take the speeds from that.",
+        ),
+    ] = 0,
+    like: Annotated[
+        str | None,
+        typer.Option("--like", metavar="RUN", help="Take the speeds from this run."),
+    ] = None,
 ) -> None:
-    """Say what a run would cost: counts, tokens, cached shards, FLOPs, bytes, time. No model runs.
+    """Say what a run would cost: counts, tokens, cached shards, FLOPs, bytes, time, money.
 
     Tokenises the pool and the targets (that much is committed to the cache), loads no weights
-    unless `--numerics` asks for it.
+    unless `--measure` or `--numerics` asks for it. Times are estimated from what earlier runs on
+    the same cache measured, else from defaults that are named.
     """
-    from influence.plan import make_plan, print_plan
+    from influence.plan import make_plan
+    from influence.plan_commands import known_speeds, write_json
+    from influence.plan_tables import print_plan
 
     console = Console()
     settings = load_config(config, set_ or ())
-    print_plan(make_plan(settings), console)
+    made = make_plan(settings, known_speeds(settings, measure, like))
+    if json_ is not None:
+        write_json(made, json_)
+    if json_ != "-":
+        print_plan(made, console)
     if numerics:
         from influence.numerics import compare_precisions, numerics_table
 

@@ -312,9 +312,11 @@ class EvaluationConfig(Section):
 
 
 class PricesConfig(Section):
-    """What a node costs, for `influence plan`."""
+    """What a node costs, for the bill of `influence plan` and of a run."""
 
-    node_hour: PositiveFloat | None = None
+    node_hour: PositiveFloat | None = Field(None, description="price of one node for an hour")
+    replicas_per_node: PositiveInt = Field(1, description="replicas that share a node")
+    currency: str = Field("USD", min_length=1, max_length=8)
 
 
 class ReplicasConfig(Section):
@@ -373,7 +375,7 @@ class Config(Section):
     selection: SelectionConfig = SelectionConfig()  # pyright: ignore[reportCallIssue]
     finetune: FinetuneConfig = FinetuneConfig()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationConfig = EvaluationConfig()
-    prices: PricesConfig = PricesConfig()
+    prices: PricesConfig = PricesConfig()  # pyright: ignore[reportCallIssue]
     replicas: ReplicasConfig = ReplicasConfig()  # pyright: ignore[reportCallIssue]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 

@@ -39,7 +39,6 @@ UNUSED = (
     "weights.eta",
     "reference.finetune",
     "evaluation",
-    "prices",
 )
 
 

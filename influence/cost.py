@@ -1,44 +1,38 @@
-"""What a stage costs: floating-point operations and bytes, from counts alone.
+"""What a stage costs: floating-point operations, and the memory of a replica, from counts alone.
 
 A multiplication and an addition are two operations; a token passes a weight once in the forward
 pass (2 operations), once in the backward pass of the activations, and once where per-sample
-gradients or inner products are formed. Attention's own products are left out: below a few thousand
-tokens they are small beside the linear layers.
+gradients or inner products are formed. Attention's products of a row's tokens with each other count
+in full: a causal mask is not taken off, as not every kernel saves what it hides. Norms, activation
+functions, the optimiser-free rest and padding are left out.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 
 from influence.config import Config
 from influence.errors import InputError
+from influence.fingerprints import embedding_values
 from influence.gradients.contractions import TRANSIENT_BYTES
+from influence.load import Load
 from influence.model_shape import ModelShape
-
-
-@dataclass(frozen=True)
-class Load:
-    """Rows of a stage: their number, tokens, and response tokens."""
-
-    rows: int
-    tokens: int
-    response_tokens: int
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """Operations of a stage and the bytes of vectors that it commits."""
-
-    flops: float
-    bytes: int
+from influence.token_products import AT_ONCE
 
 
 def forward(shape: ModelShape, load: Load, blocks: int | None = None) -> float:
     """A forward pass through some blocks, without the output head."""
     part = 1.0 if blocks is None else min(blocks, shape.blocks) / shape.blocks
-    return 2.0 * shape.block_weights * load.tokens * part
+    return part * (2.0 * shape.block_weights * load.tokens + _attention(shape, load))
+
+
+def _attention(shape: ModelShape, load: Load) -> float:
+    """Queries with keys, and their weights with values, in all blocks."""
+    return 4.0 * shape.attention * load.squares
 
 
 def head(shape: ModelShape, load: Load) -> float:
@@ -46,15 +40,27 @@ def head(shape: ModelShape, load: Load) -> float:
     return 4.0 * shape.head_weights * load.response_tokens
 
 
-def embedding(
-    shape: ModelShape, load: Load, kind: str, blocks: int, tangents: int, dim: int
-) -> StageCost:
-    """jvp: one primal pass and one tangent pass for each tangent; hidden: one; rds: all blocks."""
+def embedding(shape: ModelShape, load: Load, kind: str, blocks: int, tangents: int) -> float:
+    """jvp: a pass of the values and one for each tangent; hidden: one; rds: one, of all blocks.
+
+    Of the last of some blocks the feed-forward part sees a row's last token alone. A tangent's
+    attention is twice the values': queries and keys, and weights and values, move both.
+    """
     if kind == "rds":
-        return StageCost(forward(shape, load), 2 * load.rows * min(dim, shape.hidden))
-    passes = 1 + tangents if kind == "jvp" else 1
-    width = shape.hidden * (tangents if kind == "jvp" else 1)
-    return StageCost(forward(shape, load, blocks) * passes, 2 * load.rows * min(dim, width))
+        return forward(shape, load)
+    part = min(blocks, shape.blocks) / shape.blocks
+    spared = 2.0 * shape.feed_forward / shape.blocks * (load.tokens - load.rows)
+    if kind == "hidden":
+        return forward(shape, load, blocks) - spared
+    linear = 2.0 * shape.block_weights * load.tokens * part - spared
+    return (1 + tangents) * linear + (1 + 2 * tangents) * _attention(shape, load) * part
+
+
+def passes(shape: ModelShape, load: Load) -> float:
+    """Forward, and backward as far as attributed layers lie; no gradient is formed."""
+    linear = 2.0 * shape.block_weights * load.tokens
+    backward = shape.backward * (linear + 2 * _attention(shape, load))
+    return forward(shape, load) + backward + head(shape, load)
 
 
 def forming(shape: ModelShape, load: Load) -> float:
@@ -71,10 +77,10 @@ def gradients(
     dim: int,
     *,
     exact_norms: bool = True,
-) -> StageCost:
+) -> float:
     """Forward, backward of activations, gradients (at most, for exact norms), projection."""
     if projection == "kronecker":
-        projecting = 2.0 * side * shape.sides * load.tokens
+        projecting = 2.0 * side * (shape.sides + side * shape.layers) * load.tokens
     elif projection == "countsketch":
         # A transform of dim numbers for either side of every layer and token.
         projecting = 10.0 * dim * math.log2(dim) * shape.layers * load.tokens
@@ -84,28 +90,68 @@ def gradients(
         projecting = 4.0 * 32 * bits / 5 * shape.attributed * load.rows
     elif projection == "rademacher":
         projecting = 2.0 * dim * shape.attributed * load.rows
-    elif projection == "layerwise":
-        projecting, dim = 0.0, sum(min(size, dim) for size in shape.sizes.values())
     else:
-        projecting, dim = 0.0, shape.attributed
+        projecting = 0.0  # layerwise: little beside forming the layers
     formed = 0.0
     if exact_norms or projection not in ("kronecker", "countsketch"):
         formed = forming(shape, load)
-    flops = 2 * forward(shape, load) + head(shape, load) + formed + projecting
-    return StageCost(flops, 4 * load.rows * dim)
+    return passes(shape, load) + formed + projecting
 
 
-def inner_products(shape: ModelShape, load: Load, columns: int) -> StageCost:
+def inner_products(shape: ModelShape, load: Load) -> float:
     """Forward, backward of activations, and per-sample gradients formed layer by layer."""
-    formed = forming(shape, load) + 2.0 * shape.attributed * columns * load.rows
-    flops = 2 * forward(shape, load) + head(shape, load) + formed
-    return StageCost(flops, 4 * load.rows * columns)
+    products = 2.0 * shape.attributed * load.products
+    return passes(shape, load) + forming(shape, load) + products
 
 
-def target_vectors(shape: ModelShape, load: Load, columns: int) -> StageCost:
+def target_vectors(shape: ModelShape, load: Load) -> float:
     """Two passes: exact norms first, then the sum of unit gradients."""
-    once = inner_products(shape, load, 0).flops
-    return StageCost(2 * once, 4 * columns * shape.attributed)
+    return 2 * (passes(shape, load) + forming(shape, load))
+
+
+def token_scores(shape: ModelShape, load: Load) -> float:
+    """Derivatives of all tokens' losses along every column: tangents, and some share a pass."""
+    columns = load.products / max(1, load.rows)
+    values = forward(shape, load) + head(shape, load) / 2
+    moved = values + _attention(shape, load) + forming(shape, load)
+    return ceil(columns / AT_ONCE) * values + columns * moved
+
+
+def _embedding(config: Config, shape: ModelShape, load: Load) -> float:
+    settings, kind = config.embedding, embedding_values(config)["embedding"]
+    return embedding(shape, load, kind, settings.blocks, settings.tangents)
+
+
+def _gradients(config: Config, shape: ModelShape, load: Load) -> float:
+    settings = config.gradients
+    exact, sizes = settings.norms == "exact", (settings.side, settings.dim)
+    return gradients(shape, load, settings.projection, *sizes, exact_norms=exact)
+
+
+#: Operations of a load, by the stage in which models compute it.
+STAGES: dict[str, Callable[[Config, ModelShape, Load], float]] = {
+    "embedding": _embedding,
+    "gradients": _gradients,
+    "target_vectors": lambda _config, shape, load: target_vectors(shape, load),
+    "inner_products": lambda _config, shape, load: inner_products(shape, load),
+    "token_scores": lambda _config, shape, load: token_scores(shape, load),
+}
+
+
+def scores(rows: int, width: int, centres: int, columns: int, *, variance: bool) -> float:
+    """One map from embeddings of `width` numbers: kernel, scores, and with `variance` theirs."""
+    spread = centres if variance else 0
+    return 2.0 * rows * centres * (width + 2 + columns + spread)
+
+
+def curvature(rows: int, width: int, columns: int) -> float:
+    """DataInf's sums: products of gradients with the targets', and of those with the gradients."""
+    return 4.0 * rows * width * columns
+
+
+def regression(landmarks: int, width: int, columns: int) -> float:
+    """Kernel, its factorisation, and the inverse that leaving one out takes."""
+    return 2.0 * landmarks**2 * (width + 3 * columns) + 4.0 / 3 * landmarks**3
 
 
 # What the full gradients of a run's targets may take of a card; the model needs the rest.

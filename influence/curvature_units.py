@@ -90,9 +90,14 @@ def curvature_units(
     return units
 
 
+def group_count(count: int, bytes_each: int) -> int:
+    """Groups of so many gradient shards."""
+    return max(1, min(count, MOST_GROUPS, GROUPS_BYTES // bytes_each))
+
+
 def _groups(count: int, bytes_each: int) -> list[np.ndarray]:
-    most = max(1, min(count, MOST_GROUPS, GROUPS_BYTES // bytes_each))
-    return [places for places in np.array_split(np.arange(count), most) if len(places)]
+    parts = np.array_split(np.arange(count), group_count(count, bytes_each))
+    return [places for places in parts if len(places)]
 
 
 def _write_members(url: str, keys: Sequence[str], masks: Sequence[str]) -> str:

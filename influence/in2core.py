@@ -32,12 +32,12 @@ def in2core(job: Job, reduce: Any) -> None:
     run_units(job, units.all)
     with timed(job, STAGE):
         sums = reduce.begin_influence(units)
-    map_units(job, sums)
+    map_units(job, sums, sorted({need for unit in sums for need in unit.needs}))
     with timed(job, STAGE, quiet=True):
         predictor = reduce.fit_influence(sums)
     if job.config.gradients.reduction == "token_max":
         scores = token_units(units.sketches, predictor)
-        map_units(job, scores)
+        map_units(job, scores, [predictor])
     else:
         scores = map_scores(job, units.sketches, predictor)
     with timed(job, "scores", quiet=True):
@@ -46,7 +46,8 @@ def in2core(job: Job, reduce: Any) -> None:
 
 def choose_layers(job: Job, reduce: Any) -> None:
     """Gradients of all layers of a pilot, and by them the layers that are kept of every row."""
-    pilot = exact_units(job, reduce, reduce.choose_pilot())
+    chosen = job.chosen if job.chosen is not None else reduce.choose_pilot()
+    pilot = exact_units(job, reduce, chosen)
     run_units(job, pilot.all)
     with timed(job, "layers"):
         choice = reduce.choose_layers(pilot)

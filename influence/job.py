@@ -43,6 +43,8 @@ class Job:
     `shape` is there for methods that need gradients; `held_rows` are the rows of shards by key.
     `tokens` says how many tokens units have, once the catalogue is known. `layers_key` names the
     object that says which layers gradients are taken of, where the config alone does not.
+    `replicas` work at once at most, where that does not follow from the config; `chosen` are the
+    first landmarks, or the pilot on which layers are chosen.
     """
 
     config: Config
@@ -58,6 +60,8 @@ class Job:
     shape: ModelShape | None = None
     layers_key: str | None = None
     held_rows: dict[str, list[int]] = field(default_factory=dict)
+    replicas: int | None = None
+    chosen: Sequence[tuple[SourceFile, Sequence[int]]] | None = None
 
 
 def run_units(job: Job, units: Sequence[Unit]) -> None:
@@ -69,7 +73,7 @@ def run_units(job: Job, units: Sequence[Unit]) -> None:
     by_stage: dict[str, list[Unit]] = {}
     for unit in units:
         by_stage.setdefault(unit.stage, []).append(unit)
-    start = time.monotonic()
+    start, up = time.monotonic(), job.watch.up_seconds
     job.log.doing(", ".join(by_stage))
     with job.progress.checking(len(units)):
         present = job.cache.present([unit.key for unit in units])
@@ -96,10 +100,11 @@ def run_units(job: Job, units: Sequence[Unit]) -> None:
         with job.progress.working(counts, len(whole), _planned_tokens(job, bundles)):
             job.execute(bundles, job.watch.done, job.watch.failed)
     spent = {stage: records[stage].replica_seconds - before[stage] for stage in by_stage}
-    wall, total = time.monotonic() - start, sum(spent.values())
+    wall, up, total = time.monotonic() - start, job.watch.up_seconds - up, sum(spent.values())
     for stage, seconds in spent.items():
         # Stages share the replicas: each gets its part of the wall time by the time it held them.
-        job.log.took(stage, wall * (seconds / total if total else 1 / len(spent)))
+        part = seconds / total if total else 1 / len(spent)
+        job.log.took(stage, wall * part, up * part)
     raise_failures(job)
 
 
@@ -114,13 +119,13 @@ def raise_failures(job: Job) -> None:
 @contextmanager
 def timed(job: Job, stage: str, *, quiet: bool = False) -> Iterator[None]:
     """Add the block's wall time to a stage of the manifest."""
-    start = time.monotonic()
+    start, up = time.monotonic(), job.watch.up_seconds
     if not quiet:
         job.progress.note(f"{stage} ...")
     job.log.doing(stage)
     job.log.save()
     yield
-    job.log.took(stage, time.monotonic() - start)
+    job.log.took(stage, time.monotonic() - start, job.watch.up_seconds - up)
 
 
 def _planned_tokens(job: Job, bundles: Sequence[Bundle]) -> dict[str, dict[str, int]]:

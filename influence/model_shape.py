@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from influence.blocks import find_decoder
 from influence.config import Config
 from influence.errors import ModelLoadError
-from influence.gradients import attributed_layers, coverage
+from influence.gradients import Layer, attributed_layers, coverage
 from influence.replica import adapter_arguments, load_description
 
 
@@ -34,6 +35,10 @@ class ModelShape:
         vocabulary: number of logits of a token.
         blocks: number of decoder blocks.
         hidden: width of the residual stream.
+        feed_forward: those of `block_weights` that are in the blocks' child `mlp`.
+        attention: width of all heads together, summed over the blocks.
+        backward: the part of the blocks that a backward pass goes through: from the first one with
+            an attributed parameter on, or all where one lies before them.
         sizes: parameters of every attributed layer, by its name.
         coverage: one row per group of parameters; shares sum to 1.
     """
@@ -50,6 +55,9 @@ class ModelShape:
     vocabulary: int
     blocks: int
     hidden: int
+    feed_forward: int
+    attention: int
+    backward: float
     sizes: dict[str, int]
     coverage: list[dict[str, Any]]
 
@@ -100,9 +108,7 @@ def model_shape(config: Config) -> ModelShape:
     heads = set() if head is None else {id(p) for p in head.parameters()}
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
-        block_weights=sum(
-            int(p.numel() * share(p)) for p in decoder.blocks.parameters() if p.dim() >= 2
-        ),
+        block_weights=_matrix_weights(decoder.blocks, share),
         head_weights=0 if head is None else sum(p.numel() for p in head.parameters()),
         attributed=sum(layer.out_features * layer.in_features for layer in layers),
         formed=sum(int(layer.size * share(layer.parameter)) for layer in met),
@@ -119,9 +125,36 @@ def model_shape(config: Config) -> ModelShape:
         vocabulary=described.get_text_config().vocab_size,
         blocks=len(decoder.blocks),
         hidden=described.get_text_config().hidden_size,
+        feed_forward=sum(_matrix_weights(getattr(b, "mlp", None), share) for b in decoder.blocks),
+        attention=len(decoder.blocks) * _heads_width(described.get_text_config()),
+        backward=_backward_part(model, decoder.blocks, layers),
         sizes={layer.name: layer.size for layer in layers},
         coverage=[asdict(row) for row in coverage(model, layers)],
     )
+
+
+def _matrix_weights(module: Any, share: Callable[[torch.Tensor], float]) -> int:
+    """Matrix parameters that a token meets in a module; 0 for none."""
+    parameters = () if module is None else module.parameters()
+    return sum(int(p.numel() * share(p)) for p in parameters if p.dim() >= 2)
+
+
+def _heads_width(described: Any) -> int:
+    """Numbers that the queries of all heads of a block have together."""
+    heads = getattr(described, "num_attention_heads", None)
+    each = getattr(described, "head_dim", None)
+    if isinstance(heads, int) and isinstance(each, int):
+        return heads * each
+    return described.hidden_size
+
+
+def _backward_part(model: nn.Module, blocks: Any, layers: Sequence[Layer]) -> float:
+    """See `ModelShape.backward`."""
+    where = {id(p): index for index, block in enumerate(blocks) for p in block.parameters()}
+    before = {id(m.weight): 0 for m in model.modules() if isinstance(m, nn.Embedding)}
+    places = {**before, **where}
+    found = [places[id(each.parameter)] for each in layers if id(each.parameter) in places]
+    return (len(blocks) - min(found, default=len(blocks))) / len(blocks)
 
 
 def _expert_share(described: Any) -> Callable[[torch.Tensor], float]:

@@ -60,7 +60,7 @@ def compare_precisions(config: Config, count: int) -> Numerics:
     config = with_reference(config)
     dtype = resolve_dtype(config.model.dtype, config.replicas.num_gpus, config.model.device)
     reference = "float64" if dtype in ("float32", "float64") else "float32"
-    rows = _spread_rows(config, count)
+    rows = spread_rows(config, count)
     embeds = config.method in ("influence_distillation", "rds")
     ours, theirs = (_vectors(config, each, rows, embeds) for each in (dtype, reference))
     found = []
@@ -82,7 +82,12 @@ def compare_precisions(config: Config, count: int) -> Numerics:
     return Numerics(dtype, reference, found)
 
 
-def _spread_rows(config: Config, count: int) -> list[Encoded]:
+def spread_rows(config: Config, count: int) -> list[Encoded]:
+    """So many of the first candidates that can be scored, at even steps of their length.
+
+    Raises:
+        InputError: none of them can be.
+    """
     encode = make_encoder(load_tokenizer(config.model), config.data.max_length)
     file = scan_files(config.data.candidates, config.data.limit)[0]
     encoded = encode(read_examples(file, 0, min(SCANNED_ROWS, file.rows) - 1))

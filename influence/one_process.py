@@ -32,6 +32,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
         claim_run(config, replace=replace)
         log = RunLog(config.run, config.method, progress.note, lease)
         job = prepare(config, progress, log)
+        job.replicas = 1
         summary = select(job, local_execute(config, job.watch), Reducer(config))
         lease.check()
         summary["report"] = build_report(config.run)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from influence import storage
+from influence.bill_record import begin_bill, end_bill, replicas_of
 from influence.cache import Cache
 from influence.candidates import SourceFile, scan_files
 from influence.config import Config
@@ -20,14 +21,16 @@ from influence.exact_work import exact_units, further_units
 from influence.fingerprints import stage_fingerprints
 from influence.in2core import in2core
 from influence.job import Execute, Job, run_units, timed
+from influence.missing_work import catalogue_work
 from influence.model_shape import model_shape
+from influence.pool_units import catalogue_units, embedding_units, rds_target_units
 from influence.progress import Progress
 from influence.replica import load_tokenizer
 from influence.run_log import RunLog
 from influence.score_map import map_scores
 from influence.score_shards import remove_scoring
 from influence.tokenization import template_fingerprint
-from influence.units import ExactUnits, Unit, range_units
+from influence.units import ExactUnits, Unit
 from influence.watch import Watch
 
 __all__ = [
@@ -63,15 +66,18 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
         log.manifest.coverage = job.shape.coverage
     log.save()
     try:
+        before = catalogue_work(job, replicas_of(job))
         pool, targets = catalogue(job)
         with timed(job, "catalogue"):
             log.manifest.counts = reduce.load_catalogue(pool, targets)
         job.tokens = reduce.tokens_of
+        begin_bill(job, reduce, log.manifest.counts, before)
         METHODS[config.method](job, reduce)
         with timed(job, "selection"):
             # Where the results are written, which may be another process, the lease counts too.
             summary = reduce.select(None if log.lease is None else log.lease.owner)
         log.check()
+        end_bill(job, summary["fidelity"]["recall"]["exact_gradients"])
         remove_scoring(config.run)
         log.manifest.counts = summary["counts"]
     except (KeyboardInterrupt, InterruptedRunError):
@@ -139,23 +145,9 @@ def catalogue(job: Job) -> tuple[list[Unit], dict[str, list[Unit]]]:
     return pool, targets
 
 
-def catalogue_units(job: Job) -> tuple[list[Unit], dict[str, list[Unit]]]:
-    """The catalogue's units: (pool, per target)."""
-    digest = job.fingerprints["catalogue"].hex
-    rows = job.config.replicas.rows_per_shard
-    pool = range_units("catalogue", digest, job.files, rows)
-    targets = {
-        name: range_units(
-            "catalogue", digest, files, rows, group_by=job.config.targets[name].group_by
-        )
-        for name, files in job.target_files.items()
-    }
-    return pool, targets
-
-
 def influence_distillation(job: Job, reduce: Any) -> None:
     """Exact gradients for landmarks and targets, embeddings for all, a regression between them."""
-    chosen = reduce.choose_landmarks()
+    chosen = job.chosen if job.chosen is not None else reduce.choose_landmarks()
     exact = exact_units(job, reduce, chosen)
     embedding = embedding_units(job)
     run_units(job, [*exact.all, *embedding])
@@ -217,23 +209,3 @@ METHODS: dict[str, Callable[[Job, Any], None]] = {
     "rds": rds,
     "random": random,
 }
-
-
-def embedding_units(job: Job) -> list[Unit]:
-    """Embeddings of every candidate."""
-    return range_units(
-        "embedding",
-        job.fingerprints["embedding"].hex,
-        job.files,
-        job.config.replicas.rows_per_shard,
-    )
-
-
-def rds_target_units(job: Job) -> dict[str, list[Unit]]:
-    """Embeddings of every target's rows, which RDS+ compares with."""
-    digest = job.fingerprints["embedding"].hex
-    rows = job.config.replicas.rows_per_shard
-    return {
-        name: range_units("embedding", digest, files, rows)
-        for name, files in job.target_files.items()
-    }

@@ -24,6 +24,7 @@ from influence.certified_result import certified_scores, recall_certificate
 from influence.config import Config
 from influence.errors import InputError
 from influence.in2core_reduce import InfluenceReduce
+from influence.load import Load
 from influence.pool_counts import pool_counts
 from influence.predictor import (
     cosine_predictor,
@@ -49,6 +50,7 @@ from influence.shard_reader import (
 from influence.table_selection import select_table
 from influence.target_columns import mean_vectors, target_columns
 from influence.text_columns import Labels
+from influence.unit_loads import UnitLoad, load_of, unit_load
 from influence.units import ExactUnits, Unit
 from influence.weights import id_ranks
 
@@ -101,8 +103,16 @@ class Reducer:
 
     def tokens_of(self, units: Sequence[Unit]) -> list[int]:
         """Tokens that the model sees of each unit's rows: what there is to do."""
+        return [each.tokens for each in self.loads_of(units)]
+
+    def loads_of(self, units: Sequence[Unit]) -> list[UnitLoad]:
+        """What computing each unit takes."""
         of = {(f.url, f.rows): c for c in (*self.targets.values(), self._pool) for f in c.files}
-        return [of[u.file.url, u.file.rows].tokens_of(u.file, u.row_numbers) for u in units]
+        return [unit_load(of[unit.file.url, unit.file.rows], unit) for unit in units]
+
+    def pool_load(self) -> Load:
+        """The load of all candidates that can be scored."""
+        return load_of(self._pool, self._pool.eligible)
 
     def choose_landmarks(self) -> list[tuple[SourceFile, list[int]]]:
         """Draw the landmarks; returns the rows of each file."""

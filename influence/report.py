@@ -14,6 +14,7 @@ import numpy as np
 
 from influence import plots, storage
 from influence.layer_figures import layer_report
+from influence.report_bill import bill_caption, bill_lines
 from influence.report_data import (
     RunData,
     ScoreColumns,
@@ -145,6 +146,9 @@ def context(run: RunData) -> dict[str, Any]:
         "layers": layer_report(run.manifest.layers),
         "stages": [stage_row(name, record) for name, record in run.manifest.stages.items()],
         "harmful": [s for s in run.samples.get("worst", []) if s["score"] < 0],
+        "bill": run.manifest.bill,
+        "bill_lines": bill_lines(run.manifest.bill) if run.manifest.bill else [],
+        "bill_caption": bill_caption(run.manifest.bill) if run.manifest.bill else "",
         "attributed": sum(r["share"] for r in run.manifest.coverage if r["attributed"]),
     }
 

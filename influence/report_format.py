@@ -76,6 +76,37 @@ def seconds(value: float | None) -> str:
     return f"{total // 3600} h {total % 3600 // 60:02d} min"
 
 
+def short_seconds(value: float) -> str:
+    """Seconds in one figure, for an estimate: 0.4 s, 38 s, 12 min, 3.4 h, 120 h."""
+    if value < 90:
+        return f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"
+    if value < 5400:
+        return f"{value / 60:.0f} min"
+    hours = value / 3600
+    return f"{hours:.1f} h" if hours < 99.95 else f"{hours:,.0f} h"
+
+
+def amount(value: float) -> str:
+    """A count: exact below 100,000, then three digits: 57,412, 120k, 1.20M, 3.45G, 6.78T, 9.01P."""
+    if value < 99_999.5:
+        return f"{value:,.0f}"
+    for unit in ("k", "M", "G", "T", "P", "E"):
+        value /= 1000
+        if value < 999.5 or unit == "E":
+            break
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:,.{digits}f}{unit}"
+
+
+def money(value: float | None) -> str:
+    """1234.5 -> 1,235; 12.34 -> 12.34; 0.004 -> < 0.01; hours of nodes likewise."""
+    if value is None:
+        return DASH
+    if 0 < value < 0.01:
+        return "< 0.01"
+    return f"{value:,.2f}" if value < 99.995 else f"{value:,.0f}"
+
+
 def size(value: float) -> str:
     """Bytes in the unit a person would use: 512 bytes, 3.4 kB, 12.3 MB, 1.2 TB."""
     if value < 1000:
@@ -85,6 +116,13 @@ def size(value: float) -> str:
         if value < 999.95 or unit == "TB":
             break
     return f"{value:,.1f} {unit}"
+
+
+def short_size(value: float) -> str:
+    """As `size`, for narrow columns: 512 B, 3.4 kB, 123 MB."""
+    number, unit = size(value).replace(" bytes", " B").split(" ")
+    whole_part, _, decimals = number.partition(".")
+    return f"{whole_part if len(whole_part) > 2 or not decimals else number} {unit}"
 
 
 FILTERS: dict[str, Callable[..., str]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -34,6 +35,10 @@ class RunLog:
         lease: the driver's hold on the run; once that is lost nothing is written.
 
     Attributes:
+        computed: keys of the shards that this job computed, by stage.
+        maps: how often shards of the cache were mapped to scores.
+        scored_rows, scored_tokens: of the shards beside the run's results (scores and the like)
+            that were made, by stage.
         failed_writes: writes that the store failed since the job began; see `save`.
         refresh: called with the manifest before every write, for what changes all the time.
     """
@@ -47,6 +52,10 @@ class RunLog:
     ) -> None:
         self.url = storage.join(run, "manifest.json")
         self.manifest = Manifest(method=method, versions=_versions(), started=_now())
+        self.computed: dict[str, set[str]] = {}
+        self.maps = 0
+        self.scored_rows: Counter[str] = Counter()
+        self.scored_tokens: Counter[str] = Counter()
         self.failed_writes = 0
         self.refresh: Callable[[Manifest], None] = lambda manifest: None
         self.lease = lease
@@ -98,16 +107,33 @@ class RunLog:
             record.reused += 1
         else:
             record.computed += 1
+            self.computed.setdefault(stage, set()).add(result.key)
         record.rows += result.rows
         record.tokens += result.tokens
         record.model_seconds += result.model_seconds
         record.set_up_seconds += result.set_up_seconds
+        record.load += result.load
         if result.device is not None:
             record.devices = sorted({*record.devices, result.device})
         record.notes = sorted({*record.notes, *result.notes})
         if result.outcome == "replaced":
             self.damaged(stage, result.key)
         self.save_sometimes()
+
+    def mapped(self, stage: str, beside: Sequence[str]) -> None:
+        """A map over shards begins, by objects of these keys (a predictor, say)."""
+        self.maps += stage != "curvature"
+        self.computed.setdefault(stage, set()).update(beside)
+
+    def scored(self, stage: str, results: Sequence[UnitResult]) -> None:
+        """Shards of such a map were made; the record does not count them, as they are not in the
+        cache, but what models computed for them."""
+        for result in results:
+            if result.outcome != "exists":
+                self.scored_rows[stage] += result.rows
+                self.scored_tokens[stage] += result.tokens
+                self.computed.setdefault(stage, set()).add(result.key)
+                self.manifest.stages[stage].load += result.load
 
     def held(self, stage: str, seconds: float) -> None:
         """A replica spent this time on the stage; see `influence.observer.Observer`."""
@@ -131,10 +157,12 @@ class RunLog:
         )
         self.save()
 
-    def took(self, stage: str, seconds: float, fingerprint: str = "") -> None:
-        """Add wall time to a stage; stages without shards (regression, ...) are made here."""
-        record = self.manifest.stages.setdefault(stage, StageRecord(fingerprint=fingerprint))
+    def took(self, stage: str, seconds: float, up_seconds: float = 0.0) -> None:
+        """Add wall time to a stage, and the seconds that replicas were up in it, all together;
+        stages without shards (regression, ...) are made here."""
+        record = self.manifest.stages.setdefault(stage, StageRecord(fingerprint=""))
         record.seconds += seconds
+        record.up_seconds += up_seconds
 
     def failures(self) -> list[FailedShard]:
         """Every shard that failed for good in this run."""

@@ -12,6 +12,9 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
+from influence.load import Load
+from influence.plan_schemas import Bill
+
 FORMAT_VERSION = 1
 
 #: Columns of every shard that describe the row itself. `id` is null where the input has none.
@@ -259,6 +262,8 @@ class StageRecord(BaseModel):
     model_seconds: float = Field(default=0.0, description="model at work, all replicas")
     set_up_seconds: float = Field(default=0.0, description="loading models, building engines")
     replica_seconds: float = Field(default=0.0, description="replicas up with work of this stage")
+    up_seconds: float = Field(default=0.0, description="replicas up, with work or without any")
+    load: Load = Field(default=Load(), description="what the models computed")
     devices: list[str] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list, description="precision fallbacks and the like")
     failed: list[FailedShard] = Field(default_factory=list)
@@ -312,6 +317,7 @@ class ReplicaCount(BaseModel):
     up: int = 0
     awaited: int = Field(default=0, description="demanded, and not up")
     up_seconds: float = Field(default=0.0, description="of all replicas so far, at work or not")
+    most: int = Field(default=0, description="up at once so far")
 
 
 class Pace(BaseModel):
@@ -340,6 +346,7 @@ class Manifest(BaseModel):
     coverage: list[dict[str, Any]] = Field(default_factory=list)
     layers: LayerChoice | None = Field(default=None, description="of `layers: auto`")
     stages: dict[str, StageRecord] = Field(default_factory=dict)
+    bill: Bill | None = Field(default=None, description="what was planned, and what it took")
 
     @property
     def model_share(self) -> float | None:

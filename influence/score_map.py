@@ -18,12 +18,14 @@ def map_scores(job: Job, embedding: Sequence[Unit], predictor: str) -> list[Unit
         ShardsFailedError: a shard failed for good (all others are committed).
     """
     units = score_units(embedding, predictor)
-    map_units(job, units)
+    map_units(job, units, [predictor])
     return units
 
 
-def map_units(job: Job, units: Sequence[Unit]) -> None:
+def map_units(job: Job, units: Sequence[Unit], beside: Sequence[str]) -> None:
     """Compute what is missing of units of one stage whose results belong to this run alone.
+
+    `beside` are the keys of what the driver wrote for them to read.
 
     Raises:
         ShardsFailedError: a shard failed for good (all others are committed).
@@ -34,6 +36,7 @@ def map_units(job: Job, units: Sequence[Unit]) -> None:
     stage = units[0].stage
     with timed(job, stage, quiet=True):
         job.log.took(stage, 0.0)
+        job.log.mapped(stage, beside)
         present = cache.present([unit.key for unit in units])
         whole = cache.verify(sorted(present))
         for key in sorted(present - whole):
@@ -42,7 +45,7 @@ def map_units(job: Job, units: Sequence[Unit]) -> None:
         missing = [unit for unit in units if unit.key not in whole]
 
         def on_result(bundle: Bundle, results: list[UnitResult]) -> None:
-            del bundle, results
+            job.log.scored(bundle.units[0].stage, results)
             job.progress.tick()
 
         def on_failure(bundle: Bundle, attempts: int, error: str) -> None:

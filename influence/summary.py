@@ -7,22 +7,29 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from influence.bill_tables import bill_table
 from influence.errors import InputError
 from influence.report_format import percent
 from influence.run_log import read_manifest
-from influence.schemas import Fidelity, Interval, Recall
+from influence.schemas import Fidelity, Interval, Manifest, Recall
 from influence.status import compact_table, damage_text, share_text
 
 MOST_SOURCES = 30
 
 
 def summary_tables(run: str, summary: dict[str, Any]) -> list[Table]:
-    """Sources, certificate, seconds per stage. Names out of the data stand as they are."""
-    return [
+    """Sources, certificate, stages, the bill. Names out of the data stand as they are."""
+    manifest = read_manifest(run)
+    if manifest is None:
+        raise InputError(f"{run}: no manifest.json; expected a run directory")
+    tables = [
         source_table(summary["sources"]),
         certificate_table(Fidelity.model_validate(summary["fidelity"])),
-        stage_table(run),
+        stage_table(manifest),
     ]
+    if manifest.bill is not None:
+        tables.append(bill_table(manifest.bill))
+    return tables
 
 
 def proponents_line(counts: dict[str, Any]) -> str | None:
@@ -125,11 +132,8 @@ def _recall(recall: Recall) -> str:
     return _interval(Interval(value=recall.expected, low=recall.low, high=recall.high))
 
 
-def stage_table(run: str) -> Table:
-    """Seconds per stage and the models' share of the replicas' time, from the manifest."""
-    manifest = read_manifest(run)
-    if manifest is None:
-        raise InputError(f"{run}: no manifest.json; expected a run directory")
+def stage_table(manifest: Manifest) -> Table:
+    """Seconds per stage and the models' share of the replicas' time."""
     caption = "\n".join(line for line in (share_text(manifest), damage_text(manifest)) if line)
     table = compact_table(title="stages", caption=caption or None)
     headings = ("stage", "shards", "reused", "rows", "tokens", "seconds", "tokens/s")

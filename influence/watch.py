@@ -29,6 +29,7 @@ class Watch:
         self, log: RunLog, progress: Progress, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.others: list[Observer] = []
+        self._most = 0
         self._log, self._progress, self._clock = log, progress, clock
         self._counted = clock()
         self._up_seconds = 0.0
@@ -37,6 +38,7 @@ class Watch:
     def replicas(self, up: int, awaited: int) -> None:
         """Called about once a second while units are computed; see `Observer`."""
         self._count()
+        self._most = max(self._most, up)
         self._progress.up(up, awaited)
         self._progress.tick()
         for other in self.others:
@@ -80,8 +82,15 @@ class Watch:
             up=self._progress.replicas,
             awaited=self._progress.awaited,
             up_seconds=self._up_seconds,
+            most=self._most,
         )
         manifest.pace = self._progress.pace() if manifest.state == "running" else None
+
+    @property
+    def up_seconds(self) -> float:
+        """Seconds of all replicas that were up so far, at work or not."""
+        self._count()
+        return self._up_seconds
 
     def _count(self) -> None:
         """Replicas that were up stay up until the next word, between phases too."""

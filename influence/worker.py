@@ -18,13 +18,14 @@ import pyarrow as pa
 import torch
 
 from influence import stages, token_units
-from influence.batching import make_batches
+from influence.batching import IGNORED, Batch, make_batches
 from influence.cache import Cache
 from influence.candidates import read_examples, read_rows
 from influence.config import Config
 from influence.errors import InputError, ModelLoadError
 from influence.fingerprints import embedding_values
 from influence.layer_choice import read_names
+from influence.load import Load
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
 from influence.score_shards import scoring_url
 from influence.scoring_units import SCORING_STAGES, ScoringUnits
@@ -40,7 +41,7 @@ class UnitResult:
 
     `model_seconds` are those in which the model computed the unit's vectors, and nothing else:
     `set_up_seconds` (loading the model, building engines) are not in them, and neither is
-    reading, batching, packing or writing.
+    reading, batching, packing or writing. `load` is what it computed in them.
     """
 
     key: str
@@ -51,17 +52,19 @@ class UnitResult:
     model_seconds: float
     device: str | None
     notes: tuple[str, ...] = field(default=())
+    load: Load = field(default=Load())
 
 
 @dataclass(frozen=True)
 class _Computed:
-    """Tables of a bundle's units, seconds setting up and in the model, and where."""
+    """Tables of a bundle's units, seconds setting up and in the model, where, and how much."""
 
     tables: list[pa.Table]
     set_up: float
     model: float
     device: str
     notes: tuple[str, ...]
+    load: Load = field(default=Load())
 
 
 class Worker:
@@ -125,6 +128,7 @@ class Worker:
                 *(whole if member is unit else (0, 0, 0.0, 0.0)),
                 computed.device,
                 computed.notes,
+                computed.load if member is unit else Load(),
             )
             for member, outcome in zip(bundle.units, outcomes, strict=True)
         ]
@@ -150,19 +154,22 @@ class Worker:
         encoded = self._io_thread.submit(self._read, unit).result()
         lap = _stopwatch()
 
-        def compute() -> tuple[pa.Table, str]:
+        def compute() -> tuple[pa.Table, str, Load]:
             tools, key = self._tools_of(unit), unit.needs[0]
             if self._directions is None or self._directions[0] != key:
                 self._directions = (key, token_units.read_directions(tools, url, key))
-            budget = self.config.replicas.token_budget
-            table = token_units.score_table(tools, self._directions[1], encoded, budget)
-            return table, tools.replica.device_name
+            directions, budget = self._directions[1], self.config.replicas.token_budget
+            table = token_units.score_table(tools, directions, encoded, budget)
+            columns = len(next(iter(directions.values())))
+            load = load_of(make_batches(unique_rows(encoded)[1], budget), columns)
+            return table, tools.replica.device_name, load
 
-        table, device = self._model_thread.submit(compute).result()
+        table, device, load = self._model_thread.submit(compute).result()
         seconds = lap()
         tokens = sum(row.n_tokens for row in encoded if row.reason is None)
         outcome = Cache(url).commit(unit, table, {"stage": unit.stage, "device": device})
-        return UnitResult(unit.key, outcome, table.num_rows, tokens, 0.0, seconds, device)
+        rows = table.num_rows
+        return UnitResult(unit.key, outcome, rows, tokens, 0.0, seconds, device, load=load)
 
     def _device(self) -> str:
         """The device of this replica; on a CPU with as many threads as the config gives it."""
@@ -227,7 +234,9 @@ class Worker:
             tables = [vector_table(encoded, first_of, part) for part in columns]
         notes = (*tools.replica.notes, *tools.notes)
         notes += (tools.limit.note,) if tools.limit.note else ()
-        return _Computed(tables, set_up, model, tools.replica.device_name, notes)
+        columns_each = sum(len(unit.needs) for unit in bundle.units)
+        load = load_of(batches, columns_each)
+        return _Computed(tables, set_up, model, tools.replica.device_name, notes, load)
 
     def _stage(self, bundle: Bundle, tools: Toolbox) -> Callable[[list[Any]], list[Vectors]]:
         """What computes the columns of every unit from batches; all that it needs is set up."""
@@ -308,6 +317,17 @@ def stage_settings(config: Config) -> StageSettings:
         layer_dim=gradients.layer_dim,
         layer_sketch=gradients.layer_sketch,
     )
+
+
+def load_of(batches: Sequence[Batch], columns: int) -> Load:
+    """What a model computes of batches whose rows are multiplied with so many target columns."""
+    load = Load()
+    for batch in batches:
+        lengths, rows = batch.lengths, len(batch.lengths)
+        responses = int((batch.labels != IGNORED).sum())
+        squares = int(lengths @ lengths)
+        load += Load(rows, int(lengths.sum()), responses, squares, columns * rows)
+    return load
 
 
 def _stopwatch() -> Callable[[], float]:

@@ -27,7 +27,7 @@ FULL: dict[str, Any] = SMALLEST | {
     "landmarks": {"damping": 1e-5},
     "selection": {"budget": "2M tokens", "per_source": {"a.b/c": {"min": 0.1, "max": 0.5}}},
     "targets": {"gsm8k": {"path": "t.jsonl", "group_by": "task"}, "bbh": {"path": "é.jsonl"}},
-    "prices": {"node_hour": None},
+    "prices": {"node_hour": 2.5, "replicas_per_node": 8, "currency": "EUR"},
 }
 
 
@@ -171,7 +171,6 @@ UNREAD: dict[str, Any] = {
     "reference.finetune": {"rank": 4},
     "evaluation.class_detection": {"train": "a"},
     "evaluation.seeds": 5,
-    "prices.node_hour": 2.5,
 }
 
 

@@ -188,10 +188,10 @@ def test_a_plan_counts_the_runs_shards(in2core: Runner, setup: Setup) -> None:
     directory = in2core(gradients__layer_dim=16)
     config = config_of(setup, directory)
     fresh = config.model_copy(update={"run": f"{directory}-plan", "cache": f"{directory}-plan/c"})
-    planned = {stage.name: stage for stage in make_plan(fresh).stages}
+    planned = make_plan(fresh).work.stages
     record = manifest_of(directory).stages["gradients"]
     assert planned["gradients"].shards == record.shards
-    cached = {stage.name: stage for stage in make_plan(config).stages}
+    cached = make_plan(config).work.stages
     assert cached["gradients"].cached == record.shards, "plan and run name their shards differently"
 
 

@@ -224,7 +224,7 @@ def test_the_share_of_time_in_the_model_is_that_of_the_time_with_work(tmp_path: 
     assert manifest.replicas.up_seconds == pytest.approx(2 * 30 + 20)
     assert manifest.model_share_of_up == pytest.approx(28 / 80)
     console = Console(file=io.StringIO(), width=200)
-    console.print(stage_table(str(tmp_path)))
+    console.print(stage_table(manifest))
     table = console.file.getvalue()  # type: ignore[attr-defined]
     expected = (
         "models at work: 70.0% of the time with shards to compute (setting up: 5.0%), 35.0% of the "

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from influence import plan, storage
+from influence import plan, plan_tables, storage
 from influence.config_loading import dump_config, parse_config
+from influence.plan_schemas import Bill, ReplicaKind, StageBill
+from influence.planned_work import Work
 from influence.schemas import FailedShard, Fidelity, Manifest, StageRecord, to_json
 from influence.status import print_status, read_status
 from influence.summary import certificate_table, source_table
@@ -34,7 +36,7 @@ def test_names_out_of_the_data_are_printed_as_they_are(name: str):
         "sources": source_table({name: (5, 2), "plain": (5, 0)}),
         "certificate": certificate_table(fidelity),
         "exact certificate": certificate_table(exact),
-        "coverage": plan.coverage_table(
+        "coverage": plan_tables.coverage_table(
             [
                 {"group": name, "parameters": 5, "share": 1.0, "rule": None, "attributed": True},
                 {
@@ -59,13 +61,18 @@ def test_a_plan_prints_names_and_reasons_as_they_are():
         ("rows", "tokens", "response_tokens", "scored", "duplicates", "truncated"), 1
     )
     counts |= {"reasons": dict.fromkeys(ODD, 1), "targets": dict.fromkeys(ODD, target)}
-    made = plan.Plan(config, counts, [], 0.0, "", None, "1 row")
+    kind = ReplicaKind(num_gpus=0, num_cpus=1, dtype="float32")
+    bill = Bill(replica=kind, replicas=1, nodes=1, node_hour=None, currency="USD")
+    bill.stages["embedding"] = StageBill(speed=ODD[0])
+    made = plan.Plan(config, counts, Work(), bill, None, "1 row", notes=[*ODD])
     console = Console(file=io.StringIO(), width=300)
-    plan.print_plan(made, console)
+    plan_tables.print_plan(made, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for name in ODD:
         assert f"not scored, {name}: 1" in text
         assert f"target {name}: 1 of 1" in text
+        assert f"note: {name}" in text
+    assert f"speed of embedding: {ODD[0]}" in text
 
 
 def _data(run: str) -> dict[str, Any]:

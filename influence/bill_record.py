@@ -1,0 +1,154 @@
+"""The bill of a run at work: planned when the catalogue is there, settled when the run is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from influence import cost, history, storage
+from influence.bill import planned_bill, replicas_at_once, settled
+from influence.cache import Cache
+from influence.errors import InfluenceError
+from influence.job import Job
+from influence.model_shape import ModelShape, model_shape
+from influence.plan_schemas import Amounts, Measured, MeasuredStage, StageBill
+from influence.planned_work import plan_work
+from influence.quantities import DRIVER, OF_RUN, StageWork
+from influence.result_bytes import result_sizes
+from influence.schemas import Manifest, StageRecord
+from influence.score_shards import scoring_url
+from influence.speeds import Speeds
+from influence.stored import Stored
+
+
+def replicas_of(job: Job) -> int:
+    """Replicas that work at once at most."""
+    return job.replicas if job.replicas is not None else replicas_at_once(job.config)
+
+
+def begin_bill(job: Job, reduce: Any, counts: Mapping[str, Any], catalogue: StageWork) -> None:
+    """Write the planned bill into the run's record; `job.chosen` is drawn on the way."""
+    runs = history.recall(job.config.cache_url)
+    shape = shape_of(job)
+    rounds = history.decided(job, runs)
+    work = plan_work(job, reduce, counts, shape, replicas_of(job), rounds)
+    job.chosen = work.chosen
+    speeds = Speeds(job.config, shape, job.fingerprints, runs)
+    stages = [catalogue, *work.stages.values()]
+    job.log.manifest.bill = planned_bill(stages, job.config, speeds, replicas_of(job))
+
+
+def shape_of(job: Job) -> ModelShape | None:
+    """The shape of the job's model, if its method has one."""
+    if job.config.method == "random":
+        return None
+    return job.shape if job.shape is not None else model_shape(job.config)
+
+
+def end_bill(job: Job, exact: int) -> None:
+    """Put what the run took beside what was planned, and leave its speeds in the cache.
+
+    `exact` is the number of candidates with exact scores. Called before the score shards are
+    removed, whose bytes count. A store that fails to keep the speeds costs the run only a note.
+    """
+    manifest = job.log.manifest
+    if manifest.bill is None:
+        return
+    took = {
+        name: (_took(job, name, manifest.stages[name]), manifest.stages[name].up_seconds)
+        for name in manifest.bill.stages
+        if name in manifest.stages
+    }
+    manifest.bill = settled(manifest.bill, took)
+    try:
+        _remember(job, exact)
+    except InfluenceError as error:
+        job.progress.note(f"the run's speeds were not kept for later plans: {error}")
+
+
+def _took(job: Job, name: str, record: StageRecord) -> Amounts:
+    if name in DRIVER:
+        sizes = result_sizes(job.config.run) if name == "selection" else {}
+        written, objects = sum(sizes.values()), len(sizes)
+        return Amounts(written_bytes=written, objects=objects, seconds=record.seconds)
+    sizes = _written(job, name)
+    took = Amounts(
+        shards=record.computed,
+        rows=record.rows,
+        tokens=record.tokens,
+        written_bytes=sum(sizes.values()),
+        objects=len(sizes),
+        seconds=record.seconds,
+    )
+    shape = shape_of(job)
+    if name in OF_RUN:
+        took.shards = sum(key.startswith(f"{name}/") for key in sizes)
+        took.rows = job.log.scored_rows[name]
+        took.tokens = job.log.scored_tokens[name] or None
+    if shape is not None and name in cost.STAGES:
+        took.flops = cost.STAGES[name](job.config, shape, record.load)
+    return took
+
+
+def _written(job: Job, stage: str) -> dict[str, int]:
+    """Bytes of the shards that this run computed, by what the store lists."""
+    cache = Cache(scoring_url(job.config.run)) if stage in OF_RUN else job.cache
+    return Stored(cache).sizes(sorted(job.log.computed.get(stage, ())))
+
+
+def measured_of(manifest: Manifest, source: str) -> Measured | None:
+    """What a run says of the speed of its stages; None for one that is not done."""
+    bill = manifest.bill
+    if bill is None or bill.total.took is None:
+        return None
+    stages = {}
+    maps = _done_part(bill.stages.get("scores"))
+    for name, stage in bill.stages.items():
+        record = manifest.stages.get(name)
+        if record is None or stage.took is None or (name in OF_RUN and not stage.shards):
+            continue
+        done = stage.effort * (maps if name == "regression" else _done_part(stage))
+        if stage.took.flops is not None:
+            done = stage.took.flops
+        seconds = record.seconds
+        if name not in DRIVER:
+            seconds = record.replica_seconds - record.set_up_seconds
+        if done > 0 and seconds > 0:
+            stages[name] = MeasuredStage(
+                fingerprint=record.fingerprint,
+                values=record.values,
+                devices=record.devices,
+                effort=done,
+                seconds=seconds,
+            )
+    set_up = sum(record.set_up_seconds for record in manifest.stages.values())
+    most = 1 if manifest.replicas is None else max(1, manifest.replicas.most)
+    return Measured(
+        source=source,
+        finished=history.now() if manifest.written is None else manifest.written.isoformat(),
+        replica=bill.replica,
+        set_up_seconds=set_up / most if set_up else None,
+        stages=stages,
+    )
+
+
+def _done_part(stage: StageBill | None) -> float:
+    """What was done over what was planned, by rows; 1 where none are counted."""
+    if stage is None or stage.took is None or not stage.planned.rows:
+        return 1.0
+    return (stage.took.rows or 0) / stage.planned.rows
+
+
+def _remember(job: Job, exact: int) -> None:
+    """Leave the run's speeds in the cache, and what its rounds asked for."""
+    manifest = job.log.manifest
+    measured = measured_of(manifest, storage.absolute(job.config.run))
+    if measured is None:
+        return
+    decides = job.config.method == "in2core" or job.config.landmarks.choose == "certified"
+    if decides and job.chosen is not None:
+        names = [n for n in ("gradients", "inner_products") if n in manifest.stages]
+        measured.decided = history.decision_digest(job)
+        measured.exact = sorted({key for n in names for key in manifest.stages[n].planned})
+        measured.exact_rows, measured.maps = exact, job.log.maps
+    history.remember(job.config.cache_url, measured)

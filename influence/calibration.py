@@ -1,0 +1,99 @@
+"""How fast this machine computes a config's stages, from a few rows: `influence plan --measure`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from influence import cost, history, stages
+from influence.batching import Batch, make_batches
+from influence.config import Config
+from influence.errors import InputError
+from influence.fingerprints import stage_fingerprints
+from influence.model_shape import model_shape
+from influence.numerics import spread_rows
+from influence.pipeline import NEED_GRADIENTS
+from influence.plan_schemas import Measured, MeasuredStage
+from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
+from influence.speeds import kind_of
+from influence.stages import Toolbox
+from influence.tokenization import Encoded, template_fingerprint
+from influence.worker import load_of, stage_settings
+
+Compute = Callable[[Sequence[Encoded]], object]
+SOURCE = "plan --measure"
+
+
+def measure_speeds(config: Config, count: int) -> Measured:
+    """Load the model as a replica does, and time every stage of the config on `count` candidates.
+
+    The rows are spread over the lengths of the first rows that can be scored; each stage runs on
+    the shortest of them first, so that what is done once is not timed.
+
+    Raises:
+        InputError: a method without a model, no row that can be scored, or `replicas.num_gpus`
+            above 0 and no CUDA device here.
+        ModelLoadError: the model cannot be loaded.
+    """
+    if config.method == "random":
+        raise InputError("--measure: method random runs no model; there is nothing to measure")
+    rows, begun = spread_rows(config, count), time.monotonic()
+    device = choose_device(config.model.device, config.replicas.num_gpus)
+    if device == "cpu":
+        torch.set_num_threads(config.replicas.num_cpus)
+    dtype = resolve_dtype(config.model.dtype, config.replicas.num_gpus, config.model.device)
+    tools = Toolbox(load_replica(config.model, dtype, device), stage_settings(config))
+    measured = Measured(source=SOURCE, finished=history.now(), replica=kind_of(config))
+    prints = stage_fingerprints(config, template_fingerprint(load_tokenizer(config.model)))
+    shape, budget = model_shape(config), config.replicas.token_budget
+    seconds = {}
+    for name, compute in stage_runners(config, tools).items():
+        tools.set_up(name)
+        compute(rows[:1])
+        start = time.monotonic()
+        compute(rows)
+        seconds[name] = time.monotonic() - start
+    measured.set_up_seconds = time.monotonic() - begun - sum(seconds.values())
+    for name, spent in seconds.items():
+        load = load_of(make_batches(rows, budget), int(name == "inner_products"))
+        covered = prints.get(name, prints["target_vectors"])
+        measured.stages[name] = MeasuredStage(
+            fingerprint=covered.hex,
+            values=covered.values,
+            devices=[tools.replica.device_name],
+            effort=cost.STAGES[name](config, shape, load),
+            seconds=spent,
+        )
+    return measured
+
+
+def stage_runners(config: Config, tools: Toolbox) -> dict[str, Compute]:
+    """What computes some rows, for every stage that the config's method has."""
+
+    def batches(rows: Sequence[Encoded]) -> list[Batch]:
+        return make_batches(rows, config.replicas.token_budget)
+
+    def vector(rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        return stages.target_vector(tools, batches(rows), [str(row.row) for row in rows])[0]
+
+    found: dict[str, Compute] = {}
+    if config.method in ("influence_distillation", "rds"):
+        found["embedding"] = lambda rows: stages.embed(tools, batches(rows))
+    if config.method not in NEED_GRADIENTS:
+        return found
+    if config.gradients.projection != "exact":
+        found["gradients"] = lambda rows: stages.gradient_vectors(tools, batches(rows))
+        return found
+    kept: dict[str, list[Tensor]] = {}
+
+    def target(rows: Sequence[Encoded]) -> None:
+        kept.update({name: [value[None].float()] for name, value in vector(rows).items()})
+
+    def products(rows: Sequence[Encoded]) -> object:
+        engine = tools.product_engine(((SOURCE,),), lambda: kept)
+        return stages.inner_products(tools, batches(rows), engine)
+
+    return {**found, "target_vectors": target, "inner_products": products}

@@ -1,0 +1,40 @@
+"""The units of stages that take all rows of the pool, or of a target, in ranges."""
+
+from __future__ import annotations
+
+from influence.job import Job
+from influence.units import Unit, range_units
+
+
+def catalogue_units(job: Job) -> tuple[list[Unit], dict[str, list[Unit]]]:
+    """The catalogue's units: (pool, per target)."""
+    digest = job.fingerprints["catalogue"].hex
+    rows = job.config.replicas.rows_per_shard
+    pool = range_units("catalogue", digest, job.files, rows)
+    targets = {
+        name: range_units(
+            "catalogue", digest, files, rows, group_by=job.config.targets[name].group_by
+        )
+        for name, files in job.target_files.items()
+    }
+    return pool, targets
+
+
+def embedding_units(job: Job) -> list[Unit]:
+    """Embeddings of every candidate."""
+    return range_units(
+        "embedding",
+        job.fingerprints["embedding"].hex,
+        job.files,
+        job.config.replicas.rows_per_shard,
+    )
+
+
+def rds_target_units(job: Job) -> dict[str, list[Unit]]:
+    """Embeddings of every target's rows, which RDS+ compares with."""
+    digest = job.fingerprints["embedding"].hex
+    rows = job.config.replicas.rows_per_shard
+    return {
+        name: range_units("embedding", digest, files, rows)
+        for name, files in job.target_files.items()
+    }

@@ -1,0 +1,49 @@
+"""What computing a unit takes, from the catalogue: before any model runs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from influence.catalogue import Catalogue
+from influence.load import Load
+from influence.schemas import REASON_DUPLICATE
+from influence.units import Unit
+
+
+class UnitLoad(NamedTuple):
+    """What a unit's result will say.
+
+    rows: all of the unit's. vectors: rows of its shard with a vector. tokens: of those rows.
+    load: what the model computes.
+    """
+
+    rows: int
+    vectors: int
+    tokens: int
+    load: Load
+
+
+def unit_load(catalogue: Catalogue, unit: Unit) -> UnitLoad:
+    """Count as `influence.worker` computes: equal rows of a shard once, but not of a target."""
+    where = catalogue.positions(unit.file, unit.row_numbers)
+    seen = np.asarray([text in (None, REASON_DUPLICATE) for text in catalogue.reason.values])
+    where = where[seen[catalogue.reason.codes[where]]]
+    computed = where
+    if unit.stage != "target_vectors":
+        computed = where[~catalogue.digests.repeats(where)]
+    tokens = int(catalogue.n_tokens[where].sum())
+    return UnitLoad(unit.count, len(where), tokens, load_of(catalogue, computed))
+
+
+def load_of(catalogue: Catalogue, positions: Int[np.ndarray, " p"]) -> Load:
+    """The load of some rows."""
+    tokens = catalogue.n_tokens[positions].astype(np.int64)
+    return Load(
+        len(positions),
+        int(tokens.sum()),
+        int(catalogue.n_response_tokens[positions].sum()),
+        int(tokens @ tokens),
+    )

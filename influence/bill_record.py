@@ -59,7 +59,13 @@ def end_bill(job: Job, exact: int) -> None:
         for name in manifest.bill.stages
         if name in manifest.stages
     }
-    manifest.bill = settled(manifest.bill, took)
+    bill = manifest.bill = settled(manifest.bill, took)
+    for stage in bill.stages.values():
+        stage.done = _effort_done(stage)
+    if "regression" in bill.stages and bill.stages["scores"].planned.rows:
+        # One for each map to scores, whether the map's shards were there already or not.
+        maps = bill.stages["scores"].planned.rows / manifest.counts["rows"]
+        bill.stages["regression"].done = bill.stages["regression"].effort * job.log.maps / maps
     try:
         _remember(job, exact)
     except InfluenceError as error:
@@ -95,29 +101,33 @@ def _written(job: Job, stage: str) -> dict[str, int]:
     return Stored(cache).sizes(sorted(job.log.computed.get(stage, ())))
 
 
+def _effort_done(stage: StageBill) -> float | None:
+    """What a stage did, in the units of its effort."""
+    if stage.took is None or stage.took.flops is not None:
+        return None if stage.took is None else stage.took.flops
+    planned = stage.planned.rows
+    return stage.effort * ((stage.took.rows or 0) / planned if planned else 1.0)
+
+
 def measured_of(manifest: Manifest, source: str) -> Measured | None:
     """What a run says of the speed of its stages; None for one that is not done."""
     bill = manifest.bill
     if bill is None or bill.total.took is None:
         return None
     stages = {}
-    maps = _done_part(bill.stages.get("scores"))
     for name, stage in bill.stages.items():
         record = manifest.stages.get(name)
-        if record is None or stage.took is None or (name == "scores" and not stage.shards):
+        if record is None or not stage.done or (name == "scores" and not stage.shards):
             continue
-        done = stage.effort * (maps if name == "regression" else _done_part(stage))
-        if stage.took.flops is not None:
-            done = stage.took.flops
         seconds = record.seconds
         if name not in DRIVER:
             seconds = record.replica_seconds - record.set_up_seconds
-        if done > 0 and seconds > 0:
+        if seconds > 0:
             stages[name] = MeasuredStage(
                 fingerprint=record.fingerprint,
                 values=record.values,
                 devices=record.devices,
-                effort=done,
+                effort=stage.done,
                 seconds=seconds,
             )
     set_up = sum(record.set_up_seconds for record in manifest.stages.values())
@@ -129,13 +139,6 @@ def measured_of(manifest: Manifest, source: str) -> Measured | None:
         set_up_seconds=set_up / most if set_up else None,
         stages=stages,
     )
-
-
-def _done_part(stage: StageBill | None) -> float:
-    """What was done over what was planned, by rows; 1 where none are counted."""
-    if stage is None or stage.took is None or not stage.planned.rows:
-        return 1.0
-    return (stage.took.rows or 0) / stage.planned.rows
 
 
 def _remember(job: Job, exact: int) -> None:

@@ -44,7 +44,8 @@ def planned_bill(
     )
     for work in stages:
         speed, set_up = speeds.of(work), 0.0
-        begins = work.name in _MODEL_STAGES and work.least.bundles > 0
+        most = 0 if work.most is None else work.most.bundles
+        begins = work.name in _MODEL_STAGES and max(work.least.bundles, most) > 0
         if begins and not bill.set_up:
             bill.set_up_seconds, bill.set_up = speeds.set_up()
             set_up = bill.set_up_seconds

@@ -30,6 +30,7 @@ def begin_bill(job: Job, reduce: Any, counts: Mapping[str, Any], catalogue: Stag
     """Write the planned bill into the run's record; `job.chosen` is drawn on the way."""
     runs = history.recall(job.config.cache_url)
     shape = shape_of(job)
+    job.asked = history.decision_digest(job)  # while no pilot has chosen layers
     rounds = history.decided(job, runs)
     work = plan_work(job, reduce, counts, shape, replicas_of(job), rounds)
     job.chosen = work.chosen
@@ -59,7 +60,13 @@ def end_bill(job: Job, exact: int) -> None:
         for name in manifest.bill.stages
         if name in manifest.stages
     }
-    manifest.bill = settled(manifest.bill, took)
+    bill = manifest.bill = settled(manifest.bill, took)
+    for stage in bill.stages.values():
+        stage.done = _effort_done(stage)
+    if "regression" in bill.stages and bill.stages["scores"].planned.rows:
+        # One for each map to scores, whether the map's shards were there already or not.
+        maps = bill.stages["scores"].planned.rows / manifest.counts["rows"]
+        bill.stages["regression"].done = bill.stages["regression"].effort * job.log.maps / maps
     try:
         _remember(job, exact)
     except InfluenceError as error:
@@ -96,29 +103,33 @@ def _written(job: Job, stage: str) -> dict[str, int]:
     return Stored(cache).sizes(sorted(job.log.computed.get(stage, ())))
 
 
+def _effort_done(stage: StageBill) -> float | None:
+    """What a stage did, in the units of its effort."""
+    if stage.took is None or stage.took.flops is not None:
+        return None if stage.took is None else stage.took.flops
+    planned = stage.planned.rows
+    return stage.effort * ((stage.took.rows or 0) / planned if planned else 1.0)
+
+
 def measured_of(manifest: Manifest, source: str) -> Measured | None:
     """What a run says of the speed of its stages; None for one that is not done."""
     bill = manifest.bill
     if bill is None or bill.total.took is None:
         return None
     stages = {}
-    maps = _done_part(bill.stages.get("scores"))
     for name, stage in bill.stages.items():
         record = manifest.stages.get(name)
-        if record is None or stage.took is None or (name in OF_RUN and not stage.shards):
+        if record is None or not stage.done or (name in OF_RUN and not stage.shards):
             continue
-        done = stage.effort * (maps if name == "regression" else _done_part(stage))
-        if stage.took.flops is not None:
-            done = stage.took.flops
         seconds = record.seconds
         if name not in DRIVER:
             seconds = record.replica_seconds - record.set_up_seconds
-        if done > 0 and seconds > 0:
+        if seconds > 0:
             stages[name] = MeasuredStage(
                 fingerprint=record.fingerprint,
                 values=record.values,
                 devices=record.devices,
-                effort=done,
+                effort=stage.done,
                 seconds=seconds,
             )
     set_up = sum(record.set_up_seconds for record in manifest.stages.values())
@@ -132,13 +143,6 @@ def measured_of(manifest: Manifest, source: str) -> Measured | None:
     )
 
 
-def _done_part(stage: StageBill | None) -> float:
-    """What was done over what was planned, by rows; 1 where none are counted."""
-    if stage is None or stage.took is None or not stage.planned.rows:
-        return 1.0
-    return (stage.took.rows or 0) / stage.planned.rows
-
-
 def _remember(job: Job, exact: int) -> None:
     """Leave the run's speeds in the cache, and what its rounds asked for."""
     manifest = job.log.manifest
@@ -148,7 +152,7 @@ def _remember(job: Job, exact: int) -> None:
     decides = job.config.method == "in2core" or job.config.landmarks.choose == "certified"
     if decides and job.chosen is not None:
         names = [n for n in ("gradients", "inner_products") if n in manifest.stages]
-        measured.decided = history.decision_digest(job)
+        measured.decided = job.asked
         measured.exact = sorted({key for n in names for key in manifest.stages[n].planned})
         measured.exact_rows, measured.maps = exact, job.log.maps
     history.remember(job.config.cache_url, measured)

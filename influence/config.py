@@ -316,7 +316,7 @@ class PricesConfig(Section):
 
     node_hour: PositiveFloat | None = Field(None, description="price of one node for an hour")
     replicas_per_node: PositiveInt = Field(1, description="replicas that share a node")
-    currency: str = Field("USD", min_length=1, max_length=8)
+    currency: str = Field("USD", pattern="^([A-Za-z]{1,8}|[$€£¥])$")
 
 
 class ReplicasConfig(Section):

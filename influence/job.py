@@ -44,7 +44,8 @@ class Job:
     `tokens` says how many tokens units have, once the catalogue is known. `layers_key` names the
     object that says which layers gradients are taken of, where the config alone does not.
     `replicas` work at once at most, where that does not follow from the config; `chosen` are the
-    first landmarks, or the pilot on which layers are chosen.
+    first landmarks, or the pilot on which layers are chosen; `asked` is a digest of everything that
+    decides what follows from them.
     """
 
     config: Config
@@ -62,6 +63,7 @@ class Job:
     held_rows: dict[str, list[int]] = field(default_factory=dict)
     replicas: int | None = None
     chosen: Sequence[tuple[SourceFile, Sequence[int]]] | None = None
+    asked: str = ""
 
 
 def run_units(job: Job, units: Sequence[Unit]) -> None:

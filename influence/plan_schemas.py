@@ -43,6 +43,7 @@ class StageBill(BaseModel):
         ratio: took / planned; 1 between `planned` and `at_most`, beyond them by the nearer one.
         speed: what the seconds were estimated from.
         effort: what `planned.seconds` were made from, in units of the stage's own.
+        done: the same of what it took.
     """
 
     shards: int = 0
@@ -53,6 +54,7 @@ class StageBill(BaseModel):
     ratio: dict[str, float] = Field(default_factory=dict)
     speed: str = ""
     effort: float = 0.0
+    done: float | None = None
 
 
 class ReplicaKind(BaseModel):

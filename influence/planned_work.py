@@ -86,6 +86,7 @@ class _Planner:
             limit = max(landmarks, min(config.landmarks.count, self.counts["scored"]))
             rounds = rounds_at_most(landmarks, limit)
             extra = self.rounds(gradients, landmarks, limit, rounds)
+            self.note_others(gradients)
             gradients, most = replace(gradients, most=extra), (limit, rounds + 1)
         self.add(gradients)
         self.add(embedding)
@@ -201,6 +202,31 @@ class _Planner:
             written=(least.written or 0) + sum(whole) + (chunks - 1) * sum(empty),
             objects=least.objects + chunks * len(layouts),
         )
+
+    def note_others(self, stage: StageWork) -> None:
+        """Of earlier rounds, whose rows this run's rounds may ask for: about how many there are."""
+        work = self.work.exact
+        assert work is not None
+        keys = [unit.key for unit in work.units.candidates]
+        folder, mine = keys[0].rsplit("/", 1)[0], set(keys)
+        pool = tuple(file.content_hash for file in self.job.files)
+        others = {
+            name: size
+            for name, size in self.missing.stored.folder(folder).items()
+            if name.startswith(pool) and f"{folder}/{name}" not in mine
+        }
+        columns = len(work.units.candidates[0].needs)
+        layout = self.missing.layout(stage.name, columns)
+        none, one = (
+            shard_bytes.vector_shard(stage.name, layout, n, n, self.mean_texts, sparse=True)
+            for n in (0, 1)
+        )
+        rows = round(max(0, sum(others.values()) - none * len(others)) / (one - none))
+        if rows:
+            self.work.notes.append(
+                f"{stage.name}: the cache holds about {rows:,} further rows, which rounds need not "
+                "compute again"
+            )
 
     def as_decided(self, stage: StageWork, decided: Decided) -> StageWork:
         """`stage` with the rounds of an earlier run, whose shards are all there."""

@@ -14,7 +14,9 @@ from influence.outputs import ROWS_PER_PART, SAMPLE_CHARACTERS, SAMPLE_ROWS, VAL
 #: How often choosing and writing walk over the scores of a pool.
 WALKS = 9
 # Compressed lengths, flags, labels and a share of the ids; and what a part or a document takes.
-_LABELS, _TEXT_SHARE, _PER_COLUMN, _DOCUMENTS = 12, 0.6, 130, 8_000
+_LABELS, _TEXT_SHARE, _PER_COLUMN, _DOCUMENTS = 12, 0.6, 130, 5_000
+# Of a row as a line of JSON: bytes of a token, and of names and marks.
+_PER_TOKEN, _MARKS = 4.2, 170
 _NAMES = ("selection.jsonl", "fidelity.json", "landmarks.parquet", "samples.json")
 
 
@@ -47,8 +49,10 @@ def of_results(
     selected = selected_rows(config.selection.budget, counts)
     parts_selected = max(1, -(-selected // ROWS_PER_PART))
     pool = sum(file_bytes(file) for file in job.files)
-    row = pool / max(1, sum(file.total_rows for file in job.files))
-    selection = round(2 * row * selected + 2 * SAMPLE_ROWS * min(row, SAMPLE_CHARACTERS))
+    stored = pool / max(1, sum(file.total_rows for file in job.files))
+    line = _MARKS + _PER_TOKEN * counts["tokens"] / max(1, rows)
+    samples = 2 * SAMPLE_ROWS * (100 + min(line, SAMPLE_CHARACTERS))
+    selection = round((stored + line) * selected + samples)
     beside = landmarks * (16 * names + 16) + _DOCUMENTS
     footers = _PER_COLUMN * (parts * wide + parts_selected * 8)
     documents = 3 + (landmarks > 0)

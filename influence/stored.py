@@ -20,9 +20,13 @@ class Stored:
         found = {}
         for key in keys:
             folder, name = key.rsplit("/", 1)
-            if folder not in self._folders:
-                listed = storage.list_objects(self._cache.locate(folder))
-                self._folders[folder] = {i.url.rsplit("/", 1)[1]: i.size for i in listed}
-            if name in self._folders[folder]:
-                found[key] = self._folders[folder][name]
+            if name in self.folder(folder):
+                found[key] = self.folder(folder)[name]
         return found
+
+    def folder(self, folder: str) -> dict[str, int]:
+        """Names and bytes of everything in STAGE/FINGERPRINT."""
+        if folder not in self._folders:
+            listed = storage.list_objects(self._cache.locate(folder))
+            self._folders[folder] = {i.url.rsplit("/", 1)[1]: i.size for i in listed}
+        return self._folders[folder]

@@ -84,7 +84,13 @@ def test_speeds_are_measured_where_that_is_asked_for_and_kept(
 def test_speeds_are_those_of_a_run_that_is_named(
     config: Config, setup: Setup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_select(config, quiet=True)
+    run = write_config(tmp_path / "run.yaml", config)
+    code, out, err = call(["select", run, "--in-process"], capsys)
+    assert code == 0, err
+    page = Path(config.run, "report.html").read_text()
+    for shown in ("planned and taken", "ratio", "EUR"):
+        assert shown in out, f"the summary does not show {shown}"
+        assert shown.capitalize() in page or shown in page, f"the report does not show {shown}"
     other = tiny_config(setup, tmp_path / "other", **PRICED)
     path = write_config(tmp_path / "c.yaml", other)
     code, out, err = call(["plan", path, "--json", "-", "--like", config.run], capsys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,10 @@ def test_certified_rounds_stay_between_their_least_and_their_most(
     other = make_plan(tiny_config(setup, tmp_path / "other", **changes, selection__budget=20))
     assert other.bill.stages[name].at_most is not None, "another budget asks for other rows"
     assert _to_do(other) == {}, "the first landmarks are there"
+    further = stage.took.rows - stage.planned.rows  # type: ignore[operator]
+    told_of = re.search(rf"{name}: the cache holds about (\d+) further rows", " ".join(other.notes))
+    assert told_of is not None
+    assert int(told_of[1]) == pytest.approx(further, rel=0.1)
 
 
 def test_what_is_read_is_about_what_the_plan_says(

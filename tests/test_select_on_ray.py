@@ -54,8 +54,20 @@ def test_results_do_not_depend_on_the_replicas(
         in_one_process, config.run, "a row's numbers depend on where it is computed"
     )
     assert (Path(config.run) / "report.html").stat().st_size > 10_000
-    stages = manifest_of(config.run).stages
-    assert all(stage.computed == stage.shards for stage in stages.values())
+    manifest = manifest_of(config.run)
+    assert all(stage.computed == stage.shards for stage in manifest.stages.values())
+    assert manifest.bill is not None
+    assert manifest.bill.replicas == min(replicas, os.cpu_count() or 1)
+    for name in ("embedding", "gradients"):
+        stage = manifest.bill.stages[name]
+        assert stage.took is not None
+        for what in ("shards", "rows", "tokens", "flops", "objects"):
+            planned, took = getattr(stage.planned, what), getattr(stage.took, what)
+            assert took == planned, f"{name}: {what} planned {planned}, took {took}"
+    assert manifest.bill.total.took is not None
+    assert manifest.replicas is not None
+    paid = manifest.bill.total.took.node_hours * 3600 / manifest.bill.nodes * manifest.bill.replicas
+    assert 0.5 < paid / manifest.replicas.up_seconds <= 1, "the bill misses replicas that were up"
 
 
 CERTIFIED: dict[str, Any] = {

@@ -1,26 +1,29 @@
-"""LoRA fine-tuning that judges a choice of rows: one frozen model, an adapter that is reset."""
+"""LoRA fine-tuning that judges a choice of rows: one model, a fresh adapter for every choice."""
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
-from influence.batching import Batch, make_batches
 from influence.config import ModelConfig
-from influence.loss import response_forward, sample_losses
+from influence.finetune import adapted, finetune
+from influence.finetune_settings import FinetuneSettings
+from influence.held_out import row_losses
 from influence.replica import load_replica, load_tokenizer
 from influence.tokenization import Encoded, Encoder, make_encoder
+from influence.training_data import TrainingRows
+from influence.training_progress import TrainingProgress
+from influence.training_record import TrainingRecord
 
-PROGRESS_SECONDS = 60.0
+Losses = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -36,34 +39,34 @@ class Recipe:
     max_grad_norm: float = 1.0
     token_budget: int = 1024
 
+    def settings(self, seed: int) -> FinetuneSettings:
+        """Linear decay, no weight decay, no checkpoint but the last."""
+        return FinetuneSettings(
+            rank=self.rank,
+            alpha=self.alpha,
+            learning_rate=self.learning_rate,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            warmup_ratio=self.warmup,
+            max_grad_norm=self.max_grad_norm,
+            token_budget=self.token_budget,
+            save_every=10**9,
+            seed=seed,
+        )
+
 
 @dataclass(frozen=True)
 class Judge:
-    """The model with one LoRA adapter on every linear layer but the output head."""
+    """The model without an adapter, and what makes tokens of rows for it."""
 
-    model: nn.Module
+    model: Any
     encode: Encoder
-    device: torch.device
-
-    def reset(self, seed: int) -> None:
-        """Fresh LoRA factors: A from the seed (Kaiming uniform), B zero, so no change at first."""
-        torch.manual_seed(seed)
-        for module in self.model.modules():
-            if isinstance(module, LoraLayer):
-                for name in module.lora_A:
-                    module.reset_lora_parameters(name, True)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The LoRA factors: all that is trained."""
-        return [p for p in self.model.parameters() if p.requires_grad]
 
 
-def load_judge(config: ModelConfig, recipe: Recipe, max_length: int) -> Judge:
-    """Load the base once, in float32, and put the adapter on it."""
+def load_judge(config: ModelConfig, max_length: int) -> Judge:
+    """Load the model once, in float32."""
     replica = load_replica(config, "float32", config.device)
-    encode = make_encoder(load_tokenizer(config), max_length)
-    return Judge(add_adapter(replica.model, recipe), encode, replica.device)
+    return Judge(replica.model, make_encoder(load_tokenizer(config), max_length))
 
 
 def add_adapter(model: Any, recipe: Recipe) -> nn.Module:
@@ -82,89 +85,50 @@ def add_adapter(model: Any, recipe: Recipe) -> nn.Module:
     return wrapped.get_base_model()
 
 
-def learning_rates(steps: int, peak: float, warmup: float) -> Float[np.ndarray, " steps"]:
-    """Linear warm-up over ceil(warmup steps) steps to the peak, then linear decay towards 0.
-
-    Step s (from 0) of w warm-up steps has peak (s + 1) / w, later ones
-    peak (steps - s) / (steps - w + 1), so that no step has a rate of 0.
-    """
-    rising = min(steps, int(np.ceil(warmup * steps)))
-    s = np.arange(steps)
-    up = (s + 1) / max(1, rising)
-    down = (steps - s) / (steps - rising + 1)
-    return peak * np.where(s < rising, up, down)
+def losses_of(
+    judge: Judge, tests: Mapping[str, Sequence[Encoded]], recipe: Recipe
+) -> tuple[Losses, float]:
+    """(Mean response loss of every row of the tests by the model as it is, seconds)."""
+    start, budget = time.monotonic(), recipe.token_budget
+    losses = {name: row_losses(judge.model, rows, budget) for name, rows in tests.items()}
+    return losses, time.monotonic() - start
 
 
-def train(
+def train_and_test(
     judge: Judge,
     encoded: Sequence[Encoded],
     weights: Float[np.ndarray, " n"],
     recipe: Recipe,
     seed: int,
-) -> dict[str, Any]:
-    """Minimise the weighted mean of the rows' mean response losses (nats per token) with AdamW.
+    tests: Mapping[str, Sequence[Encoded]],
+) -> tuple[dict[str, Any], tuple[Losses, float]]:
+    """Train a fresh adapter on the rows, then take the tests' losses with it.
 
-    Rows without a response are left out (the caller counts them). Returns the mean loss of each
-    epoch, tokens and seconds.
+    Rows without a response are left out (the caller counts them). Returns the mean weighted loss of
+    each epoch, tokens, steps and seconds; and what `losses_of` returns.
     """
-    usable = [i for i, row in enumerate(encoded) if row.reason is None]
-    steps = recipe.epochs * -(-len(usable) // recipe.batch_size)
-    rates = learning_rates(steps, recipe.learning_rate, recipe.warmup)
-    optimizer = torch.optim.AdamW(judge.parameters, lr=recipe.learning_rate, weight_decay=0.0)
-    generator = np.random.default_rng([seed, 0x0DE4])
-    start = said = time.monotonic()
-    epoch_losses, tokens, step = [], 0, 0
-    for _epoch in range(recipe.epochs):
-        order, total = generator.permutation(usable), 0.0
-        for first in range(0, len(order), recipe.batch_size):
-            chosen = [int(i) for i in order[first : first + recipe.batch_size]]
-            for group in optimizer.param_groups:
-                group["lr"] = float(rates[step])
-            rows = [encoded[i] for i in chosen]
-            total += _step(judge, optimizer, rows, weights[chosen], recipe)
-            tokens += sum(row.n_tokens for row in rows)
-            step += 1
-            now = time.monotonic()
-            if now - said > PROGRESS_SECONDS:
-                said = now
-                speed = tokens / (now - start)
-                print(f"  step {step} of {steps}, {speed:.0f} tokens/s", flush=True)
-        epoch_losses.append(total / len(order))
-    seconds = time.monotonic() - start
-    return {"epoch_losses": epoch_losses, "tokens": tokens, "steps": steps, "seconds": seconds}
+    settings = recipe.settings(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = TrainingRows.of(encoded, weights)
+        record = finetune(judge.model, rows, {}, settings, folder, watcher=TrainingProgress())
+        with adapted(judge.model, settings, folder):
+            judge.model.eval()
+            tested = losses_of(judge, tests, recipe)
+    trained = {
+        "epoch_losses": epoch_losses(record, recipe.batch_size),
+        "tokens": record.tokens,
+        "steps": record.total_steps,
+        "seconds": record.seconds,
+    }
+    return trained, tested
 
 
-def _step(
-    judge: Judge,
-    optimizer: torch.optim.Optimizer,
-    rows: Sequence[Encoded],
-    weights: Float[np.ndarray, " b"],
-    recipe: Recipe,
-) -> float:
-    """One optimiser step on (1/b) sum w_i l_i, in micro-batches; returns the sum of the l_i."""
-    optimizer.zero_grad(set_to_none=True)
-    total = 0.0
-    for batch in make_batches(rows, recipe.token_budget):
-        losses = _losses(judge, batch)
-        share = torch.as_tensor(weights[batch.positions] / len(rows)).to(losses)
-        (losses * share).sum().backward()
-        total += float(losses.detach().sum())
-    nn.utils.clip_grad_norm_(judge.parameters, recipe.max_grad_norm)
-    optimizer.step()
-    return total
-
-
-def row_losses(judge: Judge, encoded: Sequence[Encoded], token_budget: int) -> list[float]:
-    """Mean response loss (nats per token) of every row, in the order given."""
-    found = [float("nan")] * len(encoded)
-    with torch.no_grad():
-        for batch in make_batches(encoded, token_budget):
-            losses = _losses(judge, batch).tolist()
-            for position, loss in zip(batch.positions, losses, strict=True):
-                found[position] = loss
-    return found
-
-
-def _losses(judge: Judge, batch: Batch) -> Float[Tensor, " b"]:
-    logits, labels, sample_index = response_forward(judge.model, batch.to(judge.device))
-    return sample_losses(logits, labels, sample_index, len(batch.positions), "mean")
+def epoch_losses(record: TrainingRecord, batch_size: int) -> list[float]:
+    """The mean over the rows of each epoch out of the steps' means."""
+    per_epoch, count = record.epoch_steps, record.rows.trained
+    sizes = [batch_size] * (per_epoch - 1) + [count - batch_size * (per_epoch - 1)]
+    losses = [step.loss for step in record.steps]
+    return [
+        float(np.average(losses[first : first + per_epoch], weights=sizes))
+        for first in range(0, len(losses), per_epoch)
+    ]

@@ -127,8 +127,10 @@ def fate(unit: Bundle, attempt: int, random: Any) -> Fate:
     chance = random.random()
     kinds: tuple[tuple[float, Kind], ...]
     kinds = ((0.001, "hangs"), (0.003, "kills"), (0.01, "raises"), (0.02, "store"))
-    kind: Kind = next((kind for below, kind in kinds if chance < below), "fine")
-    return Fate(kind, seconds)
+    for below, kind in kinds:
+        if chance < below:
+            return Fate(kind, seconds)
+    return Fate("fine", seconds)
 
 
 def simulate(replicas: int, shards: int, troubled: bool) -> dict[str, Any]:

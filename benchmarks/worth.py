@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 from common import check_settings, named_paths, read_scores, spread, write_json
 from jaxtyping import Float
-from lora_training import Judge, Recipe, load_judge, row_losses, train
+from lora_training import Judge, Recipe, load_judge, losses_of, train_and_test
 from worth_report import markdown, read_results
 
 from influence.candidates import read_examples, scan_files
@@ -121,27 +121,27 @@ def run_one(
     seed: int,
 ) -> dict[str, Any]:
     """Train on the rows (None: not at all) from a fresh adapter, then test."""
-    result: dict[str, Any] = {"train": None}
-    judge.reset(seed)
-    if rows is not None:
+    if rows is None:
+        trained, (losses, seconds) = None, losses_of(judge, tests, recipe)
+    else:
         dropped = sum(row.reason is not None for row in rows.encoded)
-        trained = train(judge, rows.encoded, rows.weights, recipe, seed)
-        truncated = sum(row.truncated for row in rows.encoded)
-        result["train"] = {
-            **trained,
+        trained, (losses, seconds) = train_and_test(
+            judge, rows.encoded, rows.weights, recipe, seed, tests
+        )
+        trained |= {
             "rows": len(rows.encoded) - dropped,
             "dropped": dropped,
-            "truncated": truncated,
+            "truncated": sum(row.truncated for row in rows.encoded),
         }
-    start, tokens = time.monotonic(), 0
-    result["tests"] = {}
-    for name, encoded in tests.items():
-        losses = row_losses(judge, encoded, recipe.token_budget)
-        tokens += sum(row.n_tokens for row in encoded)
-        result["tests"][name] = {"rows": [row.row for row in encoded], "losses": losses}
-    seconds = time.monotonic() - start
-    result["test_seconds"], result["test_tokens"] = seconds, tokens
-    return result
+    return {
+        "train": trained,
+        "tests": {
+            name: {"rows": [row.row for row in encoded], "losses": losses[name]}
+            for name, encoded in tests.items()
+        },
+        "test_seconds": seconds,
+        "test_tokens": sum(row.n_tokens for encoded in tests.values() for row in encoded),
+    }
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -152,7 +152,7 @@ def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     recipe = recipe_of(arguments)
     model = {"name": arguments.model, "gguf_file": arguments.gguf_file, "device": arguments.device}
-    judge = load_judge(ModelConfig.model_validate(model), recipe, arguments.max_length)
+    judge = load_judge(ModelConfig.model_validate(model), arguments.max_length)
     fixed = {
         name: selection_rows(judge, path, weighted=arguments.weighted)
         for name, path in selections.items()

@@ -55,23 +55,28 @@ class Shard:
 
     def vectors(self) -> np.ndarray:
         """The `vector` column as an array (rows x dim); rows with a null vector are NaN."""
-        layout = self.layout
-        column = self.table.column("vector").combine_chunks()
-        if isinstance(column, pa.ChunkedArray):
-            column = column.chunk(0)
-        width = np.dtype(layout.dtype).itemsize * layout.dim
-        data = np.frombuffer(column.buffers()[1], dtype=np.uint8)
-        start = column.offset * width
-        flat = data[start : start + len(column) * width].view(layout.dtype)
-        array = flat.reshape(len(column), layout.dim)
-        if column.null_count:
-            array = array.copy()
-            array[np.asarray(column.is_null())] = np.nan
-        return array
+        return fixed_width(self.table, "vector", np.dtype(self.layout.dtype))
 
     def floats(self, name: str) -> np.ndarray:
         """A numeric column as float64, null as NaN."""
         return self.table.column(name).cast(pa.float64()).to_numpy()
+
+
+def fixed_width(table: pa.Table, name: str, dtype: Any) -> np.ndarray:
+    """A fixed-size binary column as an array (rows x width); null rows are NaN."""
+    dtype = np.dtype(dtype)
+    column = table.column(name).combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0)
+    width = column.type.byte_width
+    data = np.frombuffer(column.buffers()[1], dtype=np.uint8)
+    start = column.offset * width
+    flat = data[start : start + len(column) * width].view(dtype)
+    array = flat.reshape(len(column), width // dtype.itemsize)
+    if column.null_count:
+        array = array.copy()
+        array[np.asarray(column.is_null())] = np.nan
+    return array
 
 
 def vector_column(vectors: np.ndarray, missing: np.ndarray) -> pa.Array:
@@ -159,6 +164,27 @@ class Cache:
     def read(self, key: str) -> Shard:
         """Read and verify one shard."""
         return parse(storage.read_bytes(self.locate(key)), key)
+
+    def read_columns(self, key: str, columns: Sequence[str]) -> pa.Table:
+        """Of these columns those that a shard has, without reading the others; verified as far.
+
+        Raises:
+            DamagedShardError: its footer or a page of these columns is not what was written.
+        """
+        try:
+            with pq.ParquetFile(
+                storage.open_input(self.locate(key)), page_checksum_verification=True
+            ) as file:
+                schema = file.schema_arrow
+                meta = dict(json.loads((schema.metadata or {})[_META]))
+                table = file.read([name for name in columns if name in schema.names])
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise DamagedShardError(
+                f"{key}: not a whole shard ({type(error).__name__}: {error})"
+            ) from None
+        if meta.get("key") != key or meta.get("digest") != _footer_digest(schema, meta):
+            raise DamagedShardError(f"{key}: its footer is not the one that was written")
+        return table
 
     def verified(self, key: str) -> bool:
         """Whether a whole shard stands under this name; a damaged one counts as missing."""

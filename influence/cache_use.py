@@ -20,6 +20,7 @@ from influence.hub import resolve_revision
 from influence.pipeline import NEED_GRADIENTS, Job, catalogue_units, prepare_targets
 from influence.progress import Progress
 from influence.reducer import Reducer
+from influence.reference import with_reference
 from influence.run_log import RunLog, read_manifest
 from influence.schemas import Manifest
 from influence.units import bundled
@@ -63,7 +64,9 @@ def use_of(named: str, cache: str) -> Use:
         places = _resolved(config.model_copy(update={"cache": cache}))
     except InputError as error:
         raise InputError(f"{named}: cannot tell what it uses: {error}") from None
-    recorded = read_manifest(named) if is_run else None
+    # Which layers `layers: auto` keeps, only the run's own record says.
+    reads_record = is_run or config.layers == "auto"
+    recorded = read_manifest(named if is_run else config.run) if reads_record else None
     if recorded is not None:
         places = {**_recorded(recorded), **places}
     return Use(named, named if is_run else config.run, config.cache_url, places)
@@ -114,7 +117,7 @@ def _check_pool(config: Config) -> None:
 
 
 def _resolved(config: Config) -> dict[Place, dict[str, Any]]:
-    config = resolve_revision(config)
+    config = resolve_revision(with_reference(config))
     log = RunLog.unsaved(config.run, config.method)
     job = prepare_targets(config, Progress(quiet=True), log)
     places = {(stage, found.hex): found.values for stage, found in job.fingerprints.items()}

@@ -24,6 +24,7 @@ __all__ = [
     "Example",
     "Message",
     "SourceFile",
+    "read_column",
     "read_examples",
     "read_rows",
     "read_table",
@@ -134,6 +135,26 @@ def read_rows(file: SourceFile, rows: Sequence[int], group_by: str | None = None
         _example(file.url, int(row), value, group_by)
         for row, value in zip(rows, values, strict=True)
     ]
+
+
+def read_column(file: SourceFile, name: str) -> list[Any] | None:
+    """One column of the file's rows (`file.rows` of them); None if no row has it.
+
+    A JSONL row without it, or that is no JSON object, has None.
+
+    Raises:
+        InputError: the file changed since it was scanned.
+    """
+    if _is_parquet(file.url):
+        with open_checked(file) as parquet:
+            if name not in parquet.schema_arrow.names:
+                return None
+            rows = values_of_rows(file, parquet, (name,), range(file.rows))
+        return [row[name] for row in rows]
+    parsed = [parse_line(line) for line in read_lines(file.url, file.content_hash)[: file.rows]]
+    if not any(isinstance(row, dict) and name in row for row in parsed):
+        return None
+    return [row.get(name) if isinstance(row, dict) else None for row in parsed]
 
 
 def read_table(file: SourceFile, rows: Sequence[int]) -> pa.Table:

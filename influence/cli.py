@@ -120,18 +120,51 @@ def report(run: RunDirectory) -> None:
     Console().print(build_report(run), soft_wrap=True, highlight=False)
 
 
+@app.command(epilog=EXIT_CODES)
+def finetune(
+    config: ConfigPath,
+    set_: Overrides = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Begin anew over a training of other arguments.")
+    ] = False,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Run without Ray, in this process.")
+    ] = False,
+) -> None:
+    """Fine-tune the model with LoRA on RUN's selection with its weights, on the pool, or on files.
+
+    Checkpoints are committed under way: the same command goes on from the newest one. Runs in this
+    process, or with Ray Train if RAY_ADDRESS is set or `finetune.workers` is above 1.
+    """
+    from influence.finetune_summary import summary_tables
+
+    settings = load_config(config, set_ or ())
+    if in_process or (settings.finetune.workers == 1 and not os.environ.get("RAY_ADDRESS")):
+        from influence.finetune_job import run_finetune
+    else:
+        from ray_jobs.finetune import run_finetune
+    record = run_finetune(settings, replace=replace)
+    console = Console()
+    for table in summary_tables(record):
+        console.print(table)
+    output = settings.finetune.output or f"{settings.run.rstrip('/')}/finetune"
+    console.print(f"adapter: {output}", soft_wrap=True, highlight=False)
+
+
 register(app)
 
 
 def print_summary(run: str, summary: dict[str, Any]) -> None:
     """Tables after a run: sources in the pool and the selection, certificate, seconds per stage."""
-    from influence.summary import summary_tables
+    from influence.summary import proponents_line, summary_tables
 
     console = Console()
     for table in summary_tables(run, summary):
         console.print(table)
     if summary["counts"]["budget_exceeds_pool"]:
         console.print("The budget is larger than the pool: every scored candidate is selected.")
+    if (signed := proponents_line(summary["counts"])) is not None:
+        console.print(signed, soft_wrap=True, highlight=False)
     console.print(f"selection: {run}/selection.jsonl", soft_wrap=True, highlight=False)
     console.print(f"report:    {summary['report']}", soft_wrap=True, highlight=False)
 

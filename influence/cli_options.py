@@ -8,8 +8,8 @@ import typer
 
 EXIT_CODES = (
     "Exit codes: 0 done; 2 bad config or data, a store that fails, a full disk, or another driver "
-    "at work on the run; 3 some shards failed for good, or the reducer was lost (the same command "
-    "goes on from there); 130 interrupted."
+    "at work on the run; 3 some shards failed for good, or the reducer or a training's workers "
+    "were lost (the same command goes on from there); 130 interrupted."
 )
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML config of the run.")]

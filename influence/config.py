@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from influence.budget import parse_budget
+from influence.memory_budget import parse_memory
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -100,29 +101,45 @@ class EmbeddingConfig(Section):
 
 
 class GradientsConfig(Section):
-    """Exact per-sample gradients: of the landmarks, the targets, or every candidate."""
+    """Exact per-sample gradients: of the landmarks, the targets, or every candidate.
+
+    In2Core has defaults of its own: parameters lora, projection layerwise, normalize false.
+    """
 
     parameters: str | list[str] = Field(
         "linear", description="all, linear, lora, or patterns of parameter names"
     )
     blocks: str = Field("all", description="all, 'last K' or 'random K' decoder blocks")
-    projection: Literal["exact", "kronecker", "srht", "rademacher", "countsketch", "none"] = (
-        "kronecker"
-    )
+    projection: Literal[
+        "exact", "kronecker", "srht", "rademacher", "countsketch", "layerwise", "none"
+    ] = "kronecker"
     norms: Literal["projected", "exact"] = Field(
         "projected", description="of the projected gradients, or (a quarter slower) of the whole"
     )
     side: Annotated[int, Field(ge=2)] = Field(64, description="random directions on each side")
     dim: Annotated[int, Field(ge=2)] = Field(8192, description="length of a stored vector")
-    reduction: Literal["mean", "sum", "sqrt", "token_max"] = "mean"
+    layer_dim: Annotated[int, Field(ge=2)] = Field(
+        256, description="layerwise: numbers that are kept of each layer"
+    )
+    layer_sketch: Literal["srht", "rademacher", "countsketch"] = Field(
+        "srht", description="layerwise: how each layer is projected"
+    )
+    reduction: Literal["mean", "sum", "sqrt", "token_max"] = Field(
+        "mean", description="of token losses; token_max: in2core, the token with the highest score"
+    )
     normalize: bool = True
 
-    @field_validator("side", "dim")
+    @field_validator("side", "dim", "layer_dim")
     @classmethod
     def _two_halves(cls, value: int) -> int:
         if value % 2:
             raise ValueError("must be even: a sketch is two independent halves")
         return value
+
+    @property
+    def loss_reduction(self) -> Literal["mean", "sum", "sqrt"]:
+        """How a sample's loss is made of its tokens' in its gradient; `token_max` comes later."""
+        return "mean" if self.reduction == "token_max" else self.reduction
 
 
 class LandmarksConfig(Section):
@@ -142,6 +159,23 @@ class LandmarksConfig(Section):
     )
     kernel: Literal["laplace", "rbf", "linear", "cosine"] = "laplace"
     damping: PositiveFloat = 0.01
+
+
+class LayerEconomyConfig(Section):
+    """What `layers: auto` chooses by."""
+
+    pilot: Annotated[int, Field(ge=8)] = Field(
+        256, description="random candidates whose gradients of all layers are held against others"
+    )
+    memory: int | str = Field(
+        "25%", description="for gradients: a share of what all layers take, or bytes (20GB)"
+    )
+
+    @field_validator("memory")
+    @classmethod
+    def _readable(cls, value: int | str) -> int | str:
+        parse_memory(value)
+        return value
 
 
 class OptimizerConfig(Section):
@@ -168,16 +202,70 @@ class WeightsConfig(Section):
     eta: PositiveFloat = 1e-4
 
 
-class FinetuneConfig(Section):
-    """LoRA fine-tuning."""
+class HeldOutConfig(Section):
+    """Rows to take the loss of while training goes on."""
 
+    path: str
+    limit: PositiveInt | None = Field(None, description="take the first rows")
+
+
+class FinetuneConfig(Section):
+    """LoRA fine-tuning on a selection, with its weights, or on the pool."""
+
+    data: list[str] | None = Field(
+        None, description="files or globs, or `pool`; default: RUN/selection"
+    )
+    weights: bool = Field(True, description="use the column influence_weight where there is one")
+    max_length: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="default: data.max_length"
+    )
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
-    dropout: Share = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | list[str] = Field(
+        "all-linear", description="as in PEFT: names of modules, or all linear ones but the head"
+    )
+    adapter: str | None = Field(
+        None, description="adapter to go on from: folder or hub name; default: model.adapter"
+    )
     epochs: PositiveFloat = 2.0
     learning_rate: PositiveFloat = 5e-4
-    batch_size: PositiveInt = 16
-    data: str | None = Field(None, description="selection or pool to train on")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: Share = Field(0.1, description="part of the steps in which the rate rises")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    batch_size: PositiveInt = Field(16, description="rows of an optimiser step, of all workers")
+    token_budget: PositiveInt | None = Field(
+        None,
+        description="tokens of a micro-batch, padding included; default: replicas.token_budget",
+    )
+    gradient_checkpointing: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] | None = Field(
+        None, description="of the frozen base; default: model.dtype"
+    )
+    evaluate: dict[str, HeldOutConfig] | None = Field(
+        None, description="named sets, NAME: path; default: the targets; {}: none"
+    )
+    evaluate_every: PositiveInt | None = Field(None, description="steps; default: an epoch")
+    save_every: PositiveInt | None = Field(100, description="steps; null: an epoch")
+    keep_checkpoints: Annotated[int, Field(ge=0)] | None = Field(
+        0, description="newest ones that stay once training is done; null: all"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(None, description="default: seed")
+    workers: PositiveInt = Field(1, description="more than one: with Ray Train")
+    output: str | None = Field(None, description="default: RUN/finetune")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _paths(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()}
 
 
 class ReferenceConfig(Section):
@@ -278,7 +366,10 @@ class Config(Section):
     warmup: WarmupConfig = WarmupConfig()
     weights: WeightsConfig = WeightsConfig()
     reference: ReferenceConfig = ReferenceConfig()
-    layers: str | list[str] = "all"
+    layers: str | list[str] = Field(
+        "all", description="in2core: all, auto, or patterns of the names of those that count"
+    )
+    layer_economy: LayerEconomyConfig = LayerEconomyConfig()  # pyright: ignore[reportCallIssue]
     selection: SelectionConfig = SelectionConfig()  # pyright: ignore[reportCallIssue]
     finetune: FinetuneConfig = FinetuneConfig()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -294,6 +385,24 @@ class Config(Section):
             if not name or any(character in name for character in "/\\: \t\n"):
                 raise ValueError(f"target name {name!r}: use letters, digits, '-', '_' and '.'")
         return value
+
+    @model_validator(mode="after")
+    def _defaults_of_the_method(self) -> Config:
+        if self.method == "in2core":
+            given = self.gradients.model_fields_set
+            own = {"parameters": "lora", "projection": "layerwise", "normalize": False}
+            left = {name: value for name, value in own.items() if name not in given}
+            if left:
+                gradients = self.gradients.model_copy(update=left)
+                object.__setattr__(self, "gradients", gradients)
+        return self
+
+    @property
+    def layer_patterns(self) -> tuple[str, ...] | None:
+        """`layers` where it names some: the patterns; None for `all` and `auto`."""
+        if self.layers in ("all", "auto"):
+            return None
+        return (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
 
     @property
     def cache_url(self) -> str:

@@ -19,27 +19,25 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from influence.config import Config
+from influence.config_checks import check_together
 from influence.credentials import refuse_credentials, refuse_in_override
 from influence.errors import InputError
 
 # Key -> the values whose code is part of this version.
 BUILT: dict[str, tuple[object, ...]] = {
-    "method": ("influence_distillation", "exact", "rds", "random"),
+    "method": ("influence_distillation", "in2core", "exact", "rds", "random"),
     "embedding.kind": ("jvp", "hidden", "rds"),
-    "gradients.reduction": ("mean", "sum", "sqrt"),
     "landmarks.choose": ("certified", "uniform", "stratified"),
     "optimizer.kind": ("sgd",),
     "optimizer.state": (None,),
     "weights.order": (1,),
-    "layers": ("all",),
 }
 # Sections and fields that no code reads yet: any value but the default would change nothing.
 UNUSED = (
     "warmup",
     "weights.curvature",
     "weights.eta",
-    "reference",
-    "finetune",
+    "reference.finetune",
     "evaluation",
     "prices",
 )
@@ -70,6 +68,7 @@ def parse_config(data: object, overrides: Sequence[str] = (), name: str = "confi
     except ValidationError as error:
         raise InputError(_explain(error, name)) from None
     refuse_unbuilt(config, name)
+    check_together(config, name)
     return config
 
 

@@ -84,6 +84,8 @@ def gradients(
         projecting = 4.0 * 32 * bits / 5 * shape.attributed * load.rows
     elif projection == "rademacher":
         projecting = 2.0 * dim * shape.attributed * load.rows
+    elif projection == "layerwise":
+        projecting, dim = 0.0, sum(min(size, dim) for size in shape.sizes.values())
     else:
         projecting, dim = 0.0, shape.attributed
     formed = 0.0

@@ -49,6 +49,15 @@ class ReducerLostError(InfluenceError):
     exit_code = 3
 
 
+class WorkersLostError(InfluenceError):
+    """The workers of a training failed more often than they are started again.
+
+    Committed checkpoints stand, and the same command goes on from the newest one.
+    """
+
+    exit_code = 3
+
+
 class InterruptedRunError(InfluenceError):
     """The job was told to stop (SIGINT, SIGTERM, `ray job stop`)."""
 

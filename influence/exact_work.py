@@ -76,12 +76,13 @@ def plan_exact(job: Job, reduce: Any, chosen: Chosen | None) -> ExactWork:
     if job.config.gradients.projection != "exact":
         digest = job.fingerprints["gradients"].hex
         rows = job.config.replicas.gradient_rows_per_shard
+        needs = () if job.layers_key is None else (job.layers_key,)
         targets = {
-            name: range_units("gradients", digest, files, rows)
+            name: range_units("gradients", digest, files, rows, needs=needs)
             for name, files in job.target_files.items()
         }
         pool = _Candidates(job, "gradients", chosen, set())
-        units = ExactUnits(pool.units(digest), targets, {}, wanted)
+        units = ExactUnits(pool.units(digest, needs), targets, {}, wanted)
         return ExactWork({}, units, pool.stage, frozenset(pool.lenders), pool.borrowed)
     vectors = target_vector_units(job, reduce)
     pool = _Candidates(job, "inner_products", chosen, set())

@@ -63,7 +63,7 @@ def _gradient_values(config: Config) -> dict[str, Any]:
     """Which gradients are taken: of what loss, with respect to which parameters."""
     gradients = config.gradients
     values: dict[str, Any] = {
-        "reduction": gradients.reduction,
+        "reduction": gradients.loss_reduction,
         "parameters": gradients.parameters,
         "blocks": gradients.blocks,
     }
@@ -76,8 +76,18 @@ def _projection_values(config: Config) -> dict[str, Any]:
     """The settings that the projection in use reads."""
     gradients = config.gradients
     values: dict[str, Any] = {"projection": gradients.projection}
-    if gradients.projection != "none":
+    if config.layer_patterns is not None:
+        values["layers"] = sorted(config.layer_patterns)
+    if gradients.projection in ("none", "layerwise"):
+        values["norms"] = "by layer"
+    else:
         values |= {"dim": gradients.dim, "seed": config.seed, "norms": gradients.norms}
+    if gradients.projection == "layerwise":
+        values |= {
+            "layer_dim": gradients.layer_dim,
+            "layer_sketch": gradients.layer_sketch,
+            "seed": config.seed,
+        }
     if gradients.projection == "kronecker":
         values |= {"side": gradients.side, "sides": "folded"}
     return values

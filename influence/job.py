@@ -41,7 +41,8 @@ class Job:
     """What the steps of one run share.
 
     `shape` is there for methods that need gradients; `held_rows` are the rows of shards by key.
-    `tokens` says how many tokens units have, once the catalogue is known.
+    `tokens` says how many tokens units have, once the catalogue is known. `layers_key` names the
+    object that says which layers gradients are taken of, where the config alone does not.
     """
 
     config: Config
@@ -55,6 +56,7 @@ class Job:
     execute: Execute | None = None
     tokens: Callable[[Sequence[Unit]], list[int]] | None = None
     shape: ModelShape | None = None
+    layers_key: str | None = None
     held_rows: dict[str, list[int]] = field(default_factory=dict)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,14 +65,15 @@ def response_samples(batch: TokenBatch) -> Int[Tensor, " n"]:
 
 
 def response_forward(
-    model: nn.Module, batch: TokenBatch
+    model: nn.Module, batch: TokenBatch, call: Callable[..., Any] | None = None
 ) -> tuple[Float[Tensor, "n v"], Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Logits that predict a response token, those tokens, and the sample each belongs to.
 
     The hidden states that predict a response token are gathered just before the output head, so
     the (b, t, v) logits never exist, while softcapping or scaling behind the head still applies.
     No attention mask is passed: the batch is padded on the right and attention is causal, so no
-    real token sees a padded one, and attention kernels without a mask stay usable.
+    real token sees a padded one, and attention kernels without a mask stay usable. `call` is what
+    to call in the model's place: its wrapper for training on several devices.
 
     Raises InputError if a row has no response token to predict, or if the model has no output
     head that is called once with (b, t, hidden).
@@ -102,7 +104,7 @@ def response_forward(
 
     handle = head.register_forward_pre_hook(gather)
     try:
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        logits = (call or model)(input_ids=input_ids, use_cache=False).logits
     finally:
         handle.remove()
     if len(calls) != 1 or calls[0][:2] != tuple(input_ids.shape):

@@ -34,6 +34,7 @@ class ModelShape:
         vocabulary: number of logits of a token.
         blocks: number of decoder blocks.
         hidden: width of the residual stream.
+        sizes: parameters of every attributed layer, by its name.
         coverage: one row per group of parameters; shares sum to 1.
     """
 
@@ -49,6 +50,7 @@ class ModelShape:
     vocabulary: int
     blocks: int
     hidden: int
+    sizes: dict[str, int]
     coverage: list[dict[str, Any]]
 
 
@@ -84,7 +86,11 @@ def model_shape(config: Config) -> ModelShape:
             f"{type(error).__name__}: {first}"
         ) from error
     layers = attributed_layers(
-        model, config.gradients.parameters, blocks=config.gradients.blocks, seed=config.seed
+        model,
+        config.gradients.parameters,
+        blocks=config.gradients.blocks,
+        seed=config.seed,
+        only=config.layer_patterns,
     )
     decoder = find_decoder(model)
     head = model.get_output_embeddings()
@@ -113,6 +119,7 @@ def model_shape(config: Config) -> ModelShape:
         vocabulary=described.get_text_config().vocab_size,
         blocks=len(decoder.blocks),
         hidden=described.get_text_config().hidden_size,
+        sizes={layer.name: layer.size for layer in layers},
         coverage=[asdict(row) for row in coverage(model, layers)],
     )
 

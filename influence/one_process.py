@@ -11,6 +11,7 @@ from influence.local import local_execute
 from influence.pipeline import prepare, select
 from influence.progress import Progress
 from influence.reducer import Reducer
+from influence.reference import with_reference
 from influence.replica import choose_device
 from influence.report import build_report
 from influence.resume import claim_run
@@ -25,7 +26,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     """
     if config.method != "random":
         choose_device(config.model.device, config.replicas.num_gpus)
-    config = resolve_revision(config)
+    config = resolve_revision(with_reference(config))
     progress = Progress(quiet=quiet)
     with driving(config.run, progress.note) as lease:
         claim_run(config, replace=replace)

@@ -18,6 +18,7 @@ from influence.config import Config
 from influence.errors import InfluenceError, InputError, InterruptedRunError
 from influence.exact_work import exact_units, further_units
 from influence.fingerprints import stage_fingerprints
+from influence.in2core import in2core
 from influence.job import Execute, Job, run_units, timed
 from influence.model_shape import model_shape
 from influence.progress import Progress
@@ -42,7 +43,7 @@ __all__ = [
     "select",
 ]
 
-NEED_GRADIENTS = ("influence_distillation", "exact")
+NEED_GRADIENTS = ("influence_distillation", "exact", "in2core")
 
 
 def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
@@ -212,6 +213,7 @@ def random(job: Job, reduce: Any) -> None:
 METHODS: dict[str, Callable[[Job, Any], None]] = {
     "influence_distillation": influence_distillation,
     "exact": exact,
+    "in2core": in2core,
     "rds": rds,
     "random": random,
 }

@@ -27,6 +27,7 @@ from influence.model_shape import ModelShape, model_shape
 from influence.pipeline import Job, catalogue, embedding_units, prepare, rds_target_units
 from influence.progress import Progress
 from influence.reducer import Reducer
+from influence.reference import with_reference
 from influence.replica import resolve_dtype
 from influence.run_log import RunLog
 from influence.units import Unit
@@ -71,7 +72,7 @@ class Plan:
 def make_plan(config: Config) -> Plan:
     """Scan and tokenise (committing catalogue shards), then count every stage's work."""
     progress = Progress()
-    config = resolve_revision(config)
+    config = resolve_revision(with_reference(config))
     budget = parse_budget(config.selection.budget)
     job = prepare(config, progress, RunLog.unsaved(config.run, config.method))
     job.execute = local_execute(config, job.watch)
@@ -79,6 +80,8 @@ def make_plan(config: Config) -> Plan:
     counts = reducer.load_catalogue(*catalogue(job))
     if budget.tokens is not None:
         selected = f"{budget.tokens:,} tokens"
+    elif budget.proponents is not None:
+        selected = f"{budget.proponents:.4g} of the proponents, which the scores tell"
     else:
         rows = budget.rows or max(1, round((budget.share or 0) * counts["scored"]))
         selected = f"{min(rows, counts['scored']):,} of {counts['scored']:,} rows"
@@ -119,7 +122,10 @@ def _add_stages(plan: Plan, job: Job, reducer: Reducer, shape: ModelShape) -> No
             cost.check_vector_bytes(config, shape)
         except InputError as error:
             plan.notes.append(str(error))
-        sizes = config.gradients.side, config.gradients.dim
+        dim = config.gradients.dim
+        if chosen_projection == "layerwise":
+            dim = config.gradients.layer_dim
+        sizes = config.gradients.side, dim
         exact_norms = config.gradients.norms == "exact"
 
         def price(load: Load) -> StageCost:

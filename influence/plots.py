@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +147,35 @@ def score_by_length(
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
         axes.set_xlabel("response tokens")
         axes.set_ylabel("score")
+        return _plot(figure, alt)
+
+
+def layer_curves(
+    curves: Mapping[str, tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]]],
+    budget: float,
+    chosen: tuple[float, float],
+    alt: str,
+) -> Plot | None:
+    """Spearman (up) of subsets of layers against their share of the bytes, a line for each rule.
+
+    The dashed line is the budget, the point the subset that is used.
+    """
+    if not curves:
+        return None
+    styles = ["solid", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1))]
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(height=3.0)
+        for place, (rule, (share, spearman)) in enumerate(curves.items()):
+            color = _CHOSEN if rule == "greedy" else _POOL
+            line = styles[place % len(styles)]
+            axes.plot(share, spearman, color=color, linewidth=1.3, linestyle=line, label=rule)
+        axes.axvline(budget, color=_INK, linewidth=0.7, linestyle=(0, (4, 3)))
+        axes.scatter(*chosen, s=22, color=_CHOSEN, zorder=3)
+        axes.set_xlim(0.0, min(1.0, 1.05 * budget))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+        axes.legend(frameon=False, handlelength=3.0)
+        axes.set_xlabel("share of the bytes of all layers")
+        axes.set_ylabel("Spearman with all layers")
         return _plot(figure, alt)
 
 

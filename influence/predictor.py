@@ -8,25 +8,23 @@ they were made.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Shaped
 
-from influence import storage
+from influence.array_files import digest_of, read_arrays, write_arrays
 from influence.errors import InputError
 from influence.landmarks import LandmarkRegression
 from influence.posterior import Posterior
 
 # Kernel values of one block: 2^20 float32 are 4 MiB, which stay in a core's cache.
 _BLOCK_ENTRIES = 1 << 20
+# Of vectors that are wider still: a row alone would read all centres for itself.
+_LEAST_ROWS = 64
 
 
 class Predicted(NamedTuple):
@@ -40,12 +38,14 @@ class Predicted(NamedTuple):
 class Predictor:
     """P = k(x, centres) to_mean + mean; with `to_spread` also a variance.
 
-    lengths: whether the embeddings come with their lengths, or as unit rows.
+    lengths: whether the embeddings come with their lengths, or as unit rows. units: whether vectors
+    that are stored with their lengths (gradients) are brought to length 1.
     """
 
     kernel: str
     bandwidth: float
     lengths: bool
+    units: bool
     ridge: float
     centres: Float[np.ndarray, "r e"]
     to_mean: Float[np.ndarray, "r m"]
@@ -60,13 +60,7 @@ class Predictor:
     @property
     def digest(self) -> str:
         """32 hex digits of everything in it."""
-        digest = hashlib.blake2b(digest_size=16)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            digest.update(repr((field.name, getattr(value, "shape", value))).encode())
-            if isinstance(value, np.ndarray):
-                digest.update(np.ascontiguousarray(value, np.float64).tobytes())
-        return digest.hexdigest()
+        return digest_of(*_parts(self))
 
 
 def regression_predictor(model: LandmarkRegression, *, lengths: bool) -> Predictor:
@@ -76,6 +70,7 @@ def regression_predictor(model: LandmarkRegression, *, lengths: bool) -> Predict
         model.kernel,
         model.bandwidth,
         lengths,
+        False,
         0.0,
         model.landmarks,
         model.alpha,
@@ -91,6 +86,7 @@ def posterior_predictor(posterior: Posterior, *, lengths: bool) -> Predictor:
         features.kernel,
         features.bandwidth,
         lengths,
+        False,
         evidence.ridge,
         features.inducing,
         features.whiten @ posterior.weights,
@@ -101,8 +97,14 @@ def posterior_predictor(posterior: Posterior, *, lengths: bool) -> Predictor:
 
 def cosine_predictor(means: Float[np.ndarray, "m e"]) -> Predictor:
     """Cosine with each target's mean unit embedding (RDS+, arXiv 2503.01807)."""
-    m = len(means)
-    return Predictor("linear", 1.0, False, 0.0, means, np.eye(m), np.zeros(m), np.empty((m, 0)))
+    return linear_predictor(means, units=False)
+
+
+def linear_predictor(vectors: Float[np.ndarray, "m e"], *, units: bool) -> Predictor:
+    """Inner products with these vectors of rows as they are stored, or of their unit rows."""
+    m = len(vectors)
+    none = np.empty((m, 0))
+    return Predictor("linear", 1.0, False, units, 0.0, vectors, np.eye(m), np.zeros(m), none)
 
 
 class _Room(NamedTuple):
@@ -149,7 +151,8 @@ class Mapper:
             raise InputError(f"embeddings of shape {X.shape}: expected rows of {width} numbers")
         P = np.empty((len(X), predictor.columns))
         variance = np.zeros(len(X))
-        step = max(1, min(len(X), _BLOCK_ENTRIES // max(len(predictor.centres), width)))
+        step = max(_LEAST_ROWS, _BLOCK_ENTRIES // max(len(predictor.centres), width))
+        step = max(1, min(len(X), step))
         room = self._room(step, width)
         for start in range(0, len(X), step):
             rows = slice(start, start + step)
@@ -196,52 +199,28 @@ class Mapper:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, dtype)
 
 
-def write_predictor(cache_url: str, predictor: Predictor) -> str:
-    """Put it into the cache, named by its contents; returns its key."""
-    key = f"regression/{predictor.digest}.parquet"
-    scalars, names, shapes, data = {}, [], [], []
-    for field in fields(predictor):
-        value = getattr(predictor, field.name)
-        if isinstance(value, np.ndarray):
-            names.append(field.name)
-            shapes.append(list(value.shape))
-            data.append(np.ascontiguousarray(value, np.float64).tobytes())
-        else:
-            scalars[field.name] = value
-    table = pa.table(
-        {"name": names, "shape": shapes, "data": pa.array(data, type=pa.large_binary())}
-    ).replace_schema_metadata({b"scalars": json.dumps(scalars).encode()})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="none", use_dictionary=False)
-    url = storage.join(cache_url, key)
-    if not storage.put_new(url, sink.getvalue().to_pybytes()) and not _whole(cache_url, key):
-        storage.put(url, sink.getvalue().to_pybytes())
-    return key
+def write_predictor(url: str, predictor: Predictor) -> str:
+    """Put it below a URL, named by its contents; returns its key."""
+    return write_arrays(url, "regression", *_parts(predictor))
 
 
-def read_predictor(cache_url: str, key: str) -> Predictor:
+def read_predictor(url: str, key: str) -> Predictor:
     """Read what `write_predictor` left.
 
     Raises:
         InputError: the object is not the one that its name says.
     """
-    table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(cache_url, key))))
-    scalars = json.loads((table.schema.metadata or {})[b"scalars"])
-    arrays: dict[str, Any] = {
-        name: np.frombuffer(data, np.float64).reshape(shape).copy()
-        for name, shape, data in zip(
-            *(table.column(c).to_pylist() for c in ("name", "shape", "data")), strict=True
-        )
+    scalars, arrays = read_arrays(url, key)
+    values: dict[str, Any] = {**scalars, **arrays}
+    return Predictor(**values)
+
+
+def _parts(predictor: Predictor) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(plain values, arrays) of it."""
+    values = {field.name: getattr(predictor, field.name) for field in fields(predictor)}
+    arrays = {
+        name: np.asarray(value, np.float64)
+        for name, value in values.items()
+        if isinstance(value, np.ndarray)
     }
-    predictor = Predictor(**scalars, **arrays)
-    if f"regression/{predictor.digest}.parquet" != key:
-        raise InputError(f"{key}: its contents are not what its name says; remove it")
-    return predictor
-
-
-def _whole(cache_url: str, key: str) -> bool:
-    try:
-        read_predictor(cache_url, key)
-    except (InputError, pa.ArrowException, OSError, KeyError, ValueError):
-        return False
-    return True
+    return {name: value for name, value in values.items() if name not in arrays}, arrays

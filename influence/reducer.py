@@ -6,7 +6,6 @@ is called directly. Every method returns a small summary, never the arrays.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -24,6 +23,8 @@ from influence.certified import Certified, Settings, audit_rows, initial_landmar
 from influence.certified_result import certified_scores, recall_certificate
 from influence.config import Config
 from influence.errors import InputError
+from influence.in2core_reduce import InfluenceReduce
+from influence.pool_counts import pool_counts
 from influence.predictor import (
     cosine_predictor,
     posterior_predictor,
@@ -32,12 +33,14 @@ from influence.predictor import (
 )
 from influence.quotas import Quota
 from influence.results import write_results
+from influence.schemas import LayerChoice
 from influence.score_shards import ShardTable, scoring_url
 from influence.score_table import ArrayTable, OverlaidTable, scored_rows
 from influence.scores import Scores
 from influence.selection import Rule
 from influence.shard_reader import (
     NO_EMBEDDING,
+    NO_GRADIENT,
     check_target_rows,
     read_catalogue,
     read_embeddings,
@@ -94,31 +97,7 @@ class Reducer:
 
     def counts(self) -> dict[str, Any]:
         """Rows, reasons, duplicates, truncation: of the pool and of every target."""
-        pool = self._pool
-        reasons = pool.reasons()
-        per_target = Counter(column.target for column in self.columns.columns)
-        return {
-            "rows": len(pool),
-            "scored": len(pool.eligible),
-            "duplicates": reasons.get("duplicate", 0),
-            "reasons": reasons,
-            "truncated": int(pool.truncated.sum()),
-            "tokens": int(pool.n_tokens.sum()),
-            "response_tokens": int(pool.n_response_tokens.sum()),
-            "budget": str(self.config.selection.budget),
-            "combine": self.config.selection.combine,
-            "targets": {
-                name: {
-                    "rows": len(catalogue),
-                    "scored": len(catalogue.eligible),
-                    "columns": per_target[name],
-                    "truncated": int(catalogue.truncated.sum()),
-                    "reasons": catalogue.reasons(),
-                    "tokens": int(catalogue.n_tokens.sum()),
-                }
-                for name, catalogue in self.targets.items()
-            },
-        }
+        return pool_counts(self._pool, self.targets, self.columns, self.config.selection)
 
     def tokens_of(self, units: Sequence[Unit]) -> list[int]:
         """Tokens that the model sees of each unit's rows: what there is to do."""
@@ -217,8 +196,8 @@ class Reducer:
     def _lengths(self) -> bool:
         return self.config.landmarks.kernel == "linear"
 
-    def _shard_table(self, units: Sequence[Unit]) -> ShardTable:
-        """The score shards; rows without an embedding get their reason."""
+    def _shard_table(self, units: Sequence[Unit], reason: str = NO_EMBEDDING) -> ShardTable:
+        """The score shards; rows without a score get this reason."""
         pool = self._pool
         table = ShardTable(
             Cache(scoring_url(self.config.run)),
@@ -229,9 +208,9 @@ class Reducer:
         )
         missing = pool.scorable & ~scored_rows(table)
         if missing.any():
-            pool.exclude(np.flatnonzero(missing).tolist(), NO_EMBEDDING)
+            pool.exclude(np.flatnonzero(missing).tolist(), reason)
             if not len(pool.eligible):
-                raise InputError(f"not one row could be embedded; reasons: {pool.reasons()}")
+                raise InputError(f"not one row could be scored; reasons: {pool.reasons()}")
         return table
 
     def _begin_rounds(self) -> Certified:
@@ -273,6 +252,50 @@ class Reducer:
         none = np.empty((0, len(self.columns.columns)))
         self.scores = Scores(table, self._pool.scorable, positions, none, None, None)
 
+    def column_count(self) -> int:
+        """Columns of the scores."""
+        return len(self.columns.columns)
+
+    def choose_pilot(self) -> list[tuple[SourceFile, list[int]]]:
+        """Draw the rows on which layers are chosen; returns the rows of each file."""
+        pool = self._pool
+        eligible = pool.eligible
+        keys = landmarks.row_keys(self.config.seed, pool.digests, purpose=b"pilot")[eligible]
+        drawn = np.argsort(keys, kind="stable")[: self.config.layer_economy.pilot]
+        return pool.by_file(np.sort(eligible[drawn]))
+
+    def choose_layers(self, pilot: ExactUnits) -> LayerChoice:
+        """The layers to keep, by the gradients of the pilot's rows."""
+        memory = self.config.layer_economy.memory
+        return self._begun_influence().choose_layers(pilot, memory)
+
+    def begin_influence(self, exact: ExactUnits) -> list[Unit]:
+        """DataInf's pass 0 and the targets' gradients; returns the units of its pass 1."""
+        self._influence = self._begun_influence()
+        return self._influence.begin(exact)
+
+    def _begun_influence(self) -> InfluenceReduce:
+        return InfluenceReduce(
+            self.cache,
+            scoring_url(self.config.run),
+            self._pool,
+            self.targets,
+            self.columns,
+            unit=self.config.gradients.normalize,
+        )
+
+    def fit_influence(self, sums: Sequence[Unit]) -> str:
+        """After the sums of pass 1; returns the key of what turns gradients into scores."""
+        return self._influence.predictor(sums)
+
+    def take_influences(self, units: Sequence[Unit], gradients: Sequence[Unit]) -> None:
+        """The score shards of `fit_influence`, and what the gradients' projections leave open."""
+        table = self._shard_table(units, NO_GRADIENT)
+        halves = self._influence.halves(gradients)
+        positions = self._pool.eligible
+        none = np.empty((0, len(self.columns.columns)))
+        self.scores = Scores(table, self._pool.scorable, positions, none, None, halves)
+
     def score_random(self) -> None:
         """Uniform random numbers, the same in every column."""
         eligible = self._pool.eligible
@@ -292,8 +315,8 @@ class Reducer:
         if selected is None:
             selected = select_table(self._rule, table)
         selection = selected.selection
-        if self.config.method in ("random", "rds"):
-            # These methods rank; the closed form's weights are about gradients only.
+        if self.config.method in ("random", "rds", "in2core"):
+            # These methods rank; the closed form's weights are those of the robust objective.
             weights = np.full(len(selection.order), selection.n_scored / len(selection.order))
             selection = replace(selection, weights=weights)
         fidelity = certificate_of(
@@ -329,6 +352,8 @@ class Reducer:
             sources=pool.sources,
             n_tokens=pool.n_tokens,
             per_source={name: Quota(q.min, q.max) for name, q in config.per_source.items()},
+            # In2Core keeps proponents: training on the others is expected to do harm.
+            floor=0.0 if self.config.method == "in2core" else None,
         )
 
     @property

@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 
 from influence import plots, storage
+from influence.layer_figures import layer_report
 from influence.report_data import (
     RunData,
     ScoreColumns,
@@ -25,6 +26,7 @@ from influence.report_format import FILTERS, decimal
 from influence.schemas import FailedShard, StageRecord, TargetFidelity
 
 TOP_SOURCES = 30
+GRADIENT_METHODS = ("influence_distillation", "in2core", "less", "exact")
 
 METHODS = {
     "influence_distillation": "Influence Distillation",
@@ -138,7 +140,11 @@ def context(run: RunData) -> dict[str, Any]:
         "reliability": reliability_figure(run),
         "wanted_recall": (run.config.get("landmarks") or {}).get("recall"),
         "weights": weight_summary(run.scores) if run.scores else None,
+        "length": counts.get("length_spearman") or {},
+        "gradients": _gradient_settings(run),
+        "layers": layer_report(run.manifest.layers),
         "stages": [stage_row(name, record) for name, record in run.manifest.stages.items()],
+        "harmful": [s for s in run.samples.get("worst", []) if s["score"] < 0],
         "attributed": sum(r["share"] for r in run.manifest.coverage if r["attributed"]),
     }
 
@@ -156,6 +162,11 @@ def warnings(run: RunData) -> list[str]:
         found.append(
             f"The budget ({counts.get('budget')}) is larger than the pool: every row that could be "
             "scored is selected, so the ranking decides nothing."
+        )
+    if counts.get("short_of_proponents"):
+        found.append(
+            f"The budget ({counts.get('budget')}) is larger than the proponents: all "
+            f"{counts.get('proponents'):,} rows with a score above 0 are selected, and no other."
         )
     if run.scores is None:
         return found
@@ -273,6 +284,13 @@ def weight_summary(scores: ScoreColumns) -> WeightSummary | None:
             weights, f"Histogram of the {len(weights):,} selected rows' weights."
         ),
     )
+
+
+def _gradient_settings(run: RunData) -> dict[str, Any] | None:
+    """How token gradients became a row's, for methods whose scores come from gradients."""
+    if run.manifest.method not in GRADIENT_METHODS:
+        return None
+    return run.config.get("gradients")
 
 
 def stage_row(name: str, record: StageRecord) -> StageRow:

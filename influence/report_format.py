@@ -96,4 +96,5 @@ FILTERS: dict[str, Callable[..., str]] = {
     "recall": recall,
     "round_recall": round_recall,
     "seconds": seconds,
+    "size": size,
 }

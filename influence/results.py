@@ -51,7 +51,7 @@ def write_results(
     check()
     storage.put(storage.join(run, "fidelity.json"), to_json(fidelity))
     return {
-        "counts": selected_counts(pool, selection, scores.table, columns),
+        "counts": selected_counts(pool, selection, scores.table, columns, combine),
         "sources": source_counts(pool, selection),
         "fidelity": fidelity.model_dump(),
     }

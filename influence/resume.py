@@ -13,8 +13,9 @@ from influence.errors import InputError
 from influence.outputs import remove_results
 from influence.replica import resolve_dtype
 
-# What changes no number: where things are, how many replicas, how work is cut and retried.
-_FREE = ("run", "cache", "prices", "replicas")
+# What changes no number of a selection: where things are, how many replicas, how work is cut and
+# retried; fine-tuning comes after it, and guards its own results.
+_FREE = ("run", "cache", "prices", "replicas", "finetune")
 # Sections whose change makes a stage of the cache useless. Targets, budget and method are not here:
 # they reuse every shard that the cache holds.
 _RECOMPUTES = {
@@ -33,6 +34,10 @@ _RECOMPUTES = {
     "gradients.norms": "the gradients",
     "gradients.side": "the gradients",
     "gradients.dim": "the gradients",
+    "gradients.layer_dim": "the gradients",
+    "gradients.layer_sketch": "the gradients",
+    "layers": "the gradients",
+    "layer_economy": "the pilot's gradients, and those of other layers",
     "gradients.reduction": "the gradients",
     "seed": "landmarks, embeddings and gradients",
 }

@@ -33,14 +33,23 @@ REASON_DUPLICATE = "duplicate"
 class VectorLayout(BaseModel):
     """How the bytes of a shard's `vector` column are read (kept in the schema's metadata).
 
-    `blocks` lists the layers of an unprojected gradient as (name, offset, length), in elements; a
-    vector without any is an embedding, inner products, or a projection's two halves.
+    `blocks` lists the layers of a gradient as (name, offset, length), in elements; a vector without
+    any is an embedding, inner products, or a projection's two halves. `sizes` are the layers' sizes
+    before they were projected, each for itself; without any, `blocks` are the whole layers. A layer
+    that is shorter than its size is two halves side by side.
     """
 
     model_config = ConfigDict(extra="forbid")
     dtype: str
     dim: int
     blocks: list[tuple[str, int, int]] = []
+    sizes: list[int] = []
+
+    @property
+    def whole(self) -> bool:
+        """Whether a vector is an unprojected gradient."""
+        lengths = [length for _name, _offset, length in self.blocks]
+        return bool(lengths) and (not self.sizes or self.sizes == lengths)
 
 
 def catalogue_schema() -> pa.Schema:
@@ -52,7 +61,8 @@ def shard_schema(layout: VectorLayout) -> pa.Schema:
     """Schema of a shard with vectors: the row's columns, `vector`, `norm` and `loss`.
 
     `vector` is fixed-size binary (measured: read at raw file speed, where fixed-size lists are
-    several times slower). An unscorable row has a null vector, norm and loss.
+    several times slower). With sizes there is `norms`, too: every layer's exact norm in float32,
+    in their order. An unscorable row has a null vector, norm, norms and loss.
     """
     itemsize = {"float16": 2, "float32": 4, "float64": 8}[layout.dtype]
     vector = [
@@ -60,6 +70,8 @@ def shard_schema(layout: VectorLayout) -> pa.Schema:
         pa.field("norm", pa.float64()),
         pa.field("loss", pa.float64()),
     ]
+    if layout.sizes:
+        vector.append(pa.field("norms", pa.binary(4 * len(layout.blocks))))
     metadata = {b"vector": layout.model_dump_json().encode()}
     return pa.schema([*ROW_FIELDS, *vector], metadata=metadata)
 
@@ -68,7 +80,7 @@ def score_shard_schema(layout: VectorLayout) -> pa.Schema:
     """Schema of a shard of predicted scores: the row, then its scores and their variance.
 
     `vector` holds one score per column of the run's targets and, last, the variance; it is null for
-    a row without an embedding.
+    a row without an embedding. Partial sums of DataInf have a row for each column of the targets.
     """
     itemsize = {"float32": 4, "float64": 8}[layout.dtype]
     fields = [
@@ -98,7 +110,8 @@ def target_vector_schema() -> pa.Schema:
 class ExportLayout(BaseModel):
     """What an exported file's `vector` column holds (JSON under `influence` in its metadata).
 
-    `values` is what the fingerprint covers; `blocks` as in `VectorLayout`; `shard` the cache key.
+    `values` is what the fingerprint covers; `blocks` and `sizes` as in `VectorLayout`; `shard` the
+    cache key.
     Embeddings are unit rows and `norm` their length before; gradients are not normalised.
     """
 
@@ -108,6 +121,7 @@ class ExportLayout(BaseModel):
     dtype: str
     dim: int
     blocks: list[tuple[str, int, int]] = []
+    sizes: list[int] = []
     shard: str
 
 
@@ -263,6 +277,35 @@ class StageRecord(BaseModel):
         return self.model_seconds / self.replica_seconds
 
 
+class LayerSubset(BaseModel):
+    """Some layers that were judged: how many groups, what they take of a row, how well they rank.
+
+    `spearman` is on the pilot's rows that the choice was made on, `held_out` on the others.
+    """
+
+    rule: str
+    groups: int
+    row_bytes: int
+    spearman: float
+    held_out: float
+
+
+class LayerChoice(BaseModel):
+    """What `layers: auto` chose on a pilot, and every subset that it was held against."""
+
+    names: list[str] = Field(description="the parameters whose gradients are kept")
+    rule: str
+    pilot: int = Field(description="rows of it with a usable gradient")
+    groups: int = Field(description="of layers, in the model")
+    row_bytes: int
+    full_row_bytes: int
+    budget_row_bytes: float
+    rows: int = Field(description="of the pool")
+    spearman: float
+    held_out: float
+    table: list[LayerSubset] = Field(default_factory=list)
+
+
 class ReplicaCount(BaseModel):
     """Replicas when the manifest was written."""
 
@@ -295,6 +338,7 @@ class Manifest(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict)
     counts: dict[str, Any] = Field(default_factory=dict)
     coverage: list[dict[str, Any]] = Field(default_factory=list)
+    layers: LayerChoice | None = Field(default=None, description="of `layers: auto`")
     stages: dict[str, StageRecord] = Field(default_factory=dict)
 
     @property

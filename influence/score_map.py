@@ -1,4 +1,4 @@
-"""The map from embeddings to scores, over a run's replicas."""
+"""The map from embeddings to scores, and other maps over shards, over a run's replicas."""
 
 from __future__ import annotations
 
@@ -17,16 +17,27 @@ def map_scores(job: Job, embedding: Sequence[Unit], predictor: str) -> list[Unit
     Raises:
         ShardsFailedError: a shard failed for good (all others are committed).
     """
+    units = score_units(embedding, predictor)
+    map_units(job, units)
+    return units
+
+
+def map_units(job: Job, units: Sequence[Unit]) -> None:
+    """Compute what is missing of units of one stage whose results belong to this run alone.
+
+    Raises:
+        ShardsFailedError: a shard failed for good (all others are committed).
+    """
     if job.execute is None:
         raise RuntimeError("units to compute, but no executor: call select, or set job.execute")
-    units = score_units(embedding, predictor)
     cache = Cache(scoring_url(job.config.run))
-    with timed(job, "scores", quiet=True):
-        job.log.took("scores", 0.0)
+    stage = units[0].stage
+    with timed(job, stage, quiet=True):
+        job.log.took(stage, 0.0)
         present = cache.present([unit.key for unit in units])
         whole = cache.verify(sorted(present))
         for key in sorted(present - whole):
-            job.log.damaged("scores", key)
+            job.log.damaged(stage, key)
             job.progress.note(f"damaged shard, computed again: {key}")
         missing = [unit for unit in units if unit.key not in whole]
 
@@ -42,4 +53,3 @@ def map_scores(job: Job, embedding: Sequence[Unit], predictor: str) -> list[Unit
         if missing:
             job.execute(bundled(missing), on_result, on_failure)
     raise_failures(job)
-    return units

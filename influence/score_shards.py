@@ -46,7 +46,7 @@ def score_units(embedding: Sequence[Unit], predictor: str) -> list[Unit]:
 
 def score_table_of(shard: Shard, predictor: Predictor, mapper: Mapper) -> pa.Table:
     """The rows of a score shard: scores and variance side by side; null without an embedding."""
-    usable, X = usable_embeddings(shard, lengths=predictor.lengths)
+    usable, X = usable_embeddings(shard, lengths=predictor.lengths, units=predictor.units)
     values = np.zeros((len(usable), predictor.columns + 1))
     if X is not None:
         predicted = mapper(X)

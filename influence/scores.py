@@ -20,7 +20,8 @@ class Scores:
         exact_positions: positions of the rows with exact scores, increasing.
         exact_scores: their scores (r x m).
         loo: leave-one-out predictions for them (r x m), or None if nothing is predicted.
-        halves: the two halves of their sketches (2 x r x m), or None if unprojected.
+        halves: the two halves of their sketches (2 x r x m), or None if unprojected; where nothing
+            is predicted they may be of other rows, a sample.
         loo_halves: leave-one-out predictions of regressions on either half alone, or None.
         calibration: which of the exact rows were drawn uniformly, or None for all.
     """

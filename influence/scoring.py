@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from influence.projection import HALVES, half_products
+from influence.schemas import VectorLayout
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,34 @@ def sketched_halves(
     targets: Float[np.ndarray, "m d"],
     normalize: bool,
     *,
-    whole: bool = False,
+    layout: VectorLayout | None = None,
 ) -> Float[np.ndarray, "2 r m"]:
     """Inner products of projected gradients with projected targets, by each half of the projection.
 
-    Both halves are unbiased and independent; their mean is the score. Of `whole`, unprojected
-    gradients both are the exact score.
+    Both halves are unbiased and independent; their mean is the score. Of unprojected gradients both
+    are the exact score. `layout`: that of the vectors, where they are not simply two halves.
     """
     rows = unit(vectors, norm, normalize)
-    if whole:
+    if layout is not None and layout.whole:
         return np.broadcast_to(rows @ targets.T, (HALVES, len(rows), len(targets)))
+    if layout is not None and layout.blocks:
+        return np.stack([(rows * weights) @ targets.T for weights in half_weights(layout)])
     return half_products(torch.from_numpy(rows), torch.from_numpy(targets)).numpy()
+
+
+def half_weights(layout: VectorLayout) -> Float[np.ndarray, "2 d"]:
+    """What each half's estimate weighs every column with, where layers are projected one by one.
+
+    A projected layer's columns are its two halves, each of which counts twice in its own estimate;
+    those of a layer that is whole count once in both.
+    """
+    weights = np.ones((HALVES, layout.dim))
+    for (_name, offset, length), size in zip(layout.blocks, layout.sizes, strict=True):
+        if length < size:
+            middle = offset + length // HALVES
+            weights[0, offset:middle], weights[0, middle : offset + length] = HALVES, 0.0
+            weights[1, offset:middle], weights[1, middle : offset + length] = 0.0, HALVES
+    return weights
 
 
 def random_scores(seed: int, digests: Sequence[bytes]) -> Float[np.ndarray, "n 1"]:

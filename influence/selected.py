@@ -106,12 +106,17 @@ def extremes(
 
 
 def selected_counts(
-    pool: Catalogue, selection: Selection, table: ScoreTable, columns: TargetColumns
+    pool: Catalogue,
+    selection: Selection,
+    table: ScoreTable,
+    columns: TargetColumns,
+    combine: str,
 ) -> dict[str, Any]:
     """Rows selected, how many equal weights theirs amount to, and each name's length bias.
 
     The bias is the Spearman correlation of score and response length, of LENGTH_ROWS rows spread
-    evenly over the pool, or all.
+    evenly over the pool, or all. Of a method whose scores have a sign also how many rows have a
+    score above 0 (for one target at least), and how many one below it (for all).
     """
     eligible = pool.eligible
     some = eligible[:: ceil(len(eligible) / LENGTH_ROWS)]
@@ -120,7 +125,15 @@ def selected_counts(
     lengths = pool.n_response_tokens[some].astype(float)
     weights = selection.weights / selection.weights.sum()
     named = (P @ columns.named()).T
+    signed = {}
+    if selection.proponents is not None:
+        signed = {
+            "proponents": selection.proponents,
+            "opponents": _opponents(table, columns, combine),
+            "short_of_proponents": selection.short_of_proponents,
+        }
     return {
+        **signed,
         "selected": len(selection.order),
         "budget_exceeds_pool": selection.budget_exceeds_pool,
         "length_spearman": {
@@ -129,6 +142,11 @@ def selected_counts(
         },
         "effective_rows": float(1.0 / np.square(weights).sum()),
     }
+
+
+def _opponents(table: ScoreTable, columns: TargetColumns, combine: str) -> int:
+    scores = (combined_score(block.P, columns.target_of, combine)[0] for block in table.blocks())
+    return sum(int(np.count_nonzero(score < 0)) for score in scores)
 
 
 def source_counts(pool: Catalogue, selection: Selection) -> dict[str, tuple[int, int]]:

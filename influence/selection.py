@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from influence.budget import Budget, row_limit
+from influence.budget import Budget, RowLimit, limit_to_proponents, row_limit
 from influence.errors import InputError
 from influence.quotas import Quota, QuotaState, open_quotas
 from influence.weights import id_ranks, ranked, round_robin_weights
@@ -25,6 +25,8 @@ class Selection:
     best column) and `score` the score it was picked for. `tau` has one threshold for mean and
     max, one per column for round robin, and with quotas a second axis: the groups in the order of
     `groups`, the last one for the rows of no quota; `group` is the group of every row of the pool.
+    With a rule that takes proponents only, `proponents` is how many there are, and
+    `short_of_proponents` says that the budget would have held more.
     """
 
     order: Int[np.ndarray, " k"]
@@ -36,6 +38,8 @@ class Selection:
     n_scored: int
     budget_exceeds_pool: bool
     group: Int[np.ndarray, " n"] | None = None
+    proponents: int | None = None
+    short_of_proponents: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Rule:
     """A selection rule for a pool of n rows, ready to be applied to many matrices of scores.
 
     `column_target` is the target of each column, `ranks` the place of each row among equal scores
-    (`influence.weights.id_ranks`).
+    (`influence.weights.id_ranks`). With a `floor` a row is only taken for a score above it; a
+    column without such a row passes its turns.
     """
 
     column_target: Int[np.ndarray, " m"]
@@ -53,6 +58,7 @@ class Rule:
     sources: Sequence[str] | None = None
     n_tokens: Int[np.ndarray, " n"] | None = None
     per_source: Mapping[str, Quota] | None = None
+    floor: float | None = None
 
     def __call__(self, P: Float[np.ndarray, "n m"]) -> Selection:
         """Select by these scores; see `select`."""
@@ -131,7 +137,7 @@ def select(
 
 def _select(rule: Rule, P: Float[np.ndarray, "n m"]) -> Selection:
     P, _ = _check_scores(P, rule.column_target, rule.combine)
-    terms = terms_of(rule, ~np.isnan(P[:, 0]))
+    terms = terms_of(rule, ~np.isnan(P[:, 0]), above_floor(rule, P))
     return pick(rule, P, terms, np.arange(len(P)))
 
 
@@ -143,21 +149,37 @@ class OutOfRowsError(Exception):
 class Terms:
     """What a rule means for a pool: rows to take, its quotas, the rows with scores."""
 
-    k: int
-    exceeds: bool
+    limit: RowLimit
     n_scored: int
     quotas: QuotaState | None
 
+    @property
+    def k(self) -> int:
+        """Rows to take."""
+        return self.limit.rows
 
-def terms_of(rule: Rule, scored: Bool[np.ndarray, " n"]) -> Terms:
-    """The rule for a pool of which these rows have scores.
 
-    Raises InputError naming the config key for infeasible quotas, or if there is no scored row.
+def above_floor(rule: Rule, P: Float[np.ndarray, "b m"]) -> Bool[np.ndarray, " b"] | None:
+    """Which rows the rule may take at all; None if it has no floor."""
+    if rule.floor is None:
+        return None
+    return deciding(rule, P).max(axis=1) > rule.floor
+
+
+def terms_of(
+    rule: Rule, scored: Bool[np.ndarray, " n"], proponents: Bool[np.ndarray, " n"] | None = None
+) -> Terms:
+    """The rule for a pool of which these rows have scores, and these ones may be taken (None: all).
+
+    Raises InputError naming the config key for infeasible quotas, or if there is no row to take.
     """
     n_scored = int(np.count_nonzero(scored))
     if not n_scored:
         raise InputError("selection: no candidate has a score; see the reasons in the report")
-    k, exceeds = row_limit(rule.budget, scored, rule.n_tokens)
+    if proponents is None:
+        limit = RowLimit(*row_limit(rule.budget, scored, rule.n_tokens))
+    else:
+        limit = limit_to_proponents(rule.budget, scored, proponents, rule.n_tokens)
     quotas = None
     if rule.per_source:
         if rule.budget.tokens is not None:
@@ -167,8 +189,9 @@ def terms_of(rule: Rule, scored: Bool[np.ndarray, " n"]) -> Terms:
             )
         if rule.sources is None:
             raise InputError("selection.per_source: the candidates carry no source; drop the quota")
-        quotas = open_quotas(rule.per_source, rule.sources, scored, k)
-    return Terms(k, exceeds, n_scored, quotas)
+        taken_from = scored if proponents is None else proponents
+        quotas = open_quotas(rule.per_source, rule.sources, taken_from, limit.rows)
+    return Terms(limit, n_scored, quotas)
 
 
 def deciding(rule: Rule, P: Float[np.ndarray, "b m"]) -> Float[np.ndarray, "b c"]:
@@ -203,7 +226,9 @@ def pick(
     tokens = None
     if budget.tokens is not None and rule.n_tokens is not None:
         tokens = np.asarray(rule.n_tokens)[rows]
-    order, picker = _take(scores, turns, rule.ranks[rows], terms.k, quotas, tokens, budget.tokens)
+    order, picker = _take(
+        scores, turns, rule.ranks[rows], terms.k, quotas, tokens, budget.tokens, rule.floor
+    )
     if not len(order):
         raise InputError(
             f"selection.budget: {budget.tokens} tokens hold not even the best row; expected more"
@@ -218,8 +243,10 @@ def pick(
         tau=tau,
         groups=() if quotas is None else quotas.names,
         n_scored=terms.n_scored,
-        budget_exceeds_pool=terms.exceeds,
+        budget_exceeds_pool=terms.limit.exceeds_pool,
         group=None if terms.quotas is None else terms.quotas.group,
+        proponents=terms.limit.proponents,
+        short_of_proponents=terms.limit.short,
     )
 
 
@@ -259,6 +286,7 @@ def _take(
     quotas: QuotaState | None,
     n_tokens: np.ndarray | None,
     max_tokens: int | None,
+    floor: float | None = None,
 ) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
     """Up to k positions in the order they are taken, and the column that took each."""
     # A pointer passes at most k taken rows, so the best k of a column are enough; with quotas it
@@ -268,11 +296,19 @@ def _take(
     barred = np.zeros(len(scores), dtype=bool) if quotas is None else quotas.barred
     pointers = [0] * len(heads)
     order, picker, used = [], [], 0
-    for turn in range(k):
+    passing: set[int] = set()  # columns whose best row left is not above the floor
+    turn = -1
+    while len(order) < k and len(passing) < len(heads):
+        turn += 1
         columns = turns[turn % len(turns)]
         column = columns[(turn // len(turns)) % len(columns)]
+        if column in passing:
+            continue
         pointers[column] = _next_free(heads[column], pointers[column], barred)
         row = int(heads[column][pointers[column]])
+        if floor is not None and scores[row, column] <= floor:
+            passing.add(column)
+            continue
         if n_tokens is not None and max_tokens is not None:
             used += int(n_tokens[row])
             if used > max_tokens:

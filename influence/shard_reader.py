@@ -18,6 +18,7 @@ from influence import scoring
 from influence.cache import Cache, Shard
 from influence.catalogue import Catalogue, build_catalogue
 from influence.errors import InputError
+from influence.schemas import VectorLayout
 from influence.target_columns import TargetColumns, mean_vectors
 from influence.units import ExactUnits, Unit
 
@@ -58,11 +59,12 @@ def read_catalogue(cache: Cache, units: Sequence[Unit], *, drop_duplicates: bool
 
 
 def usable_embeddings(
-    shard: Shard, *, lengths: bool
+    shard: Shard, *, lengths: bool, units: bool = False
 ) -> tuple[Bool[np.ndarray, " b"], np.ndarray | None]:
     """(which rows have a usable embedding, those rows' embeddings, or None where there is none).
 
-    Unit rows as they were stored, or with `lengths` as they were before, in float32.
+    Unit rows as they were stored, or with `lengths` as they were before, in float32. Of gradients,
+    which are stored with their lengths, `units` makes unit rows.
     """
     norm = shard.floats("norm")
     usable = scoring.usable_norm(norm)
@@ -73,6 +75,8 @@ def usable_embeddings(
     kept = vectors.copy() if usable.all() else vectors[usable]
     if lengths:
         kept = kept.astype(np.float32) * norm[usable, None].astype(np.float32)
+    if units:
+        kept = kept / norm[usable, None].astype(kept.dtype)
     return usable, kept
 
 
@@ -201,7 +205,7 @@ def _read_products(
     normalize: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     positions, parts = [], []
-    for where, kept, vectors, norm, _whole in _usable_rows(cache, units, pool, wanted):
+    for where, kept, vectors, norm, _layout in _usable_rows(cache, units, pool, wanted):
         positions.append(where)
         parts.append(scoring.unit(vectors, norm, normalize)[kept])
     if not parts:
@@ -232,11 +236,11 @@ def _read_sketches(
     normalize: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     positions, halves = [], []
-    for where, kept, vectors, norm, whole in _usable_rows(
+    for where, kept, vectors, norm, layout in _usable_rows(
         cache, exact.sketches, pool, exact.wanted
     ):
         positions.append(where)
-        of_shard = scoring.sketched_halves(vectors, norm, means, normalize, whole=whole)
+        of_shard = scoring.sketched_halves(vectors, norm, means, normalize, layout=layout)
         halves.append(of_shard[:, kept])
     if not halves:
         return np.empty(0, np.int64), np.empty((0, len(means))), np.empty((2, 0, len(means)))
@@ -249,8 +253,8 @@ def _usable_rows(
     units: Sequence[Unit],
     pool: Catalogue,
     wanted: Mapping[str, Sequence[int]] | None,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, bool]]:
-    """(positions, kept, vectors, norms, whether they are unprojected), shard by shard.
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, VectorLayout]]:
+    """(positions, kept, vectors, norms, the vectors' layout), shard by shard.
 
     Vectors and norms are of all rows with a gradient, `kept` (a mask over them) are the wanted ones
     that no shard before held: so a score's last bits depend on its shard, not on what is wanted of
@@ -270,8 +274,7 @@ def _usable_rows(
         usable = scoring.usable_norm(norm) & np.isfinite(vectors).all(axis=1)
         pool.exclude(where[new & ~usable].tolist(), NO_GRADIENT)
         if (new & usable).any():
-            whole = bool(shard.layout.blocks)
-            yield where[new & usable], new[usable], vectors[usable], norm[usable], whole
+            yield where[new & usable], new[usable], vectors[usable], norm[usable], shard.layout
 
 
 def _target_sketches(

@@ -19,14 +19,13 @@ from influence.embeddings import make_embedder
 from influence.gradients import (
     Choice,
     attributed_layers,
-    block_layout,
     make_engine,
     mean_gradient,
     settled_layers,
 )
 from influence.loss import Reduction
 from influence.memory import TokenLimit, computed, out_of_memory
-from influence.projection import layer_shapes, make_projection
+from influence.projection import layer_shapes, make_layerwise, make_projection
 from influence.replica import Replica
 
 
@@ -44,6 +43,9 @@ class StageSettings:
     side: int
     dim: int
     seed: int
+    layers: tuple[str, ...] | None = None
+    layer_dim: int = 0
+    layer_sketch: str = ""
 
 
 _NEEDS = {
@@ -63,7 +65,9 @@ class Vectors:
         vectors: (n x dim).
         norm: (n,) norm of the embedding, of the whole gradient, or of its projection.
         loss: (n,) reduced loss in nats; NaN where the stage computes none.
-        blocks: the layers of an unprojected gradient (name, offset, length).
+        blocks: the layers of a gradient whose vector keeps them apart (name, offset, length).
+        sizes: numbers of each of those layers before it was projected.
+        norms: (n x layers) exact norms of them, or None.
     """
 
     positions: np.ndarray
@@ -71,6 +75,8 @@ class Vectors:
     norm: np.ndarray
     loss: np.ndarray
     blocks: list[tuple[str, int, int]] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    norms: np.ndarray | None = None
 
 
 class Toolbox:
@@ -99,6 +105,7 @@ class Toolbox:
                 self.settings.parameters,
                 blocks=self.settings.parameter_blocks,
                 seed=self.settings.seed,
+                only=self.settings.layers,
             )
             settled, notes = settled_layers(self.replica.model, chosen)
             self.notes += notes
@@ -121,22 +128,34 @@ class Toolbox:
         def build() -> Any:
             model, layers, reduction = self.replica.model, self.layers, settings.reduction
             if settings.projection == "none":
-                return make_engine(model, layers, reduction=reduction, full=True)
-            projection = make_projection(
-                settings.projection,
-                layer_shapes(layers),
-                side=settings.side,
-                dim=settings.dim,
-                seed=settings.seed,
-                dtype=torch.float64 if self.replica.dtype == torch.float64 else torch.float32,
-                device=self.replica.device,
-            )
+                return make_engine(model, layers, reduction=reduction, full=True, layer_norms=True)
+            dtype = torch.float64 if self.replica.dtype == torch.float64 else torch.float32
+            where: dict[str, Any] = {"dtype": dtype, "device": self.replica.device}
+            by_layer = settings.projection == "layerwise"
+            if by_layer:
+                projection = make_layerwise(
+                    layer_shapes(layers),
+                    sketch=settings.layer_sketch,
+                    layer_dim=settings.layer_dim,
+                    seed=settings.seed,
+                    **where,
+                )
+            else:
+                projection = make_projection(
+                    settings.projection,
+                    layer_shapes(layers),
+                    side=settings.side,
+                    dim=settings.dim,
+                    seed=settings.seed,
+                    **where,
+                )
             return make_engine(
                 model,
                 layers,
                 reduction=reduction,
                 projection=projection,
-                exact_norms=settings.exact_norms,
+                exact_norms=settings.exact_norms or by_layer,
+                layer_norms=by_layer,
             )
 
         return self._once("vectors", build)
@@ -187,10 +206,15 @@ def embed(tools: Toolbox, batches: Sequence[Batch]) -> Vectors:
 def gradient_vectors(tools: Toolbox, batches: Sequence[Batch]) -> Vectors:
     """Projected or whole per-sample gradients (unnormalised), their norms and losses."""
     found = _gradients(tools.vector_engine, tools, batches, "vectors")
-    if tools.settings.projection == "none":
+    if found.norms is not None:
+        found.sizes = [layer.size for layer in tools.layers]
+        lengths = found.sizes
+        if tools.settings.projection == "layerwise":
+            lengths = [min(size, tools.settings.layer_dim) for size in found.sizes]
+        ends = np.cumsum(lengths).tolist()
         found.blocks = [
-            (block.name, block.offset, block.shape[0] * block.shape[1])
-            for block in block_layout(tools.layers)
+            (layer.name, end - length, length)
+            for layer, length, end in zip(tools.layers, lengths, ends, strict=True)
         ]
     return found
 
@@ -253,15 +277,19 @@ class _Tried:
 
 def _gradients(engine: Any, tools: Toolbox, batches: Sequence[Batch], column: str) -> Vectors:
     vectors, norms, losses, positions = [], [], [], []
+    layers: list[np.ndarray] = []
     device = tools.replica.device
     for batch, gradients in computed(batches, tools.limit, lambda b: engine(b.to(device))):
         vectors.append(getattr(gradients, column).float().cpu().numpy())
         norms.append(gradients.norm.double().cpu().numpy())
         losses.append(gradients.loss.double().cpu().numpy())
+        if gradients.layer_norms is not None:
+            layers.append(gradients.layer_norms.float().cpu().numpy())
         positions += batch.positions
     return Vectors(
         np.asarray(positions),
         np.concatenate(vectors),
         np.concatenate(norms),
         np.concatenate(losses),
+        norms=np.concatenate(layers) if layers else None,
     )

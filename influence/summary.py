@@ -25,6 +25,22 @@ def summary_tables(run: str, summary: dict[str, Any]) -> list[Table]:
     ]
 
 
+def proponents_line(counts: dict[str, Any]) -> str | None:
+    """How many rows help and how many harm, of a method whose scores have a sign; else None."""
+    if counts.get("proponents") is None:
+        return None
+    text = (
+        f"proponents (score above 0): {counts['proponents']:,} of {counts['scored']:,}; opponents, "
+        f"likely harmful rows: {counts['opponents']:,}"
+    )
+    if counts["short_of_proponents"]:
+        text += (
+            f"\nThe budget ({counts['budget']}) is larger than the proponents: all of them are "
+            "selected, and no other row."
+        )
+    return text
+
+
 def source_table(sources: dict[str, tuple[int, int]]) -> Table:
     """Share of each source in the pool and in the selection, most selected first."""
     table = Table(title="pool and selection by source")

@@ -15,6 +15,7 @@ from influence.selection import (
     Rule,
     Selection,
     Terms,
+    above_floor,
     deciding,
     pick,
     terms_of,
@@ -48,7 +49,7 @@ def select_table(rule: Rule, table: ScoreTable) -> Selected:
     numbers a row of the pool; a few walks over the table.
     Raises InputError as `select` does.
     """
-    terms = terms_of(rule, scored_rows(table))
+    terms = terms_of(rule, scored_rows(table), _proponents(rule, table))
     group = None if terms.quotas is None else terms.quotas.group
     depths = _first_depths(rule, terms, table.columns)
     while True:
@@ -67,6 +68,17 @@ def select_table(rule: Rule, table: ScoreTable) -> Selected:
         if not lacking.any():
             return Selected(selection, rows, P, terms)
         depths = _deeper(depths, lacking)
+
+
+def _proponents(rule: Rule, table: ScoreTable) -> Bool[np.ndarray, " n"] | None:
+    """Which rows of the pool the rule may take; None: every one with a score."""
+    if rule.floor is None:
+        return None
+    found = np.zeros(table.size, dtype=bool)
+    for block in table.blocks():
+        scored = ~np.isnan(block.P[:, 0])
+        found[block.positions[scored]] = above_floor(rule, block.P[scored])
+    return found
 
 
 def _first_depths(rule: Rule, terms: Terms, columns: int) -> Int[np.ndarray, "c g"]:

@@ -66,10 +66,16 @@ def vector_table(
     width = columns.vectors.shape[1]
     vectors = np.zeros((len(encoded), width), dtype=columns.vectors.dtype)
     vectors[~missing] = columns.vectors[source[~missing]]
-    layout = VectorLayout(dtype=str(vectors.dtype), dim=width, blocks=columns.blocks)
+    layout = VectorLayout(
+        dtype=str(vectors.dtype), dim=width, blocks=columns.blocks, sizes=columns.sizes
+    )
     arrays = [*rows.columns, vector_column(vectors, missing)]
     for values in (columns.norm, columns.loss):
         spread = np.full(len(encoded), np.nan)
         spread[~missing] = values[source[~missing]]
         arrays.append(pa.array(spread, type=pa.float64(), mask=np.isnan(spread)))
+    if columns.norms is not None:
+        norms = np.zeros((len(encoded), columns.norms.shape[1]), dtype=np.float32)
+        norms[~missing] = columns.norms[source[~missing]]
+        arrays.append(vector_column(norms, missing))
     return pa.Table.from_arrays(arrays, schema=shard_schema(layout))

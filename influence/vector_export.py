@@ -23,8 +23,10 @@ from influence.config import Config
 from influence.errors import InputError
 from influence.exact_work import plan_exact
 from influence.hub import resolve_revision
+from influence.in2core import keep_layers
 from influence.pipeline import Job, embedding_units, prepare, rds_target_units
 from influence.progress import Progress
+from influence.reference import with_reference
 from influence.resume import changed_values
 from influence.run_log import RunLog, read_manifest
 from influence.schemas import ExportLayout, export_schema
@@ -35,6 +37,7 @@ from influence.units import Unit
 STAGES = {
     "influence_distillation": ("embedding", "gradients"),
     "exact": ("gradients",),
+    "in2core": ("gradients",),
     "rds": ("embedding",),
     "random": (),
 }
@@ -91,7 +94,7 @@ def export_vectors(
     _check_stage(config, stage)
     if storage.list_objects(out):
         raise InputError(f"--out {out}: there are files in it; name a folder that is empty or new")
-    config = resolve_revision(config)
+    config = resolve_revision(with_reference(config))
     job = prepare(config, Progress(quiet=True), RunLog.unsaved(config.run, config.method))
     sources = _sources(job, stage, command, partial)
     keys = [source.key for source in sources]
@@ -138,10 +141,21 @@ def _sources(job: Job, stage: str, command: str, partial: bool) -> list[Source]:
     if stage == "embedding":
         targets = rds_target_units(job) if job.config.method == "rds" else {}
         return [*_of_units("candidates", embedding_units(job)), *_of_targets(targets)]
-    if job.config.method == "exact":
+    if job.config.layers == "auto":
+        _keep_recorded_layers(job, command)
+    if job.config.method in ("exact", "in2core"):
         units = plan_exact(job, None, None).units
         return [*_of_units("candidates", units.candidates), *_of_targets(units.targets)]
     return _of_run(job, stage, command, partial)
+
+
+def _keep_recorded_layers(job: Job, command: str) -> None:
+    manifest = read_manifest(job.config.run)
+    if manifest is None or manifest.layers is None:
+        raise InputError(
+            f"{job.config.run}: no run that has chosen its layers (layers: auto); `{command}` does"
+        )
+    keep_layers(job, manifest.layers)
 
 
 def _of_units(folder: str, units: Iterable[Unit]) -> list[Source]:
@@ -279,6 +293,7 @@ class _Writer:
                 dtype=layout.dtype,
                 dim=layout.dim,
                 blocks=layout.blocks,
+                sizes=layout.sizes,
                 shard=source.key,
             )
         )

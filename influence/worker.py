@@ -10,24 +10,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from influence import stages
+from influence import stages, token_units
 from influence.batching import make_batches
 from influence.cache import Cache
 from influence.candidates import read_examples, read_rows
 from influence.config import Config
 from influence.errors import InputError, ModelLoadError
 from influence.fingerprints import embedding_values
-from influence.loss import Reduction
-from influence.predictor import Mapper, Predictor, read_predictor
+from influence.layer_choice import read_names
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
-from influence.score_shards import score_table_of, scoring_url
+from influence.score_shards import scoring_url
+from influence.scoring_units import SCORING_STAGES, ScoringUnits
 from influence.stages import StageSettings, Toolbox, Vectors
 from influence.tokenization import Encoded, make_encoder
 from influence.unit_tables import row_table, target_vector_table, unique_rows, vector_table
@@ -72,8 +72,10 @@ class Worker:
         self.cache = Cache(config.cache_url)
         self._encode: Any = None
         self._toolbox: Toolbox | None = None
+        self._chosen: tuple[str, Toolbox] | None = None
+        self._directions: tuple[str, dict[str, torch.Tensor]] | None = None
         self._load_error: ModelLoadError | None = None
-        self._mapper: tuple[str, Predictor, Mapper] | None = None
+        self._scoring = ScoringUnits(config, self._device)
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._io_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
@@ -84,8 +86,11 @@ class Worker:
     def run(self, bundle: Bundle) -> list[UnitResult]:
         """Compute and commit the units of a bundle. Safe to call from several threads at once."""
         unit = bundle.units[0]
-        if unit.stage == "scores":
-            return [self._model_thread.submit(self._score, unit).result()]
+        if unit.stage in SCORING_STAGES:
+            outcome, rows = self._model_thread.submit(self._scoring.run, unit).result()
+            return [UnitResult(unit.key, outcome, rows, 0, 0.0, 0.0, None)]
+        if unit.stage == token_units.STAGE:
+            return [self._token_scores(unit)]
         if all(self.cache.verified(member.key) for member in bundle.units):
             # Committed since the job looked: by a replica that died before it could say so, or by
             # another job on this cache.
@@ -137,27 +142,27 @@ class Worker:
             return self._encode(read_rows(unit.file, unit.rows, unit.group_by))
         return self._encode(read_examples(unit.file, unit.first, unit.last, unit.group_by))
 
-    def _score(self, unit: Unit) -> UnitResult:
-        """Predicted scores of the rows of one embedding shard; needs no model."""
-        scoring = Cache(scoring_url(self.config.run))
-        if scoring.verified(unit.key):
+    def _token_scores(self, unit: Unit) -> UnitResult:
+        """Scores of a unit's rows by their strongest token; they belong to this run alone."""
+        url = scoring_url(self.config.run)
+        if Cache(url).verified(unit.key):
             return UnitResult(unit.key, "exists", 0, 0, 0.0, 0.0, None)
-        key, embedding = unit.needs
-        if self._mapper is None or self._mapper[0] != key:
-            predictor = read_predictor(scoring.url, key)
-            self._mapper = (key, predictor, Mapper(predictor, self._device()))
-        _, predictor, mapper = self._mapper
-        table = score_table_of(self.cache.read(embedding), predictor, mapper)
-        meta = {
-            "stage": unit.stage,
-            "fingerprint": unit.fingerprint,
-            "first": unit.first,
-            "last": unit.last,
-            "device": self._device(),
-            "torch": torch.__version__,
-        }
-        outcome = scoring.commit(unit, table, meta)
-        return UnitResult(unit.key, outcome, table.num_rows, 0, 0.0, 0.0, None)
+        encoded = self._io_thread.submit(self._read, unit).result()
+        lap = _stopwatch()
+
+        def compute() -> tuple[pa.Table, str]:
+            tools, key = self._tools_of(unit), unit.needs[0]
+            if self._directions is None or self._directions[0] != key:
+                self._directions = (key, token_units.read_directions(tools, url, key))
+            budget = self.config.replicas.token_budget
+            table = token_units.score_table(tools, self._directions[1], encoded, budget)
+            return table, tools.replica.device_name
+
+        table, device = self._model_thread.submit(compute).result()
+        seconds = lap()
+        tokens = sum(row.n_tokens for row in encoded if row.reason is None)
+        outcome = Cache(url).commit(unit, table, {"stage": unit.stage, "device": device})
+        return UnitResult(unit.key, outcome, table.num_rows, tokens, 0.0, seconds, device)
 
     def _device(self) -> str:
         """The device of this replica; on a CPU with as many threads as the config gives it."""
@@ -182,11 +187,24 @@ class Worker:
             self._toolbox = Toolbox(replica, stage_settings(config))
         return self._toolbox
 
+    def _tools_of(self, unit: Unit) -> Toolbox:
+        """The toolbox; for gradients of chosen layers one that knows only those."""
+        tools = self._tools()
+        chosen = {"gradients": unit.needs, token_units.STAGE: unit.needs[1:]}.get(unit.stage)
+        if not chosen:
+            return tools
+        (key,) = chosen
+        if self._chosen is None or self._chosen[0] != key:
+            names = read_names(scoring_url(self.config.run), key)
+            settings = replace(tools.settings, layers=names)
+            self._chosen = (key, Toolbox(tools.replica, settings))
+        return self._chosen[1]
+
     def _compute(self, bundle: Bundle, encoded: Sequence[Encoded]) -> _Computed:
         lap = _stopwatch()
-        tools = self._tools()
-        set_up = lap()
         unit = bundle.units[0]
+        tools = self._tools_of(unit)
+        set_up = lap()
         first_of, unique = unique_rows(encoded)
         # A target row that is there twice counts twice in the mean, as it does in a sketch.
         rows = encoded if unit.stage == "target_vectors" else unique
@@ -279,13 +297,16 @@ def stage_settings(config: Config) -> StageSettings:
         },
         parameters=gradients.parameters,
         parameter_blocks=gradients.blocks,
-        reduction=cast(Reduction, gradients.reduction),
+        reduction=gradients.loss_reduction,
         normalize=gradients.normalize,
         projection=gradients.projection,
         exact_norms=gradients.norms == "exact",
         side=gradients.side,
         dim=gradients.dim,
         seed=config.seed,
+        layers=config.layer_patterns,
+        layer_dim=gradients.layer_dim,
+        layer_sketch=gradients.layer_sketch,
     )
 
 

@@ -10,6 +10,7 @@ from influence.job import Job
 from influence.lease import driving
 from influence.pipeline import prepare, select
 from influence.progress import Progress
+from influence.reference import with_reference
 from influence.report import build_report
 from influence.resume import claim_run
 from influence.run_log import RunLog
@@ -27,7 +28,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     Raises:
         InfluenceError: see `influence.errors` for the kinds and their exit codes.
     """
-    config = resolve_revision(config)
+    config = resolve_revision(with_reference(config))
     progress = Progress(quiet=quiet)
     with driving(config.run, progress.note) as lease:
         claim_run(config, replace=replace)

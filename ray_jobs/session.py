@@ -20,11 +20,11 @@ _TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 
 
 @contextmanager
-def ray_session(config: Config) -> Iterator[None]:
+def ray_session(config: Config, copies: int = 1) -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS, or start an embedded one on this machine's cores.
 
     Raises:
-        InputError: the embedded cluster cannot hold one replica of this config.
+        InputError: the embedded cluster cannot hold so many replicas of this config at once.
         InterruptedRunError: SIGTERM or SIGINT arrived inside the block (as KeyboardInterrupt).
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -36,7 +36,7 @@ def ray_session(config: Config) -> Iterator[None]:
             if not joined:
                 _connect(embedded, listen_again)
             if embedded:
-                _check_room(config)
+                _check_room(config, copies)
             yield
         finally:
             if not joined:
@@ -65,18 +65,23 @@ def _connect(embedded: bool, listen_again: Callable[[], None]) -> None:
     listen_again()
 
 
-def _check_room(config: Config) -> None:
-    """One replica must fit, or the job would wait for ever."""
+def _check_room(config: Config, copies: int) -> None:
+    """All copies that are needed at once must fit, or the job would wait for ever."""
     have = ray.cluster_resources()
     for key, resource in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
-        needed = getattr(config.replicas, key)
-        if needed > have.get(resource, 0):
-            raise InputError(
-                f"replicas.{key}: a replica needs {needed:g} {resource}, this machine has "
-                f"{have.get(resource, 0):g}: set replicas.{key} to what it has "
-                f"(--set replicas.{key}=0 for a machine without a GPU), or set RAY_ADDRESS to a "
-                "cluster"
-                if resource == "GPU"
-                else f"replicas.{key}: a replica needs {needed:g} CPUs, this machine has "
-                f"{have.get(resource, 0):g}: --set replicas.{key}={int(have.get(resource, 1))}"
-            )
+        each, there = getattr(config.replicas, key), have.get(resource, 0)
+        if copies * each <= there:
+            continue
+        who = "a replica needs" if copies == 1 else f"{copies} workers need"
+        unit = "CPUs" if resource == "CPU" else resource
+        lack = f"replicas.{key}: {who} {copies * each:g} {unit}, this machine has {there:g}: "
+        if resource == "CPU":
+            fits = int(have.get(resource, 1)) // copies
+            raise InputError(lack + (f"--set replicas.{key}={fits}" if fits else _FEWER))
+        raise InputError(
+            f"{lack}set replicas.{key} to what it has (--set replicas.{key}=0 for a machine "
+            "without a GPU), or set RAY_ADDRESS to a cluster"
+        )
+
+
+_FEWER = "set finetune.workers to that, or RAY_ADDRESS to a cluster"

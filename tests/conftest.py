@@ -19,10 +19,21 @@ import pytest
 from cache_runs import copied, shared
 from gcs import gcs_endpoint, gs_url
 from hub import data_hub
+from in2core_runs import adapter, in2core
 from s3 import s3_server, s3_url
 from tiny_run import Runner, Setup, save_model, tiny_config, write_pool, write_targets
 
-__all__ = ["copied", "data_hub", "gcs_endpoint", "gs_url", "s3_server", "s3_url", "shared"]
+__all__ = [
+    "adapter",
+    "copied",
+    "data_hub",
+    "gcs_endpoint",
+    "gs_url",
+    "in2core",
+    "s3_server",
+    "s3_url",
+    "shared",
+]
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from random_rows import encoded, row_loss
 from run_fixture import spearman, write_run
-from tiny_models import VOCAB, tiny_model
+from tiny_models import tiny_model
 
 from influence.errors import InputError
 from influence.gradients import attributed_layers
 from influence.projection import layer_shapes, make_kronecker
-from influence.tokenization import Encoded
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -30,31 +30,6 @@ import sketch_sides
 import true_fidelity
 import worth
 import worth_report
-
-
-def encoded(lengths: tuple[int, ...], seed: int = 0) -> list[Encoded]:
-    """Random rows whose last half is the response."""
-    generator = np.random.default_rng(seed)
-    rows = []
-    for i, length in enumerate(lengths):
-        ids = generator.integers(3, VOCAB, length).astype(np.int32)
-        mask = np.arange(length) >= length // 2
-        rows.append(
-            Encoded(i, f"r{i}", None, None, b"", ids, mask, length, int(mask.sum()), False, None)
-        )
-    return rows
-
-
-def row_loss(model: Any, row: Encoded) -> torch.Tensor:
-    """Mean response loss of one row alone, from full logits."""
-    ids = torch.as_tensor(row.input_ids, dtype=torch.int64)
-    logits = model(input_ids=ids[None]).logits[0]
-    token_losses = [
-        -torch.log_softmax(logits[t - 1], dim=0)[ids[t]]
-        for t in range(1, len(ids))
-        if row.response_mask[t]
-    ]
-    return torch.stack(token_losses).mean()
 
 
 def test_bootstrap_has_the_distribution_of_all_resamples():
@@ -140,58 +115,23 @@ def test_a_result_with_other_settings_is_refused(tmp_path: Path):
         worth.is_done(path, {"rank": 4})
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 26])
-def test_learning_rates_rise_to_the_peak_and_fall_linearly(steps: int):
-    rates = lora_training.learning_rates(steps, 0.5, 0.1)
-    rising = -(-steps // 10)
-    expected = [0.5 * (s + 1) / rising for s in range(rising)]
-    expected += [0.5 * (1 - (s + 1) / (steps - rising + 1)) for s in range(steps - rising)]
-    np.testing.assert_allclose(rates, expected, rtol=1e-12, atol=0)
-
-
-def judge_of_tiny_model() -> lora_training.Judge:
-    model = lora_training.add_adapter(tiny_model("llama", torch.float32), lora_training.Recipe())
-    return lora_training.Judge(model, lambda _examples: [], torch.device("cpu"))
-
-
-def test_training_is_adamw_on_the_mean_of_the_rows_losses():
-    rows = encoded((9, 14, 6, 11, 8))
-    weights = np.array([2.0, 0.5, 1.0, 1.0, 0.5])
-    recipe = lora_training.Recipe(batch_size=3, token_budget=12, learning_rate=0.01)
-    judge = judge_of_tiny_model()
-    judge.reset(3)
-    lora_training.train(judge, rows, weights, recipe, seed=3)
-    found = [p.detach().clone() for p in judge.parameters]
-
-    judge.reset(3)
-    optimizer = torch.optim.AdamW(judge.parameters, weight_decay=0.0)
-    generator = np.random.default_rng([3, 0x0DE4])
-    rates = iter(lora_training.learning_rates(4, 0.01, recipe.warmup))
-    for _epoch in range(2):
-        order = generator.permutation(5)
-        for batch in (order[:3], order[3:]):
-            optimizer.param_groups[0]["lr"] = float(next(rates))
-            optimizer.zero_grad()
-            losses = [weights[i] * row_loss(judge.model, rows[i]) for i in batch]
-            (torch.stack(losses).sum() / len(batch)).backward()
-            torch.nn.utils.clip_grad_norm_(judge.parameters, 1.0)
-            optimizer.step()
-    for one, other in zip(found, judge.parameters, strict=True):
-        torch.testing.assert_close(one, other.detach(), rtol=1e-3, atol=2e-5)
-
-
-def test_reset_undoes_training_and_depends_on_the_seed_alone():
-    rows = encoded((9, 14, 6))
-    judge = judge_of_tiny_model()
-    untrained = [float(row_loss(judge.model, row).detach()) for row in rows]
-    recipe = lora_training.Recipe(learning_rate=0.01)
+def test_a_judge_is_as_it_was_after_every_choice_and_a_seed_fixes_the_run():
+    rows, tests = encoded((9, 14, 6)), {"same": encoded((9, 14, 6))}
+    judge = lora_training.Judge(tiny_model("llama", torch.float32), lambda _examples: [])
+    recipe = lora_training.Recipe(learning_rate=0.01, batch_size=2, token_budget=20)
+    untrained = lora_training.losses_of(judge, tests, recipe)[0]["same"]
     results = []
     for seed in (1, 2, 1):
-        judge.reset(seed)
-        losses = lora_training.row_losses(judge, rows, 20)
-        np.testing.assert_allclose(losses, untrained, rtol=1e-5, atol=0, err_msg="adapter is left")
-        lora_training.train(judge, rows, np.ones(3), recipe, seed)
-        results.append(lora_training.row_losses(judge, rows, 20))
+        trained, (losses, _) = lora_training.train_and_test(
+            judge, rows, np.ones(3), recipe, seed, tests
+        )
+        results.append(losses["same"])
+        left = lora_training.losses_of(judge, tests, recipe)[0]["same"]
+        assert left == untrained, "adapter is left"
+        first, second = trained["epoch_losses"]
+        assert first == pytest.approx(np.mean(untrained), rel=0.1)
+        assert second < first
+        assert trained["steps"] == 4
     assert results[0] == results[2], "a seed must fix the whole run"
     assert results[0] != results[1]
     assert np.mean(results[0]) < np.mean(untrained)

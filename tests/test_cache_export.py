@@ -71,7 +71,9 @@ def assert_equals_the_cache(config: Config, exported: list[pa.Table]) -> None:
     for table in exported:
         facts = layout(table)
         shard = Cache(config.cache_url).read(facts.shard)
-        assert shard.layout.model_dump() == facts.model_dump(include={"dtype", "dim", "blocks"})
+        assert shard.layout.model_dump() == facts.model_dump(
+            include={"dtype", "dim", "blocks", "sizes"}
+        )
         position = {row: i for i, row in enumerate(shard.table.column("row").to_pylist())}
         where = [position[row] for row in table.column("row").to_pylist()]
         found, expected = vectors(table), shard.vectors()[where]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from influence.config import Config
 from influence.config_loading import BUILT, UNUSED, dump_config, load_config, parse_config
 from influence.errors import InputError
+from influence.reference import with_reference
 
 SMALLEST: dict[str, Any] = {
     "run": "runs/x",
@@ -128,14 +130,12 @@ def test_every_problem_is_listed_at_once():
 
 #: For each key with unbuilt neighbours, values that parse and that no code stands behind.
 UNBUILT: dict[str, list[Any]] = {
-    "method": ["in2core", "less", "perplexity", "semantic", "length"],
+    "method": ["less", "perplexity", "semantic", "length"],
     "embedding.kind": ["auto"],
-    "gradients.reduction": ["token_max"],
     "landmarks.choose": ["kmeans++"],
     "optimizer.kind": ["adamw"],
     "optimizer.state": ["state.pt"],
     "weights.order": [2],
-    "layers": ["auto", ["model.layers.0"]],
 }
 
 
@@ -168,15 +168,7 @@ UNREAD: dict[str, Any] = {
     "warmup.checkpoints": 4,
     "weights.curvature": "hvp",
     "weights.eta": 1e-5,
-    "reference.adapter": "adapters/a",
     "reference.finetune": {"rank": 4},
-    "finetune.rank": 4,
-    "finetune.alpha": 8,
-    "finetune.dropout": 0.1,
-    "finetune.epochs": 3,
-    "finetune.learning_rate": 1e-3,
-    "finetune.batch_size": 4,
-    "finetune.data": "selection.jsonl",
     "evaluation.class_detection": {"train": "a"},
     "evaluation.seeds": 5,
     "prices.node_hour": 2.5,
@@ -200,6 +192,62 @@ def test_every_field_of_an_unused_section_is_tried_and_its_default_passes():
     for key in fields:
         section, field = key.split(".")
         assert parse_config(_with(key, defaults[section][field]))
+
+
+IN2CORE: dict[str, Any] = {**SMALLEST, "method": "in2core", "reference": {"adapter": "a"}}
+
+
+@pytest.mark.parametrize(
+    ("base", "key", "value", "expected"),
+    [
+        (SMALLEST, "layers", ["*.1.*"], "layers: .* is for method: in2core.*gradients.parameters"),
+        (SMALLEST, "layers", "auto", "layers: .* is for method: in2core"),
+        (SMALLEST, "selection.budget", "9% of proponents", "selection.budget: .* method: in2core"),
+        (SMALLEST, "reference.adapter", "a", "reference.adapter: .* name it in model.adapter"),
+        (IN2CORE, "gradients.projection", "kronecker", "gradients.projection: .*layerwise, none"),
+        (SMALLEST, "gradients.reduction", "token_max", "gradients.reduction: .* method: in2core"),
+        (IN2CORE, "gradients.reduction", "token_max", ".*expected gradients.projection: none"),
+        (
+            IN2CORE,
+            "gradients",
+            {"reduction": "token_max", "projection": "none", "normalize": True},
+            "gradients.normalize: .* expected false",
+        ),
+        (IN2CORE, "model.adapter", "b", "reference.adapter: 'a' and model.adapter: 'b'"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused_by_name(
+    base: dict[str, Any], key: str, value: Any, expected: str
+):
+    text = _refusal(_with(key, value, base))
+    assert re.match(f"my.yaml: {expected}", text), text
+
+
+def test_in2core_has_defaults_of_its_own_and_a_dump_keeps_them():
+    config = parse_config(IN2CORE)
+    gradients = config.gradients
+    assert (gradients.parameters, gradients.projection) == ("lora", "layerwise")
+    assert not gradients.normalize, "DataInf's formula has no unit rows"
+    again = parse_config(yaml.safe_load(dump_config(config)))
+    assert again == config
+    given = {"parameters": "linear", "normalize": True, "projection": "none"}
+    assert parse_config(_with("gradients", given, IN2CORE)).gradients.normalize
+    others = parse_config(SMALLEST).gradients
+    assert (others.parameters, others.projection, others.normalize) == ("linear", "kronecker", True)
+
+
+def test_the_reference_model_is_named_by_either_key_or_asked_for():
+    for key in ("reference", "model"):
+        data = _with(f"{key}.adapter", "folder", {**SMALLEST, "method": "in2core"})
+        assert with_reference(parse_config(data)).model.adapter == "folder"
+    without = parse_config({**SMALLEST, "method": "in2core"})
+    with pytest.raises(InputError, match=r"reference\.adapter: .* LoRA") as caught:
+        with_reference(without)
+    assert caught.value.exit_code == 2
+    own = parse_config({**SMALLEST, "method": "in2core", "gradients": {"parameters": "linear"}})
+    assert with_reference(own).model.adapter is None, "the model's own weights need no adapter"
+    other = parse_config(SMALLEST)
+    assert with_reference(other) is other
 
 
 SECRETS = [

@@ -68,6 +68,7 @@ def test_from_no_node_to_three_and_back(setup: Setup, tmp_path: Path) -> None:
                 lambda: len({line.node for line in lines_of(log)}) == NODES,
             )
             assert head.nodes() == NODES
+            assert head.listening() <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
             wait_until("the fourth replica is asked for", lambda: "'CPU': 1.0" in demands(head))
             # Now one last unit holds the job up.
             last = manifest_of(plain.run).stages["embedding"].planned[-1]

@@ -69,6 +69,7 @@ def _changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
         ("gradients.side=8", {"gradients"}),
         ("gradients.dim=64", {"gradients"}),
         ("gradients.norms=exact", {"gradients"}),
+        ("gradients.projection=layerwise", {"gradients"}),
         ("gradients.normalize=false", {"target_vectors"}),
         ("seed=1", {"embedding", "gradients"}),
         ("embedding.kind=hidden", {"embedding"}),
@@ -121,7 +122,10 @@ def test_what_changes_no_number_changes_no_fingerprint(data, override):
     ("projection", "unused"),
     [
         ("srht", ["gradients.side=8"]),
-        ("none", ["gradients.side=8", "gradients.dim=64"]),
+        ("none", ["gradients.side=8", "gradients.dim=64", "gradients.norms=exact"]),
+        ("none", ["gradients.layer_dim=8", "gradients.layer_sketch=countsketch"]),
+        ("kronecker", ["gradients.layer_dim=8", "gradients.layer_sketch=countsketch"]),
+        ("layerwise", ["gradients.side=8", "gradients.dim=64", "gradients.norms=exact"]),
     ],
 )
 def test_settings_that_the_projection_does_not_use_do_not_count(data, projection, unused):
@@ -130,6 +134,23 @@ def test_settings_that_the_projection_does_not_use_do_not_count(data, projection
         assert _changed(before, _stages(data, f"gradients.projection={projection}", override)) == (
             set()
         )
+
+
+def test_layers_that_are_projected_one_by_one_count_with_their_settings(data):
+    data["method"] = "in2core"
+    before = _stages(data)
+    assert before == _stages(data, "gradients={projection: layerwise, parameters: lora}")
+    for override in (
+        "gradients.layer_dim=8",
+        "gradients.layer_sketch=countsketch",
+        "gradients.projection=none",
+        "seed=1",
+        "layers=['*.1.*']",
+    ):
+        assert "gradients" in _changed(before, _stages(data, override)), override
+    some = _stages(data, "layers=['*.1.*', '*.2.*']")
+    assert some == _stages(data, "layers=['*.2.*', '*.1.*']"), "the order of patterns counts"
+    assert some != _stages(data, "layers=['*.1.*']")
 
 
 def test_inner_products_need_the_full_gradients_of_the_targets_and_no_vectors(data):

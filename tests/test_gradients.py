@@ -20,7 +20,7 @@ from influence.gradients import (
 )
 from influence.gradients.backward import backpropagate
 from influence.gradients.term import Formed, Term
-from influence.projection import KINDS, layer_shapes, make_projection
+from influence.projection import KINDS, layer_shapes, make_layerwise, make_projection
 
 NAMES = (*ARCHITECTURES, "gemma3", *MIXTURES)
 CASES = [(name, kind) for name in NAMES for kind in ("all", "lora", "all under lora")]
@@ -75,6 +75,29 @@ def test_chunks_of_samples_change_nothing(form, monkeypatch):
     parts = make_engine(model, layers, reduction="mean", targets=targets, form=form)(batch)
     close(parts.norm, whole.norm, "a chunk of samples was lost or added to other rows")
     close(parts.products, whole.products, "a chunk of samples was lost or added to other rows")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [("llama", "lora"), ("gpt2", "all"), ("gpt_oss", "all")]
+)
+@pytest.mark.parametrize("way", ["whole", "layerwise", "by token pairs"])
+def test_norms_of_single_layers(architecture, kind, way):
+    model, layers = setup(architecture, kind)
+    batch = random_batch()
+    _losses, gradients = oracle(model, layers, batch)
+    options = {
+        "whole": {"full": True},
+        "layerwise": {
+            "projection": make_layerwise(
+                layer_shapes(layers), sketch="srht", layer_dim=16, seed=0, dtype=torch.float64
+            )
+        },
+        "by token pairs": {"form": "pair"},
+    }[way]
+    result = make_engine(model, layers, reduction="mean", layer_norms=True, **options)(batch)
+    expected = torch.stack([gradients[layer.name].flatten(1).norm(dim=1) for layer in layers], 1)
+    close(result.layer_norms, expected, "a norm of a projection, or of another layer")
+    close(result.norm, flat(gradients).norm(dim=1), "the whole norm is not that of all layers")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "sqrt"])

@@ -37,6 +37,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "exact, srht": {"method": "exact", "gradients__projection": "srht"},
     "exact, countsketch": {"method": "exact", "gradients__projection": "countsketch"},
     "exact, rademacher": {"method": "exact", "gradients__projection": "rademacher"},
+    "exact, layerwise": {
+        "method": "exact",
+        "gradients__projection": "layerwise",
+        "gradients__layer_dim": 64,
+    },
     "rds": {"method": "rds"},
     "random": {"method": "random"},
 }
@@ -79,6 +84,22 @@ def test_outputs_are_complete_and_agree_with_each_other(run: Runner, name: str) 
     assert manifest.state == "done"
     for stage, record in manifest.stages.items():
         assert record.computed + record.reused == record.shards, f"{stage} lost count of its shards"
+
+
+def test_layers_kept_whole_are_exact_and_projected_ones_say_how_far_off(run: Runner) -> None:
+    whole = run(method="exact", gradients__projection="none")
+    kept = run(method="exact", gradients__projection="layerwise", gradients__layer_dim=4096)
+    some = run(method="exact", gradients__projection="layerwise", gradients__layer_dim=64)
+    truth = score_column(whole, "score.sums")
+    np.testing.assert_allclose(score_column(kept, "score.sums"), truth, rtol=1e-4, atol=1e-6)
+    noise = {}
+    for name, directory in (("kept", kept), ("some", some)):
+        fidelity = json.loads(Path(directory, "fidelity.json").read_text())
+        noise[name] = fidelity["targets"]["sums"]["sketch_sd"]
+    assert noise["kept"] < 1e-9, "layers that are whole were counted as halves of a sketch"
+    there = ~np.isnan(truth)
+    error = np.sqrt(np.mean((score_column(some, "score.sums") - truth)[there] ** 2))
+    assert error / 3 < noise["some"] < 3 * error, "halves of a layer are mixed up"
 
 
 def test_a_duplicate_is_never_selected_twice(run: Runner) -> None:

@@ -12,9 +12,11 @@ from influence.projection import (
     LayerShape,
     half_products,
     make_kronecker,
+    make_layerwise,
     make_projection,
     rademacher_projection,
 )
+from influence.projection.layerwise import SKETCHES
 from influence.projection.randomness import places
 from influence.projection.side import make_side
 from influence.projection.srht import hadamard
@@ -68,15 +70,68 @@ def flat(values: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([gradient.flatten(1) for gradient in values.values()], dim=1)
 
 
+def layerwise(sketch: str, seed: int = 0, layer_dim: int = 64, layers=LAYERS):
+    options = {"sketch": sketch, "layer_dim": layer_dim, "seed": seed, "dtype": torch.float64}
+    return make_layerwise(layers, **options)
+
+
+@pytest.mark.parametrize("sketch", SKETCHES)
+def test_layers_are_projected_apart_and_small_ones_kept(sketch):
+    values = gradients(3)
+    projection = layerwise(sketch)
+    found = projected(projection, values)
+    assert [name for name, _, _ in projection.blocks] == [layer.name for layer in LAYERS]
+    assert projection.dim == sum(length for _, _, length in projection.blocks)
+    for layer, (name, offset, length) in zip(LAYERS, projection.blocks, strict=True):
+        block, own = found[:, offset : offset + length], values[name]
+        if layer.size <= 64:
+            expected = own.flatten(1)
+        else:
+            one = projector(sketch, [layer], side=2, dim=64, seed=0)
+            expected = projected(one, {name: own})
+        torch.testing.assert_close(
+            block, expected, rtol=1e-12, atol=1e-12, msg=f"{name}: not in its own columns"
+        )
+    alone = layerwise(sketch, layers=LAYERS[1:2])
+    _, start, length = projection.blocks[1]
+    torch.testing.assert_close(
+        projected(alone, {"b": values["b"]}),
+        found[:, start : start + length],
+        msg="the randomness of a layer depends on the others",
+    )
+
+
+@pytest.mark.parametrize("sketch", SKETCHES)
+def test_every_layer_is_unbiased_in_its_own_columns(sketch):
+    layers = [LayerShape("b", 17, 9), LayerShape("e", 6, 5, parts=3)]
+    values = gradients(2, layers)
+    found = {"b": [], "e": []}
+    for seed in range(300):
+        projection = layerwise(sketch, seed, 16, layers)
+        v = projected(projection, values)
+        for name, offset, length in projection.blocks:
+            block = v[:, offset : offset + length]
+            found[name].append(block[0] @ block[1])
+    for name, samples in found.items():
+        truth = values[name][0].flatten() @ values[name][1].flatten()
+        score = float(z_scores(torch.stack(samples), truth))
+        assert abs(score) < 4.5, f"layer {name} is biased: z = {score:.1f}"
+
+
 def z_scores(samples: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     error = samples.std(dim=0) / len(samples) ** 0.5
     return (samples.mean(dim=0) - truth) / error.clamp_min(1e-12)
 
 
-@pytest.mark.parametrize(("kind", "options"), SETTINGS)
+@pytest.mark.parametrize(
+    ("kind", "options"), [*SETTINGS, *((f"layerwise {sketch}", {}) for sketch in SKETCHES)]
+)
 def test_factors_and_formed_gradients_have_one_projection(kind, options):
     generator = torch.Generator().manual_seed(3)
-    projection = projector(kind, seed=5, **options)
+    if kind.startswith("layerwise"):
+        projection = layerwise(kind.split()[1])
+    else:
+        projection = projector(kind, seed=5, **options)
     streamed, explicit = projection.accumulator(3), projection.accumulator(3)
     for layer in LAYERS:
         groups = 3 * layer.parts

@@ -7,6 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
+from influence.schemas import VectorLayout
 from influence.scoring import random_scores, sketched_halves, unit, usable_norm
 
 RNG = np.random.default_rng(0)
@@ -37,6 +38,22 @@ def test_halves_are_twice_the_products_of_the_two_halves(normalize: bool):
             assert halves[:, i, m].mean() == pytest.approx(sum(parts), rel=1e-12), (
                 "the mean of the halves is the product of the whole sketch"
             )
+
+
+def test_halves_of_layers_that_are_projected_one_by_one():
+    """A layer kept whole counts once in both halves, a projected one with either half twice."""
+    blocks = [("whole", 0, 2), ("projected", 2, 4)]
+    layout = VectorLayout(dtype="float32", dim=6, blocks=blocks, sizes=[2, 90])
+    halves = sketched_halves(V, NORM, T, False, layout=layout)
+    for i in range(5):
+        for m in range(3):
+            parts = [float(V[i, d]) * T[m, d] for d in range(6)]
+            kept = parts[0] + parts[1]
+            assert halves[0, i, m] == pytest.approx(kept + 2 * (parts[2] + parts[3]), rel=1e-9)
+            assert halves[1, i, m] == pytest.approx(kept + 2 * (parts[4] + parts[5]), rel=1e-9)
+    exact = VectorLayout(dtype="float32", dim=6, blocks=blocks, sizes=[2, 4])
+    for one in sketched_halves(V, NORM, T, False, layout=exact):
+        np.testing.assert_allclose(one, V.astype(np.float64) @ T.T, rtol=1e-12)
 
 
 def test_a_norm_is_usable_if_it_is_finite_and_positive():

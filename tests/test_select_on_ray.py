@@ -18,6 +18,7 @@ from tiny_run import (
     Setup,
     assert_same_results,
     manifest_of,
+    save_adapter,
     save_model,
     shards_in,
     tiny_config,
@@ -91,14 +92,17 @@ class Recorded:
         return handle
 
 
-def kill_at(starts: list[Recorded], cache: str, thresholds: list[int], log: list[int]) -> None:
-    """SIGKILL every replica that is up whenever so many gradient shards are committed."""
+def kill_at(
+    starts: list[Recorded], thresholds: list[tuple[Path, int]], log: list[int], over: list[bool]
+) -> None:
+    """SIGKILL every replica that is up whenever so many shards are committed below a folder."""
     killed: set[int] = set()
-    for threshold in thresholds:
-        folder = Path(cache) / "gradients"
+    for folder, threshold in thresholds:
         while len(list(folder.glob("*/*.parquet"))) < threshold or not (
             alive := set(starts[0].pids) - killed
         ):
+            if over:
+                return
             time.sleep(0.002)
         for pid in alive:
             killed.add(pid)
@@ -107,11 +111,18 @@ def kill_at(starts: list[Recorded], cache: str, thresholds: list[int], log: list
                 log.append(pid)
 
 
-@pytest.mark.parametrize("kind", [{"method": "exact"}, CERTIFIED], ids=["exact", "certified"])
+IN2CORE: dict[str, Any] = {"method": "in2core", "gradients__layer_dim": 16}
+
+
+@pytest.mark.parametrize(
+    "kind", [{"method": "exact"}, CERTIFIED, IN2CORE], ids=["exact", "certified", "in2core"]
+)
 def test_replicas_killed_in_mid_shard(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]
 ) -> None:
     changes = {**kind, "replicas__gradient_rows_per_shard": 1}
+    if kind is IN2CORE:
+        changes["model__adapter"] = save_adapter(tmp_path / "adapter", setup.model)
     plain = tiny_config(setup, tmp_path / "plain", **changes)
     one_process.run_select(plain, quiet=True)
     shards = len(list(Path(plain.cache_url, "gradients").glob("*/*.parquet")))
@@ -124,16 +135,21 @@ def test_replicas_killed_in_mid_shard(
 
     monkeypatch.setattr(select_job, "replica_factory", recorded)
     deaths: list[int] = []
+    over: list[bool] = []
 
     def killer() -> None:
         while not starts:
             time.sleep(0.01)
-        # The later one is in a round after the first, where there are rounds.
-        kill_at(starts, config.cache_url, [shards // 6, 3 * shards // 5], deaths)
+        # The later one is in a round after the first, where there are rounds, and for DataInf there
+        # is one in its partial sums.
+        gradients, sums = Path(config.cache_url, "gradients"), Path(config.run, "scoring/curvature")
+        thresholds = [(gradients, shards // 6), (gradients, 3 * shards // 5), (sums, 5)]
+        kill_at(starts, thresholds, deaths, over)
 
     thread = threading.Thread(target=killer, daemon=True)
     thread.start()
     select_job.run_select(config, quiet=True)
+    over.append(True)
     thread.join(timeout=1)
     assert len(deaths) >= 2, "the job was over before its replicas were killed: test too weak"
     assert_same_results(plain.run, config.run, "a killed replica changed the result")

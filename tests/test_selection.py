@@ -11,8 +11,8 @@ import pytest
 from influence.budget import Budget, parse_budget
 from influence.errors import InputError
 from influence.quotas import Quota, open_quotas
-from influence.selection import combined_score, select
-from influence.weights import round_robin_weights
+from influence.selection import Rule, combined_score, select
+from influence.weights import id_ranks, round_robin_weights
 
 ROWS = 24
 
@@ -272,6 +272,8 @@ def test_scores_in_some_columns_only_and_no_scores_are_refused():
         ("500k tokens", Budget(tokens=500_000)),
         ("1.5m tokens", Budget(tokens=1_500_000)),
         ("1B tokens", Budget(tokens=10**9)),
+        ("50% of proponents", Budget(proponents=0.5)),
+        (" 12.5 %  of the proponents", Budget(proponents=0.125)),
     ],
 )
 def test_budgets(text: str | int | float, budget: Budget):
@@ -280,11 +282,92 @@ def test_budgets(text: str | int | float, budget: Budget):
 
 @pytest.mark.parametrize(
     "text",
-    [0, -3, 2.5, True, "", "0%", "101%", "5M%", "five", "-5%", "1.5", "0.1k tokens x", "nan"],
+    [
+        *(0, -3, 2.5, True, "", "0%", "101%", "5M%", "five", "-5%", "1.5", "0.1k tokens x", "nan"),
+        *("0% of proponents", "101% of proponents", "5 of proponents", "50% of rows"),
+    ],
 )
 def test_bad_budgets_name_the_key(text: str | int | float):
     with pytest.raises(InputError, match=r"selection\.budget"):
         parse_budget(text)
+
+
+def _naive_floor(P, column_target, ids, k):
+    """As `_naive_round_robin`, where a column whose best free row has no score above 0 passes."""
+    targets = sorted(set(column_target.tolist()))
+    order, picker, turn = [], [], 0
+    for turn in range(10_000):
+        if len(order) == k:
+            break
+        target = targets[turn % len(targets)]
+        columns = [c for c, t in enumerate(column_target) if t == target]
+        column = columns[(turn // len(targets)) % len(columns)]
+        free = [i for i in range(len(P)) if i not in order and P[i, column] > 0]
+        if free:
+            order.append(min(free, key=lambda i: (-P[i, column], ids[i], i)))
+            picker.append(column)
+    return order, picker
+
+
+def _proponent_rule(problem, budget: Budget, combine: str = "round_robin", **options) -> Rule:
+    _, column_target, ids, _ = problem
+    return Rule(column_target, id_ranks(ids), budget, combine, floor=0.0, **options)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("shift", [-1, -3, -4])
+def test_only_proponents_are_taken_and_columns_without_any_pass(seed: int, shift: int):
+    problem = P, column_target, ids, _ = _problem(seed, 5)
+    P += shift
+    helpful = int((P > 0).any(axis=1).sum())
+    for k in (1, 5, 12, 1000):
+        chosen = _proponent_rule(problem, Budget(rows=k))(P)
+        order, picker = _naive_floor(P, column_target, ids, min(k, helpful))
+        assert chosen.order.tolist() == order
+        assert chosen.column.tolist() == picker, "credited to a column that the row does not help"
+        assert chosen.proponents == helpful
+        # Where every scored row helps, the budget is larger than the pool, and that is said.
+        assert chosen.short_of_proponents == (helpful < min(k, ROWS - 3))
+        assert len(order) == min(k, helpful), "a proponent is left although there was room"
+
+
+@pytest.mark.parametrize("combine", ["mean", "max"])
+def test_a_share_of_the_proponents(combine: str):
+    problem = P, column_target, _, _ = _problem(3, 5, ties=False)
+    P -= 0.5
+    score = combined_score(P, column_target, combine)[0]
+    helpful = np.flatnonzero(score > 0)
+    for share in (0.5, 1.0):
+        chosen = _proponent_rule(problem, Budget(proponents=share), combine)(P)
+        best = helpful[np.argsort(-score[helpful])][: round(share * len(helpful))]
+        assert chosen.order.tolist() == best.tolist()
+        assert not chosen.short_of_proponents
+    n_scored = int((~np.isnan(score)).sum())
+    of_the_pool = _proponent_rule(problem, Budget(share=0.2), combine)(P)
+    assert len(of_the_pool.order) == round(0.2 * n_scored), "a percentage is of the scored rows"
+    with pytest.raises(InputError, match="not one of the 21 scored candidates is a proponent"):
+        _proponent_rule(problem, Budget(rows=3), combine)(P - 10)
+    with pytest.raises(InputError, match="share of the proponents needs scores with a sign"):
+        select(P, column_target=column_target, ids=problem[2], budget=Budget(proponents=0.5))
+
+
+def test_tokens_and_quotas_among_proponents():
+    P = np.array([[4.0], [3.0], [2.0], [-1.0], [1.0]])
+    tokens = np.array([50, 40, 100, 1, 60])
+    problem = (P, np.array([0]), list("abcde"), None)
+    rule = _proponent_rule(problem, Budget(tokens=300), n_tokens=tokens)
+    assert rule(P).order.tolist() == [0, 1, 2, 4], "a row that does harm filled the tokens up"
+    assert rule(P).short_of_proponents
+    rule = _proponent_rule(problem, Budget(tokens=190), n_tokens=tokens)
+    assert rule(P).order.tolist() == [0, 1, 2]
+    assert not rule(P).short_of_proponents
+    quotas = {"x": Quota(min=0.5), "y": Quota(max=0.5)}
+    rule = _proponent_rule(problem, Budget(rows=2), sources=list("yyyxx"), per_source=quotas)
+    assert rule(P).order.tolist() == [0, 4], "a quota was filled with a row that does harm"
+    quotas = {"x": Quota(min=1.0)}
+    rule = _proponent_rule(problem, Budget(rows=2), sources=list("yyyxx"), per_source=quotas)
+    with pytest.raises(InputError, match=r"per_source\.x\.min.*these sources have 1 rows"):
+        rule(P)
 
 
 @pytest.mark.parametrize("text", [0.05, "0.05"])

@@ -59,6 +59,8 @@ def check(rule: Rule, P: np.ndarray, step: int) -> None:
     np.testing.assert_array_equal(got.weights, expected.weights, "weights depend on rows not taken")
     assert got.n_scored == expected.n_scored
     assert got.budget_exceeds_pool == expected.budget_exceeds_pool
+    assert got.proponents == expected.proponents
+    assert got.short_of_proponents == expected.short_of_proponents
     np.testing.assert_array_equal(found.P, P[found.rows])
     assert np.isin(got.order, found.rows).all()
 
@@ -73,6 +75,20 @@ def check(rule: Rule, P: np.ndarray, step: int) -> None:
 )
 def test_it_is_the_selection_of_the_whole_pool(kind, combine, budget, step):
     check(rule_of(combine, budget), pool(1, kind), step)
+
+
+@pytest.mark.parametrize("step", [97, N])
+@pytest.mark.parametrize("combine", ["mean", "max", "round_robin"])
+@pytest.mark.parametrize("kind", ["independent", "ties", "sorted", "alike"])
+@pytest.mark.parametrize("shift", [0.0, -1.0])
+@pytest.mark.parametrize(
+    "budget", [Budget(rows=150), Budget(proponents=0.5), Budget(tokens=20_000), Budget(rows=N)]
+)
+def test_it_is_the_selection_among_the_proponents_of_the_whole_pool(
+    kind, combine, budget, step, shift
+):
+    P = pool(1, kind) + shift
+    check(replace(rule_of(combine, budget), floor=0.0), P, step)
 
 
 @pytest.mark.parametrize("combine", ["mean", "round_robin"])

@@ -109,6 +109,15 @@ def save_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def save_adapter(folder: Path, model: Path, seed: int = 3) -> str:
+    """Save a LoRA (rank 3, every linear layer of the blocks, B not zero) of a saved model."""
+    from tiny_models import with_lora
+    from transformers import AutoModelForCausalLM
+
+    with_lora(AutoModelForCausalLM.from_pretrained(model), seed=seed).save_pretrained(folder)
+    return str(folder)
+
+
 def write_pool(folder: Path, seed: int = 1) -> list[str]:
     """40 Parquet rows and 32 JSONL rows, some duplicated, some not to be scored; returns globs."""
     draw = random.Random(seed)

@@ -11,7 +11,7 @@ from influence.blocks import find_decoder
 from influence.errors import InputError
 from influence.gradients.by_sample import BY_SAMPLE
 from influence.gradients.lora import LORA, plain_adapter
-from influence.gradients.parameters import Choice, choose_parameters
+from influence.gradients.parameters import Choice, choose_parameters, restricted
 from influence.gradients.rule import Presentation, Rule
 from influence.gradients.rules import rule_of
 
@@ -66,13 +66,21 @@ class Layer:
 
 
 def attributed_layers(
-    model: nn.Module, parameters: Choice, *, blocks: str = "all", seed: int = 0
+    model: nn.Module,
+    parameters: Choice,
+    *,
+    blocks: str = "all",
+    seed: int = 0,
+    only: Sequence[str] | None = None,
 ) -> list[Layer]:
     """The chosen parameters in the order of the model's modules; see `choose_parameters`.
 
+    `only`: of these, those whose full names fit one of the patterns.
     Raises InputError if nothing is chosen, or if modules that share a parameter see it differently.
     """
     chosen = choose_parameters(model, parameters, blocks=blocks, seed=seed)
+    if only is not None:
+        chosen = restricted(chosen, only)
     names = {id(parameter): name for name, parameter in chosen.items()}
     uses: dict[str, list[Use]] = {name: [] for name in chosen}
     blocks_of_model = find_decoder(model).blocks

@@ -66,6 +66,25 @@ def choose_parameters(
     return found
 
 
+def restricted(chosen: dict[str, nn.Parameter], patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Of the chosen parameters those that fit one of the patterns (`*` matches dots, too).
+
+    Raises InputError for a pattern that fits none.
+    """
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in chosen):
+            known = ", ".join(list(chosen)[:3])
+            raise InputError(
+                f"layers: {pattern!r} fits no attributed parameter; expected all, auto, or full "
+                f"names and patterns of them, such as {known}"
+            )
+    return {
+        name: parameter
+        for name, parameter in chosen.items()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
 def parse_blocks(blocks: str, count: int, seed: int) -> frozenset[int] | None:
     """The numbers of the chosen blocks, from 0; None: no restriction. Raises InputError."""
     if blocks == "all":

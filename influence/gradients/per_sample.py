@@ -8,7 +8,7 @@ arrive, so no per-sample gradient outlives its layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -38,13 +38,15 @@ class SampleGradients:
     """What one batch of b samples gives; everything is on the model's device.
 
     `norm` is |g_i| over all layers; `products[i, k]` is <g_i, G_k>, not normalised; `vectors` are
-    the projected or the exact flat gradients (see `block_layout`), not normalised.
+    the projected or the exact flat gradients (see `block_layout`), not normalised; `layer_norms`
+    are the exact norms layer by layer, in their order.
     """
 
     loss: Float[Tensor, " b"]
     norm: Float[Tensor, " b"]
     vectors: Float[Tensor, "b dim"] | None
     products: Float[Tensor, "b m"] | None
+    layer_norms: Float[Tensor, "b layers"] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def make_engine(
     scale: Mapping[str, Float[Tensor, "out in"]] | None = None,
     full: bool = False,
     exact_norms: bool = True,
+    layer_norms: bool = False,
     form: Form | Literal["auto"] = "auto",
 ) -> Engine:
     """A function from a batch to the losses, norms, vectors and products of its samples.
@@ -90,6 +93,7 @@ def make_engine(
     `scale` multiplies every gradient entry by entry before anything else is made of it (an
     optimiser's preconditioner); layers that it does not name are left alone.
     Without `exact_norms`, which cost a quarter of a pass, norms are those of the projected vectors.
+    `layer_norms` fills those of the single layers, which are always exact.
     `form` overrides the choice between the two ways to contract a layer: by cost for norms alone;
     with targets `formed` wherever a gradient is one dense term, which no number of targets makes
     much dearer than the other. Loss float32, norms and products float64, vectors float32 (float64
@@ -106,35 +110,42 @@ def make_engine(
     scales = {} if scale is None else dict(scale)
     _check_scales(layers, scales)
     # Whole vectors give their exact norms at the end, in one pass over them.
+    exact_norms = exact_norms or layer_norms
     from_vectors = full or (projection is not None and not exact_norms)
     exact_norms = goals is not None or not from_vectors
     members = members_of(model)
     work = _Work(projection, goals, scales, full, exact_norms, form, _offsets(layers))
+    consume = _consume if not (layer_norms and exact_norms) else _consume_with_norms(layers)
     sides = {} if exact_norms else _input_sides(projection, layers, scales)
 
     def engine(batch: TokenBatch) -> SampleGradients:
         size = batch.input_ids.shape[0]
-        device = layers[0].parameter.device
+
+        def zeros(*width: int) -> Tensor:
+            device = layers[0].parameter.device
+            return torch.zeros(size, *width, dtype=torch.float64, device=device)
+
         sums = SampleGradients(
             loss=torch.empty(0),
-            norm=torch.zeros(size, dtype=torch.float64, device=device),
+            norm=zeros(),
             vectors=_accumulator(projection, full, layers, size),
-            products=None
-            if targets is None
-            else torch.zeros(size, count, dtype=torch.float64, device=device),
+            products=None if targets is None else zeros(count),
+            layer_norms=zeros(len(layers)) if layer_norms else None,
         )
         losses = backpropagate(
             model,
             layers,
             batch,
             reduction=reduction,
-            consume=lambda layer, terms: _consume(work, sums, layer, terms),
+            consume=lambda layer, terms: consume(work, sums, layer, terms),
             members=members,
             input_sides=sides,
         )
         sums.loss, sums.norm = losses.float(), sums.norm.sqrt()
         if not exact_norms and sums.vectors is not None:
             sums.norm = _row_norms(sums.vectors)
+        if sums.layer_norms is not None:
+            _finish_layer_norms(sums, layers, from_vectors=not exact_norms)
         return sums
 
     return engine
@@ -163,6 +174,33 @@ def _consume(work: _Work, sums: SampleGradients, layer: Layer, terms: Sequence[T
         _form_in_place(sums.vectors, first.x, first.d, work.offsets[layer.name])
     else:
         _add_layer(work, sums, layer, wider)
+
+
+def _consume_with_norms(layers: Sequence[Layer]) -> Callable[..., None]:
+    """`_consume`, which also keeps each layer's part of the squared norms."""
+    place = {layer.name: index for index, layer in enumerate(layers)}
+
+    def consume(work: _Work, sums: SampleGradients, layer: Layer, terms: Sequence[Term]) -> None:
+        own = replace(sums, norm=torch.zeros_like(sums.norm))
+        _consume(work, own, layer, terms)
+        sums.norm += own.norm
+        assert sums.layer_norms is not None
+        sums.layer_norms[:, place[layer.name]] += own.norm
+
+    return consume
+
+
+def _finish_layer_norms(
+    sums: SampleGradients, layers: Sequence[Layer], *, from_vectors: bool
+) -> None:
+    assert sums.layer_norms is not None
+    if not from_vectors:
+        sums.layer_norms.sqrt_()  # until now squares
+        return
+    assert sums.vectors is not None
+    for index, block in enumerate(block_layout(layers)):
+        own = sums.vectors[:, block.offset : block.offset + block.shape[0] * block.shape[1]]
+        sums.layer_norms[:, index] = torch.linalg.vector_norm(own, dim=1, dtype=torch.float64)
 
 
 def _form_in_place(

@@ -33,6 +33,12 @@ class Presentation:
             stored = stored.mT
         return stored.reshape(self.parts * self.out, self.in_)
 
+    def stored(self, presented: Float[Tensor, "rows in"], shape: torch.Size) -> Tensor:
+        """The other way round: what `present` would show so, in the parameter's own shape."""
+        if not self.transposed:
+            return presented.reshape(shape)
+        return presented.view(self.parts, self.out, self.in_).mT.reshape(shape)
+
 
 def plain(parameter: Tensor) -> Presentation:
     """The last dimension as `in` and all others as `out`; a vector is one row."""

@@ -2,7 +2,7 @@
 
 One interface (`influence.gradients.projected.Projection`), one file per kind. The projections of a
 run's layers are independent and added up, so that each layer's share of an inner product is what it
-is without projection.
+is without projection; `layerwise` keeps them apart.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from influence.gradients.projected import Projection
 from influence.projection.countsketch import make_countsketch
 from influence.projection.halves import HALVES, LayerShape, half_products, layer_shapes
 from influence.projection.kronecker import KroneckerProjection, make_kronecker
+from influence.projection.layerwise import LayerwiseProjection, make_layerwise
 from influence.projection.rademacher import make_rademacher, rademacher_projection
 from influence.projection.srht import make_srht
 
@@ -46,11 +47,13 @@ __all__ = [
     "KINDS",
     "KroneckerProjection",
     "LayerShape",
+    "LayerwiseProjection",
     "Projection",
     "half_products",
     "layer_shapes",
     "make_countsketch",
     "make_kronecker",
+    "make_layerwise",
     "make_projection",
     "make_rademacher",
     "make_srht",

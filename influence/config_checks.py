@@ -1,0 +1,68 @@
+"""Values of a config that are right by themselves and do not go together."""
+
+from __future__ import annotations
+
+from influence.budget import parse_budget
+from influence.config import Config
+from influence.errors import InputError
+
+LAYERED = ("layerwise", "none")
+"""Projections that keep layers apart, which DataInf's curvature needs."""
+
+
+def check_together(config: Config, name: str = "config") -> None:
+    """Raise `InputError`, naming the keys, for the first values that do not go together."""
+    problem = _of_in2core(config) if config.method == "in2core" else _of_others(config)
+    if problem is not None:
+        raise InputError(f"{name}: {problem}")
+
+
+def _of_in2core(config: Config) -> str | None:
+    gradients = config.gradients
+    if gradients.projection not in LAYERED:
+        return (
+            f"gradients.projection: {gradients.projection!r} adds layers up, and method: in2core "
+            f"has a curvature for each; expected one of {', '.join(LAYERED)}"
+        )
+    if gradients.reduction == "token_max" and gradients.projection != "none":
+        return (
+            "gradients.reduction: token_max multiplies every token's gradient with the whole "
+            f"directions; expected gradients.projection: none, found {gradients.projection!r}"
+        )
+    if gradients.reduction == "token_max" and gradients.normalize:
+        return (
+            "gradients.normalize: the largest of a row's tokens is no product with its unit "
+            "gradient; expected false with gradients.reduction: token_max"
+        )
+    adapters = config.model.adapter, config.reference.adapter
+    if None not in adapters and adapters[0] != adapters[1]:
+        return (
+            f"reference.adapter: {adapters[1]!r} and model.adapter: {adapters[0]!r}; expected one "
+            "of them, the adapter of the reference model"
+        )
+    return None
+
+
+def _of_others(config: Config) -> str | None:
+    method = config.method
+    if config.gradients.reduction == "token_max":
+        return (
+            "gradients.reduction: token_max is for method: in2core; with method: "
+            f"{method} expected mean, sum or sqrt"
+        )
+    if config.layers != "all":
+        return (
+            f"layers: {config.layers!r} is for method: in2core; with method: {method} choose "
+            "parameters by name in gradients.parameters"
+        )
+    if parse_budget(config.selection.budget).proponents is not None:
+        return (
+            f"selection.budget: {config.selection.budget!r} is for method: in2core; with method: "
+            f"{method} there are no proponents: write rows, a percentage or tokens"
+        )
+    if config.reference.adapter is not None:
+        return (
+            f"reference.adapter: {config.reference.adapter!r} is for method: in2core; with method: "
+            f"{method} name it in model.adapter"
+        )
+    return None

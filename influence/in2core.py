@@ -1,0 +1,102 @@
+"""Method In2Core: rank by DataInf's influence, with every candidate's own gradient.
+
+San Joaquin et al., arXiv 2408.03560. Three passes over the gradient shards (`influence.datainf`):
+the reducer reads their norms, the replicas sum groups of them up, and then score them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from influence.config import Config
+from influence.cost import SHARD_BYTES
+from influence.curvature_units import STAGE
+from influence.errors import InputError
+from influence.exact_work import exact_units
+from influence.job import Job, run_units, timed
+from influence.layer_choice import restricted_fingerprint, write_names
+from influence.model_shape import ModelShape, model_shape
+from influence.schemas import LayerChoice
+from influence.score_map import map_scores, map_units
+from influence.score_shards import scoring_url
+from influence.token_units import token_units
+
+
+def in2core(job: Job, reduce: Any) -> None:
+    """Gradients of every row with the reference model, DataInf's passes, scores."""
+    job.shape = job.shape if job.shape is not None else model_shape(job.config)
+    check_query_bytes(job.config, job.shape, reduce.column_count())
+    if job.config.layers == "auto":
+        choose_layers(job, reduce)
+    units = exact_units(job, reduce, None)
+    run_units(job, units.all)
+    with timed(job, STAGE):
+        sums = reduce.begin_influence(units)
+    map_units(job, sums)
+    with timed(job, STAGE, quiet=True):
+        predictor = reduce.fit_influence(sums)
+    if job.config.gradients.reduction == "token_max":
+        scores = token_units(units.sketches, predictor)
+        map_units(job, scores)
+    else:
+        scores = map_scores(job, units.sketches, predictor)
+    with timed(job, "scores", quiet=True):
+        reduce.take_influences(scores, units.sketches)
+
+
+def choose_layers(job: Job, reduce: Any) -> None:
+    """Gradients of all layers of a pilot, and by them the layers that are kept of every row."""
+    pilot = exact_units(job, reduce, reduce.choose_pilot())
+    run_units(job, pilot.all)
+    with timed(job, "layers"):
+        choice = reduce.choose_layers(pilot)
+    job.progress.note(choice_text(choice))
+    keep_layers(job, choice)
+    job.log.manifest.layers = choice
+    job.layers_key = write_names(scoring_url(job.config.run), choice.names)
+    # The record is that of the rows' own gradients; the pilot's shards are among those planned.
+    record = job.log.manifest.stages["gradients"]
+    found = job.fingerprints["gradients"]
+    record.fingerprint, record.values = found.hex, found.values
+
+
+def keep_layers(job: Job, choice: LayerChoice) -> None:
+    """From here on the job's gradients are those of the layers that were chosen."""
+    job.fingerprints["gradients"] = restricted_fingerprint(
+        job.fingerprints["gradients"], choice.names
+    )
+
+
+def choice_text(choice: LayerChoice) -> str:
+    """A line for the choice."""
+    return (
+        f"layers: {len(choice.names):,} parameters ({choice.rule}) take "
+        f"{choice.row_bytes / choice.full_row_bytes:.1%} of the bytes and rank a pilot of "
+        f"{choice.pilot:,} rows with a Spearman of {choice.spearman:.3f} (others: "
+        f"{choice.held_out:.3f})"
+    )
+
+
+def vector_width(config: Config, shape: ModelShape) -> int:
+    """Numbers that are kept of a row's gradient."""
+    most = config.gradients.layer_dim
+    if config.gradients.projection == "none":
+        return shape.attributed
+    return sum(min(size, most) for size in shape.sizes.values())
+
+
+def check_query_bytes(config: Config, shape: ModelShape, columns: int) -> None:
+    """Refuse more columns than a replica can hold H^-1 v of, in float64, and write at once.
+
+    Raises:
+        InputError: states the bytes that are needed and those that there are.
+    """
+    width = vector_width(config, shape)
+    needed = 8 * columns * width
+    if needed > SHARD_BYTES:
+        raise InputError(
+            f"method: in2core sums up {columns:,} target columns x {width:,} numbers x 8 bytes = "
+            f"{needed:,} bytes in every replica; expected at most {SHARD_BYTES:,}: use "
+            "targets.NAME.per: group, gradients.projection: layerwise with a smaller layer_dim, or "
+            "fewer layers"
+        )

@@ -29,7 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import pyarrow as pa
 from common import memory_mb, write_json
-from reduce import FINGERPRINT, pool_file, row_columns, write_embedding
+from reduce import FINGERPRINT, AnonymousPeak, pool_file, row_columns, write_embedding
 
 from influence.budget import Budget
 from influence.cache import Cache, vector_column
@@ -68,27 +68,32 @@ def tokenising(data: str) -> dict[str, Any]:
     (file,) = scan_files([data], None)
     encode = make_encoder(load_tokenizer(MODEL), 2048)
     encode(read_examples(file, 0, 63, None))
-    rows = tokens = responses = 0
+    rows = tokens = responses = squares = 0
     start = time.process_time()
     for first in range(64, min(file.rows, 64 + 16 * 512), 512):
         encoded = encode(read_examples(file, first, min(first + 511, file.rows - 1), None))
         rows += len(encoded)
         tokens += sum(row.n_tokens for row in encoded)
         responses += sum(row.n_response_tokens for row in encoded)
+        squares += sum(row.n_tokens**2 for row in encoded)
     seconds = time.process_time() - start
     return {
         "rows": rows,
         "tokens_per_row": tokens / rows,
         "response_tokens_per_row": responses / rows,
+        "squares_per_row": squares / rows,
         "rows_per_second": rows / seconds,
         "tokens_per_second": tokens / seconds,
     }
 
 
 def record(shards: int) -> dict[str, Any]:
-    """Of so many shards in two stages: the driver's memory, and one write of manifest.json."""
+    """Of so many shards in two stages: the driver's memory, and one write of manifest.json.
+
+    Memory here and below: without mapped files.
+    """
     gc.collect()
-    before = memory_mb("VmRSS")
+    before, peak = memory_mb("RssAnon"), AnonymousPeak()
     file = pool_file(shards // 2 * SHARD)
     with tempfile.TemporaryDirectory() as folder:
         log = RunLog(folder, "influence_distillation")
@@ -97,7 +102,7 @@ def record(shards: int) -> dict[str, Any]:
             log.begin(units[0].stage, fingerprint({}), units)
         bundles = [bundle for units in stages for bundle in bundled(units)]
         queue = Queue(bundles)
-        held = memory_mb("VmRSS") - before
+        held = memory_mb("RssAnon") - before
         log.save()
         times = []
         for _ in range(5):
@@ -109,7 +114,7 @@ def record(shards: int) -> dict[str, Any]:
     return {
         "shards": len(bundles),
         "held_bytes_per_shard": held * 1e6 / len(bundles),
-        "peak_bytes_per_shard": (memory_mb("VmHWM") - before) * 1e6 / len(bundles),
+        "peak_bytes_per_shard": (peak.look() - before) * 1e6 / len(bundles),
         "bytes_per_shard": size / len(bundles),
         "seconds_per_write": min(times),
     }
@@ -130,20 +135,20 @@ def write_catalogue(folder: str, rows: int) -> None:
 def catalogue(folder: str, rows: int) -> dict[str, Any]:
     """The reducer's view of the pool: read, put together, ids sorted."""
     units = range_units("catalogue", FINGERPRINT, [pool_file(rows)], SHARD)
-    before = memory_mb("VmRSS")
+    before, peak = memory_mb("RssAnon"), AnonymousPeak()
     start = time.process_time()
     pool = read_catalogue(Cache(folder), units, drop_duplicates=True)
     ranks = id_ranks(pool.ids)
     seconds = time.process_time() - start
     gc.collect()
     pa.default_memory_pool().release_unused()
-    held = memory_mb("VmRSS") - before
+    held = memory_mb("RssAnon") - before
     assert len(ranks) == rows
     return {
         "rows": rows,
         "seconds": seconds,
         "held_bytes_per_row": held * 1e6 / rows,
-        "peak_bytes_per_row": (memory_mb("VmHWM") - before) * 1e6 / rows,
+        "peak_bytes_per_row": (peak.look() - before) * 1e6 / rows,
         "bytes_per_row_stored": stored(folder, "catalogue") / rows,
     }
 
@@ -198,7 +203,7 @@ def one_round(folder: str, rows: int, per_row: float) -> dict[str, Any]:
     )
     cache = Cache(folder)
     embedding = range_units("embedding", FINGERPRINT, [pool_file(rows)], SHARD)
-    before = memory_mb("VmRSS")
+    before, peak = memory_mb("RssAnon"), AnonymousPeak()
     table = CountedTable(
         ShardTable(
             cache,
@@ -232,7 +237,7 @@ def one_round(folder: str, rows: int, per_row: float) -> dict[str, Any]:
         "membership_seconds": time.process_time() - start,
         "walks": table.walks + 2,  # and two for the rows with a score, outside of these calls
         "score_bytes_per_row": per_row,
-        "peak_bytes_per_row": (memory_mb("VmHWM") - before) * 1e6 / rows,
+        "peak_bytes_per_row": (peak.look() - before) * 1e6 / rows,
     }
 
 

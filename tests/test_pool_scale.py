@@ -254,6 +254,12 @@ def test_a_hung_unit_costs_no_more_time_limits_than_it_has_attempts() -> None:
         assert spent < limits * (LIMIT + 3.0), f"{spent:.0f} s for {limits} attempts"
 
 
+def test_waiting_behind_others_does_not_count_against_the_time_limit() -> None:
+    run = Run(SimulatedCluster(lambda *of: Fate("fine", 0.7 * LIMIT)))(range(20), maximum=2)
+    assert not run.failures
+    assert set(run.cluster.attempts.values()) == {1}, "a unit that only waited was called late"
+
+
 def test_without_a_retry_nobody_is_given_up_for_a_time_limit_that_others_shared() -> None:
     def fate(unit: int, attempt: int, generator: random.Random) -> Fate:
         return Fate("hangs") if unit == 2 else fine(unit, attempt, generator)

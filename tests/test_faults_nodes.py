@@ -187,6 +187,7 @@ def test_a_unit_that_takes_node_after_node_down_is_named_in_the_end(
                 raylet = psutil.Process().parent()
                 assert raylet is not None
                 assert raylet.name() == "raylet"
+                time.sleep(1.0)  # the units beside it are answered by then
                 raylet.kill()
                 time.sleep(60)
 

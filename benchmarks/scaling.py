@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from influence import cost, plan
+from influence import cost, speeds
 from influence.certified import audit_rows, initial_landmarks
 from influence.config import Config
-from influence.cost import Load
+from influence.load import Load
 from influence.model_shape import ModelShape, model_shape
 from ray_jobs.pool import REST_SECONDS
 
@@ -82,16 +82,12 @@ def shape_of_llama(arguments: argparse.Namespace) -> tuple[Config, ModelShape]:
 
 def embedding_flops(config: Config, shape: ModelShape, load: Load) -> float:
     """What `influence plan` counts for the embeddings of a load."""
-    of = config.embedding
-    return cost.embedding(shape, load, of.kind, of.blocks, of.tangents, of.dim).flops
+    return cost.STAGES["embedding"](config, shape, load)
 
 
 def gradient_flops(config: Config, shape: ModelShape, load: Load) -> float:
     """What `influence plan` counts for the gradients of a load."""
-    of = config.gradients
-    return cost.gradients(
-        shape, load, of.projection, of.side, of.dim, exact_norms=of.norms == "exact"
-    ).flops
+    return cost.STAGES["gradients"](config, shape, load)
 
 
 class Worked:
@@ -106,7 +102,7 @@ class Worked:
         self.verifying = measured["verifying"]
         pool = json.loads((RESULTS / "pool.json").read_text())["overhead"]
         self.overhead = max(case["driver_cpu_ms"]["median"] for case in pool) / 1e3
-        self.rate = plan.GPU_FLOPS * plan.EFFICIENCY
+        self.rate = speeds.UNKNOWN_GPU * speeds.GPU_PART
         self.width = min(arguments.dim, 2 * self.shape.hidden)
 
     # --- counts ---
@@ -122,9 +118,10 @@ class Worked:
         return min(self.rows, round(self.of.exact * self.rows))
 
     def load(self, rows: int) -> Load:
-        """Rows of the measured mean length."""
+        """Rows of the measured mean length, each; attention takes more of unequal ones."""
         per_row = self.tokenising["tokens_per_row"], self.tokenising["response_tokens_per_row"]
-        return Load(rows, round(rows * per_row[0]), round(rows * per_row[1]))
+        squares = round(rows * per_row[0] ** 2)
+        return Load(rows, round(rows * per_row[0]), round(rows * per_row[1]), squares)
 
     def bytes_per_row(self) -> dict[str, float]:
         """Stored, by stage."""

@@ -169,7 +169,10 @@ class _Run:
             if self._writes:
                 self.watcher.begin(newest[0] if newest else 0, steps.total, steps.per_epoch)
                 write_record(self.output, self.record)
-            trainer.train(resume_from_checkpoint=newest[1] if newest else None)
+            with warnings.catch_warnings():
+                # PEFT looks for a config.json to tell a changed vocabulary; GGUF models have none.
+                warnings.filterwarnings("ignore", message="Could not find a config file")
+                trainer.train(resume_from_checkpoint=newest[1] if newest else None)
             if newest and newest[0] >= steps.total:
                 # It ended between its last checkpoint and its result.
                 self._publish(newest[1])

@@ -1,7 +1,8 @@
 """The fine-tuning job on Ray Train: `python -m ray_jobs.finetune CONFIG`.
 
 Every worker runs `influence.finetune_job.train` in a process group of torch; rank 0 commits the
-checkpoints. When a worker is lost, all start again and go on from the newest one.
+checkpoints. When a worker is lost, all start again and go on from the newest one: as often as that
+brings a new checkpoint, which is more than Ray Train's count of failures could tell.
 """
 
 from __future__ import annotations
@@ -18,8 +19,15 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from influence.checkpoints import Checkpoints
 from influence.config import Config
-from influence.errors import InfluenceError, InputError, InterruptedRunError, WorkersLostError
+from influence.errors import (
+    InfluenceError,
+    InputError,
+    InterruptedRunError,
+    StorageError,
+    WorkersLostError,
+)
 from influence.finetune_job import FinetuneJob, claim, prepare_finetune, train
 from influence.hub import resolve_revision
 from influence.replica import choose_device
@@ -47,7 +55,7 @@ def run_finetune(config: Config, *, replace: bool = False, quiet: bool = False) 
         return done
     try:
         with ray_session(config, config.finetune.workers):
-            _run(job, config, watcher)
+            _until_done(job, config, watcher)
     finally:
         watcher.end()
     record = read_record(job.output)
@@ -121,7 +129,7 @@ def worker(config: dict[str, Any]) -> None:
     """One worker's part of the training; Ray Train has made the process group."""
     mailbox = config["mailbox"]
     if ray.get(mailbox.why_stop.remote()) is not None:
-        return  # the driver knows; Ray Train, which counts this as success, tries no more
+        return  # Ray Train itself starts workers again whose node is taken away
     job: FinetuneJob = ray.get(config["job"][0])
     try:
         train(job, choose_device(job.model.device, config["num_gpus"]), RemoteWatcher(mailbox))
@@ -131,7 +139,22 @@ def worker(config: dict[str, Any]) -> None:
         raise
 
 
-def _run(job: FinetuneJob, config: Config, watcher: Watcher) -> None:
+def _until_done(job: FinetuneJob, config: Config, watcher: Watcher) -> None:
+    """Attempts, until one succeeds or `replicas.retries` more in a row bring no new checkpoint."""
+    checkpoints = Checkpoints(job.output)
+    failed, newest = 0, max(checkpoints.steps(), default=0)
+    while True:
+        try:
+            return _attempt(job, config, watcher)
+        except WorkersLostError as error:
+            before, newest = newest, max(checkpoints.steps(), default=0)
+            failed = 1 if newest > before else failed + 1
+            if failed > config.replicas.retries:
+                raise
+            watcher.note(f"{error}; all workers start again")
+
+
+def _attempt(job: FinetuneJob, config: Config, watcher: Watcher) -> None:
     """Start the workers, pass on what they say, and wait for their end.
 
     Ray Train waits in a thread: in the main one it would take over SIGINT, and a stop signal could
@@ -158,7 +181,7 @@ def _run(job: FinetuneJob, config: Config, watcher: Watcher) -> None:
             fit.thread.join(_STOP_SECONDS)
             raise why
         if fit.error is not None:
-            raise _explained(fit.error, config)
+            raise _explained(fit.error)
 
 
 class _Fit:
@@ -209,7 +232,7 @@ def _trainer(job: FinetuneJob, config: Config, mailbox: Any, folder: str) -> Any
         run_config=RunConfig(
             name="finetune",
             storage_path=folder,
-            failure_config=FailureConfig(max_failures=replicas.retries),
+            failure_config=FailureConfig(max_failures=0),
         ),
     )
 
@@ -231,17 +254,16 @@ def _stop(mailbox: Any, fit: _Fit) -> None:
         fit.thread.join(_POLL_SECONDS)
 
 
-def _explained(error: BaseException, config: Config) -> BaseException:
-    """What ended the training, out of Ray Train's error."""
+def _explained(error: BaseException) -> BaseException:
+    """What ended an attempt, out of Ray Train's error."""
     failures = getattr(error, "worker_failures", None) or {0: error}
-    cause = next((e for e in failures.values() if isinstance(e, InfluenceError)), None)
-    if cause is not None:
-        return cause
+    for each in failures.values():
+        if isinstance(each, InfluenceError) and not isinstance(each, StorageError):
+            return each
     rank, first = next(iter(failures.items()))
     return WorkersLostError(
-        f"the workers failed {config.replicas.retries + 1} times, at last worker {rank}: "
-        f"{text_of(first)}. Committed checkpoints stand: mend the cause and run the same command "
-        "again, it goes on from there"
+        f"worker {rank} was lost ({text_of(first)}); committed checkpoints stand, and the same "
+        "command goes on from the newest"
     )
 
 

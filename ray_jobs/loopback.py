@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ray._private import ray_constants
 
-_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
+_VARIABLES = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Of the process groups that workers make with torch.
+    "GLOO_SOCKET_IFNAME": _INTERFACE,
+    "NCCL_SOCKET_IFNAME": _INTERFACE,
+}
 
 
 @contextmanager
@@ -20,14 +27,16 @@ def loopback_only() -> Iterator[None]:
     switch is a constant of this process and a variable of those that it starts. Not for joining a
     cluster.
     """
-    before, constant = os.environ.get(_SWITCH), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[_SWITCH] = "0"
+    before = {name: os.environ.get(name) for name in _VARIABLES}
+    constant = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update(_VARIABLES)
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = constant
-        if before is None:
-            del os.environ[_SWITCH]
-        else:
-            os.environ[_SWITCH] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

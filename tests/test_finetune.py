@@ -190,52 +190,61 @@ def test_a_seed_fixes_the_adapter_and_the_model_is_left_as_it_was(
     assert not model.training
 
 
-@pytest.mark.parametrize("stopped_after", [1, 4, 8, 12])
-def test_a_training_in_two_pieces_equals_one_in_one(train: Train, stopped_after: int) -> None:
-    # Dropout too: its noise must not depend on what this process drew before.
-    settings = replace(SETTINGS, epochs=4, save_every=2, dropout=0.2, evaluate_every=5)
+#: With dropout: its noise must not depend on what a process drew before.
+PIECES = replace(SETTINGS, epochs=4, save_every=2, dropout=0.2, evaluate_every=5)
+
+
+@pytest.fixture(scope="module")
+def in_one_piece(models: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The training that every other way to the same result must equal."""
+    output = tmp_path_factory.mktemp("whole")
     rows = TrainingRows.of(ROWS, WEIGHTS)
-    whole = train(rows, settings, HELD_OUT, "float32")
-    output = whole.parent / "in-pieces"
-    with pytest.raises(KeyboardInterrupt):
-        train(rows, settings, HELD_OUT, "float32", output, watcher=Stopping(stopped_after))
-    assert record_of(output).state == "interrupted"
-    assert not (output / "adapter_model.safetensors").exists(), "a result before the end"
-    torch.manual_seed(99)
-    second = Stopping(0)
-    train(rows, settings, HELD_OUT, "float32", output, watcher=second)
-    saved = (stopped_after - 1) // 2 * 2  # the step that was stopped was not saved yet
-    assert second.begun_at == saved, "it did not go on from the newest checkpoint"
+    finetune(models["float32"], rows, HELD_OUT, PIECES, str(output))
+    return output
+
+
+def assert_same_training(output: Path, whole: Path) -> None:
     for name in ("adapter_model.safetensors", "optimizer.pt"):
         assert (output / name).read_bytes() == (whole / name).read_bytes(), f"{name} differs"
     one, other = record_of(whole), record_of(output)
     assert one.evaluations == other.evaluations
     assert [s.loss for s in one.steps] == [s.loss for s in other.steps]
     assert [s.step for s in other.steps] == list(range(1, one.total_steps + 1))
+
+
+@pytest.mark.parametrize("stopped_after", [1, 7, 12])
+def test_a_training_in_two_pieces_equals_one_in_one(
+    train: Train, in_one_piece: Path, tmp_path: Path, stopped_after: int
+) -> None:
+    rows, output = TrainingRows.of(ROWS, WEIGHTS), tmp_path / "in-pieces"
+    with pytest.raises(KeyboardInterrupt):
+        train(rows, PIECES, HELD_OUT, "float32", output, watcher=Stopping(stopped_after))
+    assert record_of(output).state == "interrupted"
+    assert not (output / "adapter_model.safetensors").exists(), "a result before the end"
+    torch.manual_seed(99)
+    second = Stopping(0)
+    train(rows, PIECES, HELD_OUT, "float32", output, watcher=second)
+    saved = (stopped_after - 1) // 2 * 2  # the step that was stopped was not saved yet
+    assert second.begun_at == saved, "it did not go on from the newest checkpoint"
+    assert_same_training(output, in_one_piece)
     assert not list((output / "checkpoints").rglob("*.*")), "checkpoints of a finished training"
 
 
-def test_a_damaged_checkpoint_is_passed_over(train: Train) -> None:
-    settings = replace(SETTINGS, save_every=1)
-    rows = TrainingRows.of(ROWS, WEIGHTS)
-    whole = train(rows, settings, dtype="float32")
-    for damage in ("cut", "gone", "unmarked"):
-        output = whole.parent / damage
-        with pytest.raises(KeyboardInterrupt):
-            train(rows, settings, {}, "float32", output, watcher=Stopping(5))
-        newest = output / "checkpoints" / "00000004"
-        if damage == "cut":
-            data = (newest / "optimizer.pt").read_bytes()
-            (newest / "optimizer.pt").write_bytes(data[:-1])
-        elif damage == "gone":
-            (newest / "adapter_model.safetensors").unlink()
-        else:
-            (newest / "complete.json").unlink()
-        second = Stopping(0)
-        train(rows, settings, {}, "float32", output, watcher=second)
-        assert second.begun_at == 3, f"{damage}: the checkpoint before was not taken"
-        same = (output / "adapter_model.safetensors").read_bytes()
-        assert same == (whole / "adapter_model.safetensors").read_bytes()
+def test_damaged_checkpoints_are_passed_over(
+    train: Train, in_one_piece: Path, tmp_path: Path
+) -> None:
+    rows, output = TrainingRows.of(ROWS, WEIGHTS), tmp_path / "damaged"
+    settings = replace(PIECES, keep_checkpoints=None)
+    with pytest.raises(KeyboardInterrupt):
+        train(rows, settings, HELD_OUT, "float32", output, watcher=Stopping(9))
+    cut, gone, unmarked = (output / "checkpoints" / f"{step:08d}" for step in (4, 6, 8))
+    (cut / "optimizer.pt").write_bytes((cut / "optimizer.pt").read_bytes()[:-1])
+    (gone / "adapter_model.safetensors").unlink()
+    (unmarked / "complete.json").unlink()
+    second = Stopping(0)
+    train(rows, settings, HELD_OUT, "float32", output, watcher=second)
+    assert second.begun_at == 2, "a damaged checkpoint was taken, or a whole one was not"
+    assert_same_training(output, in_one_piece)
 
 
 def test_checkpoints_stay_as_asked(train: Train) -> None:

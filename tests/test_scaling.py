@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import scaling
+import scaling  # noqa: E402
 
 BEGIN, END = "<!-- python -m benchmarks.scaling -->\n", "<!-- end -->"
 

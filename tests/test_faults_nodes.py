@@ -191,7 +191,7 @@ def test_a_unit_that_takes_node_after_node_down_is_named_in_the_end(
                 time.sleep(60)
 
     monkeypatch.setattr(pool_module, "_NODES_LOST", 1)
-    monkeypatch.setattr(pool_module, "IN_FLIGHT", 1)
+    monkeypatch.setattr(replicas_module, "IN_FLIGHT", 1)
     nodes.append(LocalNode(1))
     before = len(nodes)
     actor: Any = ray.remote(max_restarts=0)(Toy).options(num_cpus=1, max_concurrency=4)

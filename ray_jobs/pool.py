@@ -97,7 +97,9 @@ class ReplicaPool:
             self._tend()
 
     def rest(self) -> None:
-        """To be called about once a second while there are no units: long idle replicas go."""
+        """To be called about once a second while there are no units: long idle replicas go, and
+        those on nodes that are told to."""
+        self._replicas.heed(self._going())
         self._release(self._calls.now() - REST_SECONDS)
         self._report()
 

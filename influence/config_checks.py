@@ -34,6 +34,8 @@ def _of_in2core(config: Config) -> str | None:
             "gradients.normalize: the largest of a row's tokens is no product with its unit "
             "gradient; expected false with gradients.reduction: token_max"
         )
+    if config.layer_patterns == ():
+        return "layers: [] names none; expected all, auto, or patterns of parameter names"
     adapters = config.model.adapter, config.reference.adapter
     if None not in adapters and adapters[0] != adapters[1]:
         return (

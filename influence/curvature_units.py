@@ -27,7 +27,6 @@ from influence.errors import InputError
 from influence.fingerprints import fingerprint
 from influence.gradient_rows import gradient_rows, layer_blocks
 from influence.schemas import VectorLayout, score_shard_schema
-from influence.shard_reader import read_shards
 from influence.units import Unit
 
 STAGE = "curvature"
@@ -153,11 +152,15 @@ def curvature_table(
 
 
 def add_up(cache: Cache, units: Sequence[Unit]) -> tuple[Float[torch.Tensor, "m d"], int]:
-    """The sums of all groups, in their order, and the rows in them."""
+    """The sums of all groups, in their order, and the rows in them; one group is held at a time."""
     total: np.ndarray | None = None
     rows = 0
-    for _unit, shard in read_shards(cache, units):
-        total = shard.vectors().copy() if total is None else total + shard.vectors()
+    for unit in units:
+        shard = cache.read(unit.key)
+        if total is None:
+            total = shard.vectors().copy()
+        else:
+            total += shard.vectors()
         rows += int(shard.meta["counted"])
     assert total is not None  # there is a group
     return torch.from_numpy(total), rows

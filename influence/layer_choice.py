@@ -18,11 +18,13 @@ from influence.datainf import LayerBlock, Rows, datainf, layer_influences
 from influence.errors import InputError
 from influence.fingerprints import Fingerprint, fingerprint
 from influence.gradient_rows import gradient_rows, layer_blocks
-from influence.layer_economy import LayerGroup, economise, module_groups
+from influence.layer_economy import Choice, Economy, LayerGroup, economise, module_groups
 from influence.memory_budget import parse_memory
 from influence.schemas import LayerChoice, LayerSubset
 from influence.shard_reader import read_shards
 from influence.units import ExactUnits
+
+TABLE_ROWS = 32
 
 
 def restricted_fingerprint(whole: Fingerprint, names: Sequence[str]) -> Fingerprint:
@@ -112,9 +114,22 @@ def choose_layers(
                 spearman=choice.spearman,
                 held_out=choice.held_out,
             )
-            for choice in economy.choices
+            for choice in _thinned(economy)
         ],
     )
+
+
+def _thinned(economy: Economy) -> list[Choice]:
+    """At most TABLE_ROWS subsets of each rule, among them the largest and the one that is used."""
+    by_rule: dict[str, list[Choice]] = {}
+    for choice in economy.choices:
+        by_rule.setdefault(choice.rule, []).append(choice)
+    kept = []
+    for choices in by_rule.values():
+        count = min(len(choices), TABLE_ROWS)
+        places = set(np.linspace(0, len(choices) - 1, count).round().astype(int).tolist())
+        kept += [c for i, c in enumerate(choices) if i in places or c is economy.chosen]
+    return kept
 
 
 def _group_parts(

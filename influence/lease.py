@@ -131,7 +131,8 @@ class Lease:
 
     def _beat(self) -> None:
         while self._lost is None and not self._stop.wait(BEAT_SECONDS):
-            with contextlib.suppress(InfluenceError):  # what is not written now is written later
+            # What cannot be written now is written later.
+            with contextlib.suppress(InfluenceError, OSError):
                 self._renew()
 
     def _renew(self) -> None:

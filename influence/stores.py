@@ -59,7 +59,7 @@ def locate(url: str, key_needed: bool = True) -> Location:
     if "@" in bucket or ":" in bucket or "X-Amz-" in rest:
         raise InputError(
             f"a {scheme}:// URL holds credentials; write {_FORMS[scheme]} and give the "
-            f"credentials in the environment ({_SECRETS[scheme]})"
+            f"credentials in {_SECRETS[scheme]}"
         )
     if scheme == "file":
         return Location("", "", os.path.abspath(unquote(urlsplit(url).path)))
@@ -77,10 +77,10 @@ _FORMS = {
     "file": "file:///PATH",
 }
 _SECRETS = {
-    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or by the node's role",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS) or by the node's role",
-    "hf": "HF_TOKEN",
-    "file": "none are needed",
+    "s3": "the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or by the node's role",
+    "gs": "the environment (GOOGLE_APPLICATION_CREDENTIALS) or by the node's role",
+    "hf": "the environment (HF_TOKEN)",
+    "file": "no way at all: a disk needs none",
 }
 
 

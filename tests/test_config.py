@@ -212,6 +212,7 @@ IN2CORE: dict[str, Any] = {**SMALLEST, "method": "in2core", "reference": {"adapt
             {"reduction": "token_max", "projection": "none", "normalize": True},
             "gradients.normalize: .* expected false",
         ),
+        (IN2CORE, "layers", [], r"layers: \[\] names none"),
         (IN2CORE, "model.adapter", "b", "reference.adapter: 'a' and model.adapter: 'b'"),
     ],
 )

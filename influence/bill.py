@@ -33,7 +33,7 @@ def planned_bill(
     """Put prices and speeds to what there is to do."""
     stages = list(stages)
     most = max((each.bundles for s in stages for each in (s.least, s.most) if each), default=0)
-    at_once = max(1, min(replicas, most))
+    at_once = max(1, min(replicas, max(most, config.replicas.min)))
     prices = config.prices
     bill = Bill(
         replica=kind_of(config),

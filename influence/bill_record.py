@@ -11,7 +11,7 @@ from influence.cache import Cache
 from influence.errors import InfluenceError
 from influence.job import Job
 from influence.model_shape import ModelShape, model_shape
-from influence.plan_schemas import Amounts, Measured, MeasuredStage, StageBill
+from influence.plan_schemas import Amounts, Bill, Measured, MeasuredStage, StageBill
 from influence.planned_work import plan_work
 from influence.quantities import DRIVER, OF_RUN, StageWork
 from influence.result_bytes import result_sizes
@@ -50,27 +50,32 @@ def end_bill(job: Job, exact: int) -> None:
     """Put what the run took beside what was planned, and leave its speeds in the cache.
 
     `exact` is the number of candidates with exact scores. Called before the score shards are
-    removed, whose bytes count. A store that fails to keep the speeds costs the run only a note.
+    removed, whose bytes count. A store that fails here costs the run no more than a note.
     """
-    manifest = job.log.manifest
-    if manifest.bill is None:
+    if job.log.manifest.bill is None:
         return
-    took = {
-        name: (_took(job, name, manifest.stages[name]), manifest.stages[name].up_seconds)
-        for name in manifest.bill.stages
-        if name in manifest.stages
-    }
-    bill = manifest.bill = settled(manifest.bill, took)
-    for stage in bill.stages.values():
-        stage.done = _effort_done(stage)
-    if "regression" in bill.stages and bill.stages["scores"].planned.rows:
-        # One for each map to scores, whether the map's shards were there already or not.
-        maps = bill.stages["scores"].planned.rows / manifest.counts["rows"]
-        bill.stages["regression"].done = bill.stages["regression"].effort * job.log.maps / maps
     try:
+        _settle(job, job.log.manifest.bill)
         _remember(job, exact)
     except InfluenceError as error:
-        job.progress.note(f"the run's speeds were not kept for later plans: {error}")
+        job.progress.note(f"what the run took was not recorded for later plans: {error}")
+
+
+def _settle(job: Job, bill: Bill) -> None:
+    manifest = job.log.manifest
+    took = {
+        name: (_took(job, name, manifest.stages[name]), manifest.stages[name].up_seconds)
+        for name in bill.stages
+        if name in manifest.stages
+    }
+    bill = manifest.bill = settled(bill, took)
+    for stage in bill.stages.values():
+        stage.done = _effort_done(stage)
+    regression, scores = bill.stages.get("regression"), bill.stages.get("scores")
+    if regression is not None and scores is not None and scores.planned.rows:
+        # One for each map to scores, whether the map's shards were there already or not.
+        maps = scores.planned.rows / manifest.counts["rows"]
+        regression.done = regression.effort * job.log.maps / maps
 
 
 def _took(job: Job, name: str, record: StageRecord) -> Amounts:

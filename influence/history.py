@@ -33,13 +33,16 @@ def recall(cache: str) -> list[Measured]:
     """What runs on this cache measured, the newest first; documents of other versions left out."""
     listed = storage.list_objects(storage.join(cache, FOLDER))
     newest = sorted(listed, key=lambda info: info.modified, reverse=True)[:_READ]
-    found = []
-    for info in newest:
-        try:
-            found.append(Measured.model_validate_json(storage.read_bytes(info.url)))
-        except (ValidationError, InfluenceError):
-            continue  # gone meanwhile, or not ours to read: a plan does without it
+    found = [each for info in newest if (each := _read(info.url)) is not None]
     return sorted(found, key=lambda each: each.finished, reverse=True)
+
+
+def _read(url: str) -> Measured | None:
+    """A document; None if it is gone, or none of this version: a plan does without it."""
+    try:
+        return Measured.model_validate_json(storage.read_bytes(url))
+    except (ValidationError, InfluenceError):
+        return None
 
 
 def remember(cache: str, measured: Measured) -> None:
@@ -50,7 +53,7 @@ def remember(cache: str, measured: Measured) -> None:
     """
     name = hashlib.blake2b(measured.source.encode(), digest_size=8).hexdigest()
     url = storage.join(cache, FOLDER, f"{name}.json")
-    before = next((each for each in recall(cache) if each.source == measured.source), None)
+    before = None if storage.head(url) is None else _read(url)
     if before is not None and before.replica == measured.replica:
         update: dict[str, Any] = {"stages": {**before.stages, **measured.stages}}
         if measured.set_up_seconds is None:

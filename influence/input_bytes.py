@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +15,7 @@ from influence.parquet_rows import open_checked
 from influence.row_formats import COLUMNS
 from influence.units import Unit
 
+_READERS = 8
 _READ_COLUMNS = (*COLUMNS, "id", "source")
 
 
@@ -34,7 +37,8 @@ def input_bytes(units: Sequence[Unit], replicas: int) -> int:
     by_file: dict[SourceFile, list[Unit]] = {}
     for unit in units:
         by_file.setdefault(unit.file, []).append(unit)
-    return sum(_of_file(file, members, replicas) for file, members in by_file.items())
+    with ThreadPoolExecutor(_READERS) as readers:  # a file's index is a request or two away
+        return sum(readers.map(lambda file: _of_file(file, by_file[file], replicas), by_file))
 
 
 def _of_file(file: SourceFile, units: Sequence[Unit], replicas: int) -> int:
@@ -50,6 +54,7 @@ def _of_file(file: SourceFile, units: Sequence[Unit], replicas: int) -> int:
     return int(sizes @ np.minimum(np.cumsum(change)[:-1], replicas))
 
 
+@lru_cache(maxsize=1 << 16)
 def _row_groups(file: SourceFile) -> tuple[np.ndarray, np.ndarray]:
     """First row of every row group, and the bytes of the columns that are read of it."""
     with open_checked(file) as parquet:

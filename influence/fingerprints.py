@@ -89,7 +89,7 @@ def _projection_values(config: Config) -> dict[str, Any]:
             "seed": config.seed,
         }
     if gradients.projection == "kronecker":
-        values |= {"side": gradients.side, "sides": "folded"}
+        values |= {"side": gradients.side, "sides": "hashed"}
     return values
 
 

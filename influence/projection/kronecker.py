@@ -39,8 +39,8 @@ class _LayerMap:
 
 @dataclass(frozen=True)
 class KroneckerProjection:
-    """A half projects each layer with side/2 random directions a side (see `Side`) and adds the
-    blocks up in dim/2 slots with random signs. Make one with `make_kronecker`."""
+    """A half projects each layer to about side/2 numbers a side (see `Side`) and adds the blocks up
+    in dim/2 slots with random signs. Make one with `make_kronecker`."""
 
     dim: int
     dtype: torch.dtype
@@ -151,29 +151,28 @@ def make_kronecker(
 ) -> KroneckerProjection:
     """The two-sided projection of these layers, to at most `dim` numbers a row.
 
-    `side` directions a side of a layer and `dim` slots, each shared by the two halves. A side of a
-    layer of at most side/2 is kept exactly. Where all blocks of a half together have at most dim/2
-    numbers there is no second sketch, and the result's `dim` is smaller. A layer's randomness
-    depends on its name, not on the other layers; the parts of a layer share their directions, but
+    About `side` directions a side of a layer and `dim` slots, each shared by the two halves. A side
+    of a layer that is no wider than its half of them is kept exactly. Where all blocks of a half
+    together have at most dim/2 numbers there is no second sketch, and the result's `dim` is
+    smaller. A layer's randomness depends on its name, not on the other layers; the parts of a layer
+    share their directions, but
     not their slots and signs. Raises InputError for an odd or too small `side` or `dim`, or for a
     repeated layer name.
     """
     check_even(side=side, dim=dim)
     check_distinct(list(layers))
     directions = side // HALVES
-    sizes = [min(layer.out, directions) * min(layer.in_, directions) for layer in layers]
+    sides = {layer.name: _sides(layer, directions, seed, dtype, device) for layer in layers}
+    sizes = [
+        _kept(layer.out, sides[layer.name][0]) * _kept(layer.in_, sides[layer.name][1])
+        for layer in layers
+    ]
     whole = sum(size * layer.parts for size, layer in zip(sizes, layers, strict=True))
     slots = min(dim // HALVES, whole)
+    scale = HALVES**-0.5
     maps: dict[str, _LayerMap] = {}
     offset = 0
     for layer, size in zip(layers, sizes, strict=True):
-        sides = [
-            make_side(layer.out, directions, (seed, layer.name, "out"), dtype, device),
-            make_side(layer.in_, directions, (seed, layer.name, "in"), dtype, device),
-        ]
-        scale = HALVES**-0.5
-        for each in sides:
-            scale *= 1.0 if each is None else directions**-0.5
         shape = (layer.parts, HALVES, size)
         if slots == whole:
             count = layer.parts * size
@@ -192,6 +191,24 @@ def make_kronecker(
             factor = signs(shape, seed, layer.name, "sign").double() * scale
         halves = torch.arange(HALVES).view(1, HALVES, 1) * slots
         maps[layer.name] = _LayerMap(
-            sides[0], sides[1], (index + halves).to(device), factor.to(device, dtype)
+            *sides[layer.name], (index + halves).to(device), factor.to(device, dtype)
         )
     return KroneckerProjection(HALVES * slots, dtype, torch.device(device), maps)
+
+
+def _sides(
+    layer: LayerShape,
+    directions: int,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> tuple[Side | None, Side | None]:
+    """What projects the outputs and the inputs of a layer."""
+    return (
+        make_side(layer.out, directions, (seed, layer.name, "out"), dtype, device),
+        make_side(layer.in_, directions, (seed, layer.name, "in"), dtype, device),
+    )
+
+
+def _kept(width: int, side: Side | None) -> int:
+    return width if side is None else side.directions

@@ -1,7 +1,10 @@
-"""One side of a two-sided projection: random directions, in two independent halves.
+"""One side of a two-sided projection: a CountSketch of its numbers, in two independent halves.
 
-A wide side is folded first: its numbers are added up in runs with random signs, which takes one
-pass over them and leaves the product with the directions a fraction of its size.
+Number i of a row goes to direction i mod s with a random sign of its own (Charikar, Chen and
+Farach-Colton 2002, with this instead of a random hash). Its variance, over the pairs of numbers, is
+that of s dense random directions, and a row is sketched in one pass over its numbers: two numbers
+either meet for certain, with an error of a random sign, or never, where in dense directions all of
+them meet a little. So that the same two do not meet in every layer, s varies from side to side.
 """
 
 from __future__ import annotations
@@ -13,59 +16,38 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence.projection.halves import HALVES
-from influence.projection.randomness import signs
-
-# Numbers that a folded side keeps for each direction: folding adds an eighth, at most, to the
-# variance of the directions, and the product with them costs 1/fold of what it did.
-_KEPT_PER_DIRECTION = 8
+from influence.projection.randomness import raw, signs
 
 
 @dataclass(frozen=True)
 class Side:
-    """s random directions a half; number i of a row has the place i mod w of fold i div w.
+    """`directions` numbers a half for rows of d; flips: the sign of every number, by half."""
 
-    flips: signs of the folds after the first one, (halves, folds - 1, w). base: signs of the folded
-    numbers in every direction, (halves, w, s).
-    """
-
-    width: int
-    flips: Float[Tensor, "halves more w"]
-    base: Float[Tensor, "halves w s"]
+    directions: int
+    flips: Float[Tensor, "halves d"]
 
     def project(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows halves_s"]:
-        """Rows times the directions, half beside half."""
-        more = self.flips.shape[1]
-        if not more or x.device.type != "cpu":
-            # A GPU reads the rows once either way, and would launch a kernel for each fold.
+        """The sketches of rows, half beside half."""
+        if x.device.type != "cpu":
+            # A GPU reads the rows once either way, and multiplies faster than it adds up.
             return torch.matmul(x, self.matrix())
-        flat = x.reshape(-1, self.width)
-        w = self.base.shape[1]
-        folded = flat.new_empty(HALVES, len(flat), w)
-        for half in range(HALVES):
-            first, sums = flat[:, :w], folded[half]
-            for fold in range(1, more + 1):
-                chunk = flat[:, fold * w : (fold + 1) * w]
-                flip = self.flips[half, fold - 1, : chunk.shape[1]]
-                if chunk.shape[1] < w and fold == 1:
-                    sums.copy_(first)
-                    first = sums
-                part = sums[:, : chunk.shape[1]]
-                torch.addcmul(first[:, : chunk.shape[1]], chunk, flip, out=part)
-                first = sums
-        projected = torch.bmm(folded, self.base)
-        return projected.transpose(0, 1).reshape(*x.shape[:-1], -1)
+        s, width = self.directions, x.shape[-1]
+        folds = -(-width // s)
+        flipped = x.new_empty(*x.shape[:-1], HALVES, folds * s)
+        torch.mul(x.unsqueeze(-2), self.flips, out=flipped[..., :width])
+        flipped[..., width:] = 0
+        return flipped.unflatten(-1, (folds, s)).sum(-2).flatten(-2)
 
     def rows(self, index: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows halves_s"]:
-        """Rows of the matrix: the projections of rows with a single one at `index`."""
-        w = self.base.shape[1]
-        first = self.base.new_ones(HALVES, 1, w)
-        flip = torch.cat([first, self.flips], dim=1)[:, index // w, index % w]
-        found = self.base[:, index % w] * flip.unsqueeze(-1)
-        return found.movedim(0, -2).flatten(-2)
+        """Rows of the matrix: the sketches of rows with a single one at `index`."""
+        found = self.flips.new_zeros(*index.shape, HALVES, self.directions)
+        place = (index % self.directions)[..., None, None].expand(*index.shape, HALVES, 1)
+        flips = self.flips[:, index].movedim(0, -1).unsqueeze(-1)
+        return found.scatter_(-1, place, flips).flatten(-2)
 
     def matrix(self) -> Float[Tensor, "d halves_s"]:
         """The whole map, as a matrix."""
-        return self.rows(torch.arange(self.width, device=self.base.device))
+        return self.rows(torch.arange(self.flips.shape[1], device=self.flips.device))
 
 
 def make_side(
@@ -75,11 +57,16 @@ def make_side(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Side | None:
-    """The directions of a side of `width` numbers; None where it is kept as it is."""
-    if width <= directions:
+    """The sketch of a side of `width` numbers; None where it is kept as it is.
+
+    It has `directions` numbers on the average, from a tenth less to a tenth more. Only odd ones are
+    drawn, where there are any: places in heads or blocks of a power of two do not fold onto one.
+    """
+    spread = directions // 10
+    counts = range(directions - spread, directions + spread + 1)
+    odd = [count for count in counts if count % 2] if spread else list(counts)
+    count = odd[int(raw(1, *purpose, "directions")[0] % len(odd))]
+    if width <= max(count, directions):
         return None
-    folds = max(1, width // (_KEPT_PER_DIRECTION * directions))
-    w = -(-width // folds)
-    base = torch.stack([signs((w, directions), *purpose, h) for h in range(HALVES)])
-    flips = [signs((folds - 1, w), *purpose, "fold", h) for h in range(HALVES)]
-    return Side(width, torch.stack(flips).to(device, dtype), base.to(device, dtype))
+    flips = torch.stack([signs((width,), *purpose, half) for half in range(HALVES)])
+    return Side(count, flips.to(device, dtype))

@@ -20,8 +20,10 @@ demo: install
 	$(BIN)/python examples/demo/make_pool.py runs/demo-data
 	$(BIN)/influence select examples/demo/demo.yaml
 
+# Many tests wait for processes and clusters of their own: three files at a time on two cores, and
+# one thread for each, so that they do not take the cores from each other.
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu" tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" -n 3 --dist loadfile tests
 
 lint: install
 	$(BIN)/ruff check .

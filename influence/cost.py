@@ -80,7 +80,8 @@ def gradients(
 ) -> float:
     """Forward, backward of activations, gradients (at most, for exact norms), projection."""
     if projection == "kronecker":
-        projecting = 2.0 * side * (shape.sides + side * shape.layers) * load.tokens
+        # A side takes one pass over its numbers; the products of two halves of side/2 remain.
+        projecting = (4.0 * shape.sides + side**2 * shape.layers) * load.tokens
     elif projection == "countsketch":
         # A transform of dim numbers for either side of every layer and token.
         projecting = 10.0 * dim * math.log2(dim) * shape.layers * load.tokens
@@ -206,8 +207,8 @@ def replica_memory(
     weights: all parameters. activations: every block keeps about twice the numbers that its
     matrices give a token (what autograd saves of them, and the inputs that the gradients need) and
     eight times the residual stream (norms and residuals), until the backward pass comes by. logits:
-    of the response tokens, with softmax and gradient in float32. projection: the signs of the
-    kronecker projection, or the targets' full gradients (`columns` of them). layer: what the
+    of the response tokens, with softmax and gradient in float32. projection: the signs and slots of
+    the kronecker projection, or the targets' full gradients (`columns` of them). layer: what the
     largest layer's contraction holds.
     """
     size, tokens = _DTYPE_BYTES[dtype], config.replicas.token_budget
@@ -215,7 +216,8 @@ def replica_memory(
     wide = max(size, 4)
     projection = 0
     if config.gradients.projection == "kronecker":
-        projection = 4 * config.gradients.side * shape.sides
+        slots = config.gradients.side**2 * shape.layers // 2
+        projection = 8 * shape.sides + 12 * slots
     elif config.gradients.projection == "exact":
         projection = target_bytes(shape, columns)
     return ReplicaMemory(

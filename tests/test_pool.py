@@ -98,15 +98,16 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def test_a_unit_that_raises_is_retried_then_reported(tmp_path: Path) -> None:
-    # Apart, and with others between: two failures in a row would cost the replica.
-    units = [(f"u{i}", "fine") for i in range(8)]
-    units = [("bad", "raises"), *units[:5], ("shaky", "raises once"), *units[5:]]
+    # Far apart, with more others between than are in flight: two failures in a row would cost the
+    # replica, and a unit that is tried again goes behind all others.
+    units = [(f"u{i}", "fine") for i in range(20)]
+    units = [("bad", "raises"), *units[:10], ("shaky", "raises once"), *units[10:]]
     outcome = run_pool(tmp_path, units)
     assert outcome.failures == {"bad": (3, "ValueError: bad cannot be read")}
     assert attempts(tmp_path, "bad") == 3, "retries + 1 attempts, no more and no fewer"
     assert outcome.results["shaky"] == "shaky done", "a failure that passes was not retried"
-    assert len(outcome.results) == 9, "other units did not go on"
-    assert all(attempts(tmp_path, f"u{i}") == 1 for i in range(8))
+    assert len(outcome.results) == 21, "other units did not go on"
+    assert all(attempts(tmp_path, f"u{i}") == 1 for i in range(20)), "units of others ran again"
 
 
 def test_a_unit_that_kills_its_replica_is_found_and_the_innocent_are_not(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         with closing(Plain(config)) as plain, closing(Replicas(config)) as replicas:
             ways: dict[str, Plain | Replicas] = {"pool": replicas, "plain processes": plain}
             for way in ways.values():
-                way.run(2, work.fresh(2 * IN_FLIGHT))  # loads the model
+                way.run(2, work.fresh())  # loads the model, and takes the memory of long rows
             cases = [(name, count) for name in ways for count in (1, 2)]
             for number in range(ROUNDS):
                 for name, count in cases[number:] + cases[:number]:

@@ -134,6 +134,9 @@ def _handing_over(layer: Layer, consume: Consumer) -> Callable[[list[Term]], Non
             raise InputError(
                 f"gradients.parameters: {layer.name}: {error}; leave it out"
             ) from error
+        if not torch.is_grad_enabled():  # as in every backward pass
+            consume(layer, whole)
+            return
         with torch.no_grad():
             consume(layer, whole)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -161,7 +161,7 @@ class Sink:
 
     def give(self, *terms: Term) -> None:
         """The gradients of one call."""
-        self.terms += [replace(t, sketched=True) for t in terms] if self.sketched else terms
+        self.terms += [t.as_sketched() for t in terms] if self.sketched else terms
         self.pending -= 1
         if self.pending == 0:
             self.flush()
@@ -262,9 +262,9 @@ def output_gradients(terms: Mapping[str, TakeTerm]) -> Attach:
                 first = replaced = tracked(first)
             for sink in sinks.values():
                 sink.expect()
-            # To be emptied: the graph keeps its hooks alive until the pass is over.
-            with torch.no_grad():
-                held = {name: sink.keep(x) for name, sink in sinks.items()}
+            # To be emptied: the graph keeps its hooks alive until the pass is over. x is detached,
+            # so that what is made of it has no graph.
+            held = {name: sink.keep(x) for name, sink in sinks.items()}
 
             def after_backward(gradient: Tensor) -> None:
                 # The backward pass records no graph of its own: nothing here is differentiable.

@@ -51,6 +51,10 @@ class Term:
         """Whether group k is sample k of one part."""
         return self.sample is None and self.part is None
 
+    def as_sketched(self) -> Term:
+        """The same, with an x that a projection has made."""
+        return Term(self.x, self.d, self.sample, self.part, sketched=True)
+
     def rows(self, chosen: slice) -> Term:
         """The groups in `chosen`."""
         d = self.d

@@ -66,7 +66,7 @@ class KroneckerProjection:
         x = term.x.to(self.dtype)
         right = _halves_apart(x) if term.sketched else _project_rows(x, layer.in_side)
         left = _project_left(term.d, layer.out_side, self.dtype)
-        self._scatter(layer, torch.matmul(left.mT, right), term.sample, term.part, total)
+        self._scatter(layer, _inner(left, right), term.sample, term.part, total)
 
     def add_formed(self, name: str, formed: Formed, total: Float[Tensor, "b dim"]) -> None:
         """Adds the projection of formed gradients: the same map."""
@@ -86,7 +86,9 @@ class KroneckerProjection:
         part: Tensor | None,
         total: Float[Tensor, "b dim"],
     ) -> None:
-        flat = block.expand(-1, HALVES, -1, -1).reshape(len(block), HALVES, -1)
+        flat = block.flatten(2)
+        if block.shape[1] < HALVES:
+            flat = flat.expand(-1, HALVES, -1)  # both sides are kept: one block for both halves
         if part is None:
             self._add(layer, 0, flat, sample, total)
             return
@@ -102,13 +104,12 @@ class KroneckerProjection:
         sample: slice | Tensor | None,
         total: Float[Tensor, "b dim"],
     ) -> None:
-        values = flat * layer.factors[part]
         slots = self.dim // HALVES
-        for start in range(0, values.shape[2], slots):
+        for start in range(0, flat.shape[2], slots):
             # Distinct slots within a run, so that every sum has one order.
             run = slice(start, start + slots)
             index = layer.slots[part, :, run].flatten()
-            addend = values[:, :, run].flatten(1)
+            addend = (flat[:, :, run] * layer.factors[part, :, run]).flatten(1)
             if isinstance(sample, Tensor):
                 total.index_put_((sample[:, None], index[None, :]), addend, accumulate=True)
             else:
@@ -134,6 +135,16 @@ def _project_rows(x: Float[Tensor, "g t d"], side: Side | None) -> Float[Tensor,
     if side is None:
         return x.unsqueeze(1)
     return _halves_apart(side.project(x))
+
+
+def _inner(
+    left: Float[Tensor, "g halves t s"], right: Float[Tensor, "g halves t r"]
+) -> Float[Tensor, "g halves s r"]:
+    """The sums of outer products over the rows t of each group and half."""
+    if len(left) == 1 and left.shape[1] == right.shape[1]:
+        # Of the few products of a short row, what leads up to them is no small part.
+        return torch.bmm(left[0].mT, right[0]).unsqueeze(0)
+    return torch.matmul(left.mT, right)
 
 
 def _halves_apart(projected: Float[Tensor, "g t halves_s"]) -> Float[Tensor, "g halves t s"]:

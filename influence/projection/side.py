@@ -35,7 +35,7 @@ class Side:
         folds = -(-width // s)
         flipped = x.new_empty(*x.shape[:-1], HALVES, folds * s)
         torch.mul(x.unsqueeze(-2), self.flips, out=flipped[..., :width])
-        flipped[..., width:] = 0
+        flipped.narrow(-1, width, folds * s - width).zero_()
         return flipped.unflatten(-1, (folds, s)).sum(-2).flatten(-2)
 
     def rows(self, index: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows halves_s"]:

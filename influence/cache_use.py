@@ -15,6 +15,7 @@ from influence.cache import Cache
 from influence.config import Config
 from influence.config_loading import load_config, parse_config
 from influence.errors import InputError
+from influence.evaluations import EVALUATIONS
 from influence.exact_work import product_fingerprints, target_vector_units
 from influence.hub import resolve_revision
 from influence.pipeline import NEED_GRADIENTS, Job, catalogue_units, prepare_targets
@@ -48,7 +49,8 @@ class Use:
 
 
 def use_of(named: str, cache: str) -> Use:
-    """Every stage of a config, for all of its targets, whether its method computes it or not.
+    """Every stage of a config, for all of its targets, whether its method computes it or not, and
+    of the evaluations that it names.
 
     `named` is a config's path or a run directory; of a run directory its config.yaml counts, and
     also what its manifest says that the run used (its model may have changed since). `cache` is
@@ -61,7 +63,11 @@ def use_of(named: str, cache: str) -> Use:
     config, is_run = _load(named)
     try:
         _check_pool(config)
-        places = _resolved(config.model_copy(update={"cache": cache}))
+        own = config.model_copy(update={"cache": cache})
+        places = _resolved(own)
+        for name, evaluation in EVALUATIONS.items():
+            if getattr(config.evaluation, name) is not None:
+                places |= _resolved(evaluation.settings(own))
     except InputError as error:
         raise InputError(f"{named}: cannot tell what it uses: {error}") from None
     # Which layers `layers: auto` keeps, only the run's own record says.

@@ -24,6 +24,7 @@ __all__ = [
     "Example",
     "Message",
     "SourceFile",
+    "column_names",
     "read_column",
     "read_examples",
     "read_rows",
@@ -155,6 +156,19 @@ def read_column(file: SourceFile, name: str) -> list[Any] | None:
     if not any(isinstance(row, dict) and name in row for row in parsed):
         return None
     return [row.get(name) if isinstance(row, dict) else None for row in parsed]
+
+
+def column_names(file: SourceFile) -> list[str]:
+    """The names of a file's columns; of JSONL those of all rows, in order of appearance.
+
+    Raises:
+        InputError: the file changed since it was scanned.
+    """
+    if _is_parquet(file.url):
+        with open_checked(file) as parquet:
+            return list(parquet.schema_arrow.names)
+    parsed = map(parse_line, read_lines(file.url, file.content_hash)[: file.rows])
+    return list(dict.fromkeys(name for row in parsed if isinstance(row, dict) for name in row))
 
 
 def read_table(file: SourceFile, rows: Sequence[int]) -> pa.Table:

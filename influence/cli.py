@@ -175,6 +175,46 @@ def finetune(
     console.print(f"adapter: {output}", soft_wrap=True, highlight=False)
 
 
+@app.command(epilog=EXIT_CODES)
+def evaluate(
+    config: ConfigPath,
+    set_: Overrides = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Put the results over those of other settings.")
+    ] = False,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Run without Ray, in this process.")
+    ] = False,
+) -> None:
+    """Measure how good the scores are, on data whose answers are known.
+
+    What is measured is what the config's section `evaluation` names:
+
+    `evaluation: {class_detection: {column: NAME}}`: candidates and target rows carry a class in the
+    column NAME. Are the candidates that rank first for a target row of its own class? Mean AUC and
+    recall over the target rows, for DataInf's influence, plain gradient products, cosines of
+    gradients, and RDS+ embeddings. The model is that of `method: in2core` (`reference.adapter`).
+
+    Gradients and embeddings come from the cache that `influence select` fills, and go there. An
+    interrupted evaluation goes on where it was. The results are in RUN/evaluation.json, and in
+    RUN/report.html where there is a selection; RUN/evaluations/NAME is what
+    `influence status` takes meanwhile.
+    """
+    from influence.evaluation_tables import result_tables, terminal_table
+
+    settings = load_config(config, set_ or ())
+    if in_process:
+        from influence.one_process import run_evaluate
+    else:
+        from ray_jobs.evaluate import run_evaluate
+    found = run_evaluate(settings, replace=replace)
+    console = Console()
+    for table in result_tables(settings.run, found):
+        console.print(terminal_table(table))
+    url = f"{settings.run.rstrip('/')}/evaluation.json"
+    console.print(f"evaluation: {url}", soft_wrap=True, highlight=False)
+
+
 register(app)
 
 

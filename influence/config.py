@@ -304,10 +304,16 @@ class SelectionConfig(Section):
         return value
 
 
-class EvaluationConfig(Section):
-    """What `influence evaluate` measures."""
+class ClassDetectionConfig(Section):
+    """DataInf's benchmark: are a target row's most influential candidates of its own class?"""
 
-    class_detection: dict[str, str] | None = None
+    column: str = Field(min_length=1, description="column of candidates and targets: the class")
+
+
+class EvaluationConfig(Section):
+    """What `influence evaluate` measures; null: not."""
+
+    class_detection: ClassDetectionConfig | None = None
     seeds: PositiveInt = 3
 
 

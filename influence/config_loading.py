@@ -38,7 +38,7 @@ UNUSED = (
     "weights.curvature",
     "weights.eta",
     "reference.finetune",
-    "evaluation",
+    "evaluation.seeds",
 )
 
 

@@ -20,16 +20,33 @@ from influence.schemas import LayerChoice
 from influence.score_map import map_scores, map_units
 from influence.score_shards import scoring_url
 from influence.token_units import token_units
+from influence.units import ExactUnits, Unit
 
 
 def in2core(job: Job, reduce: Any) -> None:
     """Gradients of every row with the reference model, DataInf's passes, scores."""
+    units = gradient_units(job, reduce)
+    run_units(job, units.all)
+    scores = influence_scores(job, reduce, units)
+    with timed(job, "scores", quiet=True):
+        reduce.take_influences(scores, units.sketches)
+
+
+def gradient_units(job: Job, reduce: Any) -> ExactUnits:
+    """The gradients' units, of candidates and targets; with `layers: auto` these are chosen first.
+
+    Raises:
+        InputError: more target columns, or larger gradients, than a replica can hold.
+    """
     job.shape = job.shape if job.shape is not None else model_shape(job.config)
     check_query_bytes(job.config, job.shape, reduce.column_count())
     if job.config.layers == "auto":
         choose_layers(job, reduce)
-    units = exact_units(job, reduce, None)
-    run_units(job, units.all)
+    return exact_units(job, reduce, None)
+
+
+def influence_scores(job: Job, reduce: Any, units: ExactUnits) -> list[Unit]:
+    """DataInf's passes over committed gradients; returns the units of the score shards."""
     with timed(job, STAGE):
         sums = reduce.begin_influence(units)
     map_units(job, sums, sorted({need for unit in sums for need in unit.needs}))
@@ -38,10 +55,8 @@ def in2core(job: Job, reduce: Any) -> None:
     if job.config.gradients.reduction == "token_max":
         scores = token_units(units.sketches, predictor)
         map_units(job, scores, [predictor])
-    else:
-        scores = map_scores(job, units.sketches, predictor)
-    with timed(job, "scores", quiet=True):
-        reduce.take_influences(scores, units.sketches)
+        return scores
+    return map_scores(job, units.sketches, predictor)
 
 
 def choose_layers(job: Job, reduce: Any) -> None:

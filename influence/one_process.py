@@ -1,11 +1,16 @@
-"""The select job in one process, without Ray: the same steps, the same files."""
+"""The select and evaluate jobs in one process, without Ray: the same steps, the same files."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from influence.config import Config
+from influence.evaluate import evaluate
+from influence.evaluations import Evaluation
 from influence.hub import resolve_revision
+from influence.job import Execute, Job
 from influence.lease import driving
 from influence.local import local_execute
 from influence.pipeline import prepare, select
@@ -37,3 +42,18 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
         lease.check()
         summary["report"] = build_report(config.run)
     return summary
+
+
+def run_evaluate(config: Config, *, replace: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Evaluate in this process; returns the document of RUN/evaluation.json.
+
+    Raises:
+        InputError: among others, `replicas.num_gpus` above 0 and no CUDA device here.
+    """
+    choose_device(config.model.device, config.replicas.num_gpus)
+    return evaluate(config, nullcontext, _workers, replace=replace, quiet=quiet)
+
+
+@contextmanager
+def _workers(job: Job, evaluation: Evaluation) -> Iterator[tuple[Execute, Any]]:
+    yield local_execute(job.config, job.watch), evaluation.reducer(job.config)

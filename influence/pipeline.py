@@ -7,7 +7,7 @@ nothing here knows of Ray.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,7 @@ __all__ = [
     "prepare",
     "prepare_targets",
     "rds_target_units",
+    "recorded",
     "select",
 ]
 
@@ -65,7 +66,7 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
         job.shape = model_shape(config)
         log.manifest.coverage = job.shape.coverage
     log.save()
-    try:
+    with recorded(log):
         before = catalogue_work(job, replicas_of(job))
         pool, targets = catalogue(job)
         with timed(job, "catalogue"):
@@ -80,6 +81,14 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
         end_bill(job, summary["fidelity"]["recall"]["exact_gradients"])
         remove_scoring(config.run)
         log.manifest.counts = summary["counts"]
+    return summary
+
+
+@contextlib.contextmanager
+def recorded(log: RunLog) -> Iterator[None]:
+    """Write into the manifest how the block ends: done, interrupted or failed."""
+    try:
+        yield
     except (KeyboardInterrupt, InterruptedRunError):
         _last_word(log, "interrupted")
         raise
@@ -87,7 +96,6 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
         _last_word(log, "failed")
         raise
     log.finish("done")
-    return summary
 
 
 def _last_word(log: RunLog, state: str) -> None:

@@ -144,6 +144,7 @@ def context(run: RunData) -> dict[str, Any]:
         "length": counts.get("length_spearman") or {},
         "gradients": _gradient_settings(run),
         "layers": layer_report(run.manifest.layers),
+        "evaluations": evaluations(run),
         "stages": [stage_row(name, record) for name, record in run.manifest.stages.items()],
         "harmful": [s for s in run.samples.get("worst", []) if s["score"] < 0],
         "bill": run.manifest.bill,
@@ -151,6 +152,16 @@ def context(run: RunData) -> dict[str, Any]:
         "bill_caption": bill_caption(run.manifest.bill) if run.manifest.bill else "",
         "attributed": sum(r["share"] for r in run.manifest.coverage if r["attributed"]),
     }
+
+
+def evaluations(run: RunData) -> list[Any]:
+    """The tables of what `influence evaluate` measured."""
+    if run.evaluation is None:
+        return []
+    # It brings the jobs' own modules along, torch among them.
+    from influence.evaluation_tables import parse_evaluation, result_tables
+
+    return result_tables(run.url, parse_evaluation(run.url, run.evaluation))
 
 
 def failed_shards(run: RunData) -> list[tuple[str, FailedShard]]:

@@ -83,7 +83,10 @@ class LandmarkScores:
 
 @dataclass(frozen=True)
 class RunData:
-    """What was found in a run directory; `missing` names what was not, and what it is."""
+    """What was found in a run directory; `missing` names what was not, and what it is.
+
+    `evaluation`: evaluation.json as it is, None where nothing was evaluated.
+    """
 
     url: str
     manifest: Manifest
@@ -94,6 +97,7 @@ class RunData:
     landmarks: dict[str, LandmarkScores]
     samples: dict[str, list[dict[str, Any]]]
     missing: list[tuple[str, str]] = field(default_factory=list)
+    evaluation: bytes | None = None
 
 
 def read_run(run_url: str) -> RunData:
@@ -136,6 +140,7 @@ def read_run(run_url: str) -> RunData:
         landmarks={} if landmarks is None else _landmarks(landmarks),
         samples={} if samples is None else _samples(samples, run_url),
         missing=[(name, _DESCRIBED[name]) for name, there in found.items() if not there],
+        evaluation=_optional(run_url, "evaluation.json"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -14,8 +15,10 @@ from influence.outputs import remove_results
 from influence.replica import resolve_dtype
 
 # What changes no number of a selection: where things are, how many replicas, how work is cut and
-# retried; fine-tuning comes after it, and guards its own results.
-_FREE = ("run", "cache", "prices", "replicas", "finetune")
+# retried; fine-tuning and evaluations come after it, and guard their own results.
+_FREE = ("run", "cache", "prices", "replicas", "finetune", "evaluation")
+# Of an evaluation's own run, which is told by its section what it is.
+EVALUATION_FREE = tuple(section for section in _FREE if section != "evaluation")
 # Sections whose change makes a stage of the cache useless. Targets, budget and method are not here:
 # they reuse every shard that the cache holds.
 _RECOMPUTES = {
@@ -43,8 +46,10 @@ _RECOMPUTES = {
 }
 
 
-def claim_run(config: Config, *, replace: bool = False) -> None:
+def claim_run(config: Config, *, replace: bool = False, free: Sequence[str] = _FREE) -> None:
     """Take a run directory for this config, writing `config.yaml` into it.
+
+    `free` are the sections that may have changed since an earlier attempt.
 
     With `replace`, the results of another config are removed first, so that none of them stands
     beside this one's; those of the same config stay until new ones take their place.
@@ -56,7 +61,7 @@ def claim_run(config: Config, *, replace: bool = False) -> None:
     # Without a manifest no stage has begun: an earlier attempt ended on its config or its data.
     begun = storage.head(storage.join(config.run, "manifest.json")) is not None
     if begun and storage.head(url) is not None:
-        changes = _changes(url, config, replace)
+        changes = _changes(url, config, replace, free)
         if changes and not replace:
             raise InputError(_explain(config.run, changes))
         if changes:
@@ -64,7 +69,9 @@ def claim_run(config: Config, *, replace: bool = False) -> None:
     storage.put(url, dump_config(config).encode())
 
 
-def _changes(url: str, config: Config, replace: bool) -> list[tuple[str, Any, Any]]:
+def _changes(
+    url: str, config: Config, replace: bool, free: Sequence[str]
+) -> list[tuple[str, Any, Any]]:
     try:
         before = _earlier_config(url)
     except InputError:
@@ -72,7 +79,7 @@ def _changes(url: str, config: Config, replace: bool) -> list[tuple[str, Any, An
             raise
         before = {"(whole file)": "not readable"}
     now = yaml.safe_load(dump_config(config))
-    return changed_values(_with_dtype(before), _with_dtype(now))
+    return changed_values(_with_dtype(before), _with_dtype(now), free)
 
 
 def _with_dtype(values: dict[str, Any]) -> dict[str, Any]:
@@ -99,14 +106,16 @@ def _earlier_config(url: str) -> dict[str, Any]:
         return before if isinstance(before, dict) else {"(whole file)": before}
 
 
-def changed_values(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def changed_values(
+    before: dict[str, Any], now: dict[str, Any], free: Sequence[str] = _FREE
+) -> list[tuple[str, Any, Any]]:
     """(key, value before, value now) of every value that differs and that changes a result."""
     old, new = _flatten(before), _flatten(now)
     keys = sorted(old.keys() | new.keys())
     return [
         (key, old.get(key), new.get(key))
         for key in keys
-        if key.split(".")[0] not in _FREE and old.get(key) != new.get(key)
+        if key.split(".")[0] not in free and old.get(key) != new.get(key)
     ]
 
 

@@ -42,8 +42,8 @@ class ReplicaActor:
 class ReducerActor:
     """Holds the run's arrays; see `influence.reducer.Reducer`."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.reducer = Reducer(Config.model_validate(config))
+    def __init__(self, config: dict[str, Any], build: Callable[[Config], Any]) -> None:
+        self.reducer = build(Config.model_validate(config))
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the reducer."""
@@ -59,18 +59,24 @@ class RemoteReducer:
     Args:
         config: the run's.
         on_wait: called about once a second while the reducer is at work.
+        build: makes the reducer, in the actor.
 
     Raises:
         ReducerLostError: by every method, once the actor is lost.
     """
 
-    def __init__(self, config: Config, on_wait: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        on_wait: Callable[[], None] = lambda: None,
+        build: Callable[[Config], Any] = Reducer,
+    ) -> None:
         node = ray.get_runtime_context().get_node_id()
         # No CPU is reserved: the reducer works when the replicas have nothing to do.
         actor = ReducerActor.options(  # pyright: ignore[reportAttributeAccessIssue]
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
         )
-        self._actor = actor.remote(config.model_dump(mode="json"))
+        self._actor = actor.remote(config.model_dump(mode="json"), build)
         self._on_wait = on_wait
 
     def __getattr__(self, method: str) -> Any:

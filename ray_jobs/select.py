@@ -37,7 +37,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
         with ray_session(config):
             metrics = RayMetrics(config.run)
             job.watch.others.append(metrics)
-            pool = _pool(job)
+            pool = replica_pool(job)
             try:
                 summary = select(job, pool, RemoteReducer(config, pool.rest))
             finally:
@@ -48,7 +48,8 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     return summary
 
 
-def _pool(job: Job) -> ReplicaPool:
+def replica_pool(job: Job) -> ReplicaPool:
+    """The pool of replicas that a job's config asks for."""
     settings = job.config.replicas
     demand = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
     placement = PlacementWatch({k: v for k, v in demand.items() if v}, job.progress.note)

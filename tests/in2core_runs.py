@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from tiny_run import Runner, Setup, save_adapter
 
+from influence.cache import Cache
 from influence.config import Config
+from influence.gradient_rows import gradient_rows, layer_blocks
 from influence.local import local_execute
 from influence.pipeline import prepare, select
 from influence.progress import Progress
@@ -27,24 +29,44 @@ def in2core(run: Runner, adapter: str) -> Runner:
     return lambda **changes: run(method="in2core", reference__adapter=adapter, **changes)
 
 
+def gradients_of(cache: str, manifest: Any, content: str, *, unit: bool) -> dict[int, tuple]:
+    """Row number -> (gradient, norms by layer) of a file, from the run's shards."""
+    found = {}
+    for key in manifest.stages["gradients"].planned:
+        if content not in key:
+            continue
+        shard = Cache(cache).read(key)
+        rows = gradient_rows(shard, unit=unit)
+        if rows is not None:
+            numbers = shard.table.column("row").to_numpy()[rows.usable].tolist()
+            found |= dict(zip(numbers, zip(rows.vectors, rows.norms, strict=True), strict=True))
+            found[-1] = (layer_blocks(shard.layout), None)
+    return found
+
+
 class Cut(Exception):
     """Ends a run in the middle."""
+
+
+def cut_after(execute: Callable, after: int, stage: str) -> Callable:
+    """The executor, which ends the run after so many units of a stage."""
+    left = [after]
+
+    def cut(bundles: Iterable[Any], on_result: Callable, on_failure: Callable) -> None:
+        for bundle in bundles:
+            if bundle.units[0].stage == stage:
+                if not left[0]:
+                    raise Cut
+                left[0] -= 1
+            execute([bundle], on_result, on_failure)
+
+    return cut
 
 
 def run_cut(config: Config, after: int, stage: str) -> None:
     """A run in this process that ends after so many units of a stage."""
     claim_run(config)
     job = prepare(config, Progress(quiet=True))
-    plain = local_execute(config, job.watch)
-    left = [after]
-
-    def execute(bundles: Iterable[Any], on_result: Callable, on_failure: Callable) -> None:
-        for bundle in bundles:
-            if bundle.units[0].stage == stage:
-                if not left[0]:
-                    raise Cut
-                left[0] -= 1
-            plain([bundle], on_result, on_failure)
-
+    execute = cut_after(local_execute(config, job.watch), after, stage)
     with pytest.raises(Cut):
         select(job, execute, Reducer(config))

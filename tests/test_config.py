@@ -169,7 +169,6 @@ UNREAD: dict[str, Any] = {
     "weights.curvature": "hvp",
     "weights.eta": 1e-5,
     "reference.finetune": {"rank": 4},
-    "evaluation.class_detection": {"train": "a"},
     "evaluation.seeds": 5,
 }
 

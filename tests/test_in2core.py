@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datainf_oracle import influences_by_loops
-from in2core_runs import run_cut
+from in2core_runs import gradients_of, run_cut
 from tiny_run import (
     N_SCORED,
     Runner,
@@ -24,12 +24,10 @@ from tiny_run import (
 )
 
 from influence import storage
-from influence.cache import Cache
 from influence.cli import print_summary
 from influence.config import Config
 from influence.curvature_units import STAGE
 from influence.errors import InputError
-from influence.gradient_rows import gradient_rows, layer_blocks
 from influence.local import local_execute
 from influence.one_process import run_select
 from influence.pipeline import prepare, select
@@ -40,21 +38,6 @@ from influence.report import build_report
 from influence.sketch_noise import rank_correlation
 
 FILES = ("a.parquet", "b.jsonl")
-
-
-def gradients_of(cache: str, manifest: Any, content: str, *, unit: bool) -> dict[int, tuple]:
-    """Row number -> (gradient, norms by layer) of a file, from the run's shards."""
-    found = {}
-    for key in manifest.stages["gradients"].planned:
-        if content not in key:
-            continue
-        shard = Cache(cache).read(key)
-        rows = gradient_rows(shard, unit=unit)
-        if rows is not None:
-            numbers = shard.table.column("row").to_numpy()[rows.usable].tolist()
-            found |= dict(zip(numbers, zip(rows.vectors, rows.norms, strict=True), strict=True))
-            found[-1] = (layer_blocks(shard.layout), None)
-    return found
 
 
 def expected_scores(config: Config, *, unit: bool = False) -> np.ndarray:

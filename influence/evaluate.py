@@ -1,0 +1,104 @@
+"""The evaluate job: the evaluations that a config names, each as a run of its own over one cache.
+
+Results are gathered in RUN/evaluation.json. Nothing here knows of Ray: what executes units, and the
+reducer, are handed in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace as replaced
+from functools import partial
+from typing import Any
+
+from influence import storage
+from influence.config import Config
+from influence.errors import InputError
+from influence.evaluation_tables import FILE, read_evaluation
+from influence.evaluations import EVALUATIONS, Evaluation
+from influence.hub import resolve_revision
+from influence.job import Execute, Job
+from influence.lease import driving
+from influence.pipeline import prepare, recorded
+from influence.progress import Progress
+from influence.reference import with_reference
+from influence.report import build_report
+from influence.resume import EVALUATION_FREE, claim_run
+from influence.run_log import RunLog
+from influence.score_shards import remove_scoring
+
+Workers = Callable[[Job, Evaluation], AbstractContextManager[tuple[Execute, Any]]]
+"""What executes the units of a job, and the reducer that the evaluation asks for."""
+
+
+def evaluate(
+    config: Config,
+    session: Callable[[], AbstractContextManager[None]],
+    workers: Workers,
+    *,
+    replace: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run every evaluation that the config names; returns the document of RUN/evaluation.json.
+
+    Raises:
+        InputError: the config names none, or one is of other settings than an earlier attempt.
+        ShardsFailedError: some shards failed for good; everything else is committed.
+    """
+    chosen = named(config)
+    own = {name: _settings(each, config) for name, each in chosen.items()}
+    progress = Progress(quiet=quiet)
+    with driving(config.run, progress.note) as lease:
+        jobs, inputs = {}, {}
+        for name, settings in own.items():
+            claim_run(settings, replace=replace, free=EVALUATION_FREE)
+            log = RunLog(settings.run, settings.method, progress.note, lease)
+            jobs[name] = prepare(settings, progress, log)
+            inputs[name] = chosen[name].inputs(jobs[name])
+        with session():
+            for name, job in jobs.items():
+                progress.note(f"{name} ...")
+                with workers(job, chosen[name]) as (execute, reduce):
+                    job = replaced(job, execute=execute)
+                    measure = partial(chosen[name].run, job, reduce, inputs[name])
+                    _run(config.run, name, job, measure)
+        lease.check()
+        if storage.head(storage.join(config.run, "manifest.json")) is not None:
+            build_report(config.run)
+    return read_evaluation(config.run)
+
+
+def named(config: Config) -> dict[str, Evaluation]:
+    """The evaluations that the config names.
+
+    Raises:
+        InputError: none.
+    """
+    found = {
+        name: each
+        for name, each in EVALUATIONS.items()
+        if getattr(config.evaluation, name) is not None
+    }
+    if not found:
+        raise InputError(
+            "evaluation: names nothing to measure; known: "
+            f"{', '.join(EVALUATIONS)}. For example: --set evaluation.class_detection.column=NAME"
+        )
+    return found
+
+
+def _settings(evaluation: Evaluation, config: Config) -> Config:
+    return resolve_revision(with_reference(evaluation.settings(config)))
+
+
+def _run(run: str, name: str, job: Job, measure: Callable[[], dict[str, Any]]) -> None:
+    """Run one evaluation and put its result beside those of the others."""
+    storage.probe_create_only(job.config.cache_url)
+    job.log.save()
+    with recorded(job.log):
+        found = {**read_evaluation(run), name: measure()}
+        job.log.check()
+        storage.put(storage.join(run, FILE), json.dumps(found, indent=1).encode() + b"\n")
+        remove_scoring(job.config.run)

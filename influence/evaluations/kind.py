@@ -1,0 +1,41 @@
+"""What an evaluation is made of, and how its result is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from influence.config import Config
+from influence.job import Job
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """A result as a table; the first column names the rows, the others hold numbers."""
+
+    title: str
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation: a run of its own below RUN/evaluations, over the run's cache.
+
+    Attributes:
+        settings: what its run is of, out of the user's config: whatever it leaves out takes the
+            defaults, and changing that does not stand in the way of going on.
+        inputs: reads what it needs of the files beside the rows' text; raises InputError before
+            anything is recorded.
+        reducer: makes what holds the run's arrays, like `influence.reducer.Reducer`.
+        run: takes the job, that reducer and the inputs; returns the document for evaluation.json.
+        table: that document as it is shown; raises pydantic's ValidationError if it is none.
+    """
+
+    settings: Callable[[Config], Config]
+    inputs: Callable[[Job], Any]
+    reducer: Callable[[Config], Any]
+    run: Callable[[Job, Any, Any], dict[str, Any]]
+    table: Callable[[dict[str, Any]], ResultTable]

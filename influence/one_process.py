@@ -12,6 +12,7 @@ from influence.pipeline import prepare, select
 from influence.progress import Progress
 from influence.reducer import Reducer
 from influence.reference import with_reference
+from influence.reference_training import make_reference, train_here
 from influence.replica import choose_device
 from influence.report import build_report
 from influence.resume import claim_run
@@ -31,7 +32,8 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     with driving(config.run, progress.note) as lease:
         claim_run(config, replace=replace)
         log = RunLog(config.run, config.method, progress.note, lease)
-        job = prepare(config, progress, log)
+        config, reference = make_reference(config, progress, log, train_here)
+        job = prepare(config, progress, log, reference)
         job.replicas = 1
         summary = select(job, local_execute(config, job.watch), Reducer(config))
         lease.check()

@@ -24,6 +24,7 @@ from influence.missing_work import PREDICTOR_BYTES, MissingWork
 from influence.model_shape import ModelShape
 from influence.pool_units import embedding_units, rds_target_units
 from influence.quantities import Decided, Quantities, StageWork, driver_seconds
+from influence.reference_work import reference_work
 from influence.result_bytes import WALKS, of_results, selected_rows
 from influence.units import Unit
 
@@ -115,6 +116,13 @@ class _Planner:
 
     def in2core(self) -> None:
         config = self.job.config
+        if self.job.reference is not None:
+            reference = reference_work(self.job, self.missing.reduce)
+            self.add(reference)
+            if reference.least.bundles:
+                self.work.notes.append(
+                    "reference: it is fine-tuned first; what is made with it is all new"
+                )
         gradients = self.chosen_layers() if config.layers == "auto" else self.gradients(None)
         self.add(gradients)
         shape, units = self.missing.shape, self.scored_units

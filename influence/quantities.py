@@ -56,6 +56,7 @@ class StageWork:
         most: where the run itself decides how much: what is to do at most.
         missing: keys of the shards to compute that are known beforehand.
         replicas: whether replicas compute it, or the driver alone.
+        workers: so many of a training compute it, and no replica is there yet.
     """
 
     name: str
@@ -67,6 +68,7 @@ class StageWork:
     held: int = 0
     missing: tuple[str, ...] = ()
     replicas: bool = True
+    workers: int | None = None
 
     @property
     def whole(self) -> int:

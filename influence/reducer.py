@@ -34,7 +34,7 @@ from influence.predictor import (
 )
 from influence.quotas import Quota
 from influence.results import write_results
-from influence.schemas import LayerChoice
+from influence.schemas import REASON_DUPLICATE, LayerChoice
 from influence.score_shards import ShardTable, scoring_url
 from influence.score_table import ArrayTable, OverlaidTable, scored_rows
 from influence.scores import Scores
@@ -50,6 +50,7 @@ from influence.shard_reader import (
 from influence.table_selection import select_table
 from influence.target_columns import mean_vectors, target_columns
 from influence.text_columns import Labels
+from influence.training_data import drawn_rows
 from influence.unit_loads import UnitLoad, load_of, unit_load
 from influence.units import ExactUnits, Unit
 from influence.weights import id_ranks
@@ -113,6 +114,13 @@ class Reducer:
     def pool_load(self) -> Load:
         """The load of all candidates that can be scored."""
         return load_of(self._pool, self._pool.eligible)
+
+    def training_load(self, fraction: float, seed: int, max_length: int) -> Load:
+        """The load of one epoch over a random part of the pool; duplicates are trained on, too."""
+        pool = self._pool
+        trained = np.asarray([text in (None, REASON_DUPLICATE) for text in pool.reason.values])
+        drawn = drawn_rows(len(pool), fraction, seed)
+        return load_of(pool, drawn[trained[pool.reason.codes[drawn]]], max_length)
 
     def choose_landmarks(self) -> list[tuple[SourceFile, list[int]]]:
         """Draw the landmarks; returns the rows of each file."""

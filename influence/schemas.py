@@ -282,6 +282,33 @@ class StageRecord(BaseModel):
         return self.model_seconds / self.replica_seconds
 
 
+class ReferenceRecord(BaseModel):
+    """`reference.json` in the cache: a reference model that a job made, and what it was made of."""
+
+    fingerprint: str
+    values: dict[str, Any] = Field(default_factory=dict, description="what the fingerprint covers")
+    rows: int = Field(description="trained on")
+    left_out: dict[str, int] = Field(default_factory=dict, description="by reason")
+    steps: int
+    tokens: int
+    seconds: float
+    workers: int
+    device: str
+    epoch_losses: list[float] = Field(default_factory=list, description="mean of each epoch")
+    versions: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, str] = Field(
+        default_factory=dict, description="blake2b of the adapter's files"
+    )
+
+
+class ReferenceUse(BaseModel):
+    """A run's reference model."""
+
+    url: str
+    reused: bool = Field(description="made before this run, on the same cache")
+    record: ReferenceRecord
+
+
 class LayerSubset(BaseModel):
     """Some layers that were judged: how many groups, what they take of a row, how well they rank.
 
@@ -344,6 +371,7 @@ class Manifest(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict)
     counts: dict[str, Any] = Field(default_factory=dict)
     coverage: list[dict[str, Any]] = Field(default_factory=list)
+    reference: ReferenceUse | None = Field(default=None, description="of `reference.finetune`")
     layers: LayerChoice | None = Field(default=None, description="of `layers: auto`")
     stages: dict[str, StageRecord] = Field(default_factory=dict)
     bill: Bill | None = Field(default=None, description="what was planned, and what it took")

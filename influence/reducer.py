@@ -22,6 +22,7 @@ from influence.certificate import certificate_of
 from influence.certified import Certified, Settings, audit_rows, initial_landmarks, step_text
 from influence.certified_result import certified_scores, recall_certificate
 from influence.config import Config
+from influence.coverage_reduce import Likeness, coverage_of, likeness_of
 from influence.errors import InputError
 from influence.in2core_reduce import InfluenceReduce
 from influence.load import Load
@@ -71,6 +72,7 @@ class Reducer:
         self.cache = Cache(config.cache_url)
         self.pool: Catalogue | None = None
         self.certified: Certified | None = None
+        self._likeness: Likeness | None = None
 
     def load_catalogue(
         self, pool: Sequence[Unit], targets: Mapping[str, Sequence[Unit]]
@@ -314,6 +316,20 @@ class Reducer:
         none = np.empty((0, len(self.columns.columns)))
         self.scores = Scores(table, self._pool.scorable, positions, none, None, halves)
 
+    def compare_texts(self) -> None:
+        """Sentence embeddings of candidates and targets, for the coverage."""
+        settings = self.config.coverage
+        assert settings.encoder is not None
+        self._likeness = likeness_of(
+            settings.encoder,
+            self._pool,
+            self.targets,
+            self.columns,
+            nearest=settings.nearest,
+            candidates=settings.candidates,
+            seed=self.config.seed,
+        )
+
     def score_random(self) -> None:
         """Uniform random numbers, the same in every column."""
         eligible = self._pool.eligible
@@ -347,6 +363,9 @@ class Reducer:
             landmark_choice=landmarks.CHOICES[self.config.landmarks.choose],
             recall=None if certified is None else recall_certificate(certified),
         )
+        coverage = None
+        if self.config.method == "in2core":
+            coverage = coverage_of(table, pool, self.columns, self._likeness)
         written = write_results(
             self.config,
             pool,
@@ -355,6 +374,7 @@ class Reducer:
             fidelity,
             self.columns,
             owner,
+            coverage,
         )
         return {**written, "counts": {**self.counts(), **written["counts"]}}
 

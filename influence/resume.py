@@ -16,7 +16,7 @@ from influence.replica import resolve_dtype
 
 # What changes no number of a selection: where things are, how many replicas, how work is cut and
 # retried; fine-tuning comes after it, and guards its own results.
-_FREE = ("run", "cache", "prices", "replicas", "finetune")
+_FREE = ("run", "cache", "prices", "replicas", "finetune", "coverage", "transfer")
 # Of `reference.finetune`: how the same result is come by.
 _FREE_OF_REFERENCE = ("workers", *FREE)
 # Sections whose change makes a stage of the cache useless. Targets, budget and method are not here:

@@ -282,6 +282,46 @@ class StageRecord(BaseModel):
         return self.model_seconds / self.replica_seconds
 
 
+class CoverageRow(BaseModel):
+    """How well the pool covers one column of the scores: a target row, a group, or a target."""
+
+    target: str
+    label: str
+    proponents: int
+    opponents: int
+    mass: float = Field(description="sum of the proponents' scores")
+    harm: float = Field(description="the same of the opponents, above 0")
+    effective: float = Field(description="proponents: mass^2 / sum of squared scores")
+    nearest: float | None = Field(default=None, description="cosine of the nearest candidate")
+    nearest_mean: float | None = Field(default=None, description="mean cosine of the nearest ones")
+
+
+class Coverage(BaseModel):
+    """`coverage.json` of method in2core."""
+
+    encoder: str | None = None
+    candidates: int | None = Field(default=None, description="whose texts were compared")
+    rows: list[CoverageRow] = Field(default_factory=list)
+
+
+class TransferColumn(BaseModel):
+    """Rank correlation of the two models' scores for one target or group, over `rows` rows."""
+
+    name: str
+    rows: int
+    spearman: Interval = Field(default_factory=Interval)
+
+
+class Transfer(BaseModel):
+    """`transfer.json`: the reference's ranking against the target model's own, on a pilot."""
+
+    model: str
+    adapter: str | None = None
+    parameters: str | list[str] = Field(description="of the target model's gradients")
+    pilot: int
+    columns: list[TransferColumn] = Field(default_factory=list)
+
+
 class ReferenceRecord(BaseModel):
     """`reference.json` in the cache: a reference model that a job made, and what it was made of."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import ray
@@ -21,6 +22,7 @@ from influence.resume import claim_run
 from influence.run_log import RunLog
 from influence.training_progress import Watcher
 from influence.training_record import TrainingRecord
+from influence.transfer import compare_models
 from ray_jobs.actors import RemoteReducer, replica_factory
 from ray_jobs.finetune import train_on_ray
 from ray_jobs.metrics import RayMetrics
@@ -36,6 +38,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     Raises:
         InfluenceError: see `influence.errors` for the kinds and their exit codes.
     """
+    given, nested = config, {"replace": True, "quiet": quiet}
     config = resolve_revision(with_reference(config))
     progress = Progress(quiet=quiet)
     with driving(config.run, progress.note) as lease:
@@ -53,6 +56,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
                 pool.close()
                 metrics.replicas(0, 0)
         lease.check()
+        compare_models(given, job.files, progress, partial(run_select, **nested), _train)
         summary["report"] = build_report(config.run)
     return summary
 

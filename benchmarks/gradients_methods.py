@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from gradients_dense import DenseProjection
 from gradients_protocol import IGNORED, Clock, Job, Make, PaddedBatch, Run, split_batch
 from jaxtyping import Float, Int
-from lora_training import Recipe, add_adapter
+from peft import get_peft_model
 from torch import Tensor, nn
 
 from influence.blocks import find_decoder, run_blocks
+from influence.finetune import lora_config
+from influence.finetune_settings import FinetuneSettings
 from influence.gradients import Layer, attributed_layers, make_engine
 from influence.jvp import Embed, Tangent, make_jvp_embedder
 from influence.loss import response_forward, sample_losses
@@ -133,7 +135,10 @@ def _ours(kind: str, *, exact_norms: bool = False) -> Make:
 
 def with_lora(model: Any, job: Job) -> nn.Module:
     """The model with random LoRA factors of the job's rank on its linear layers."""
-    adapted = add_adapter(model, Recipe(rank=job.lora_rank))
+    wrapped: Any = get_peft_model(model, lora_config(FinetuneSettings(rank=job.lora_rank)))
+    wrapped.eval()
+    # The inner model has get_output_embeddings; its linear layers carry the adapter.
+    adapted = wrapped.get_base_model()
     generator = torch.Generator().manual_seed(job.seed)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from peft import LoraConfig, get_peft_model
-from torch import nn
 
 from influence.config import ModelConfig
 from influence.finetune import adapted, finetune
@@ -69,22 +67,6 @@ def load_judge(config: ModelConfig, max_length: int) -> Judge:
     return Judge(replica.model, make_encoder(load_tokenizer(config), max_length))
 
 
-def add_adapter(model: Any, recipe: Recipe) -> nn.Module:
-    """The model with LoRA factors in its linear layers; everything else is frozen."""
-    lora = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,  # type: ignore[arg-type]
-        target_modules="all-linear",
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    wrapped: Any = get_peft_model(model, lora)
-    wrapped.eval()  # no dropout anywhere: what differs between runs is the rows and the seed
-    # The inner model has get_output_embeddings; its linear layers carry the adapter.
-    return wrapped.get_base_model()
-
-
 def losses_of(
     judge: Judge, tests: Mapping[str, Sequence[Encoded]], recipe: Recipe
 ) -> tuple[Losses, float]:
@@ -92,6 +74,15 @@ def losses_of(
     start, budget = time.monotonic(), recipe.token_budget
     losses = {name: row_losses(judge.model, rows, budget) for name, rows in tests.items()}
     return losses, time.monotonic() - start
+
+
+def losses_with(
+    judge: Judge, folder: str, recipe: Recipe, tests: Mapping[str, Sequence[Encoded]]
+) -> tuple[Losses, float]:
+    """What `losses_of` returns, with an adapter (a folder or s3://...)."""
+    with adapted(judge.model, recipe.settings(0), folder):
+        judge.model.eval()
+        return losses_of(judge, tests, recipe)
 
 
 def train_and_test(
@@ -104,17 +95,18 @@ def train_and_test(
 ) -> tuple[dict[str, Any], tuple[Losses, float]]:
     """Train a fresh adapter on the rows, then take the tests' losses with it.
 
-    Rows without a response are left out (the caller counts them). Returns the mean weighted loss of
-    each epoch, tokens, steps and seconds; and what `losses_of` returns.
+    Rows without a response are left out and counted. Returns counts, the mean weighted loss of each
+    epoch, tokens, steps and seconds; and what `losses_of` returns.
     """
     settings = recipe.settings(seed)
     with tempfile.TemporaryDirectory() as folder:
         rows = TrainingRows.of(encoded, weights)
         record = finetune(judge.model, rows, {}, settings, folder, watcher=TrainingProgress())
-        with adapted(judge.model, settings, folder):
-            judge.model.eval()
-            tested = losses_of(judge, tests, recipe)
+        tested = losses_with(judge, folder, recipe, tests)
     trained = {
+        "rows": record.rows.trained,
+        "dropped": sum(record.rows.left_out.values()),
+        "truncated": record.rows.truncated,
         "epoch_losses": epoch_losses(record, recipe.batch_size),
         "tokens": record.tokens,
         "steps": record.total_steps,

@@ -28,10 +28,11 @@ from jaxtyping import Float
 from lora_training import Judge, Recipe, load_judge, losses_of, train_and_test
 from worth_report import markdown, read_results
 
-from influence.candidates import read_examples, scan_files
+from influence.candidates import read_column, read_examples, scan_files
 from influence.config import ModelConfig
 from influence.errors import InfluenceError, InputError
 from influence.tokenization import Encoded
+from influence.training_data import WEIGHT_COLUMN
 
 RANDOM = "random"
 NONE = "none"
@@ -39,7 +40,7 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Rows:
-    """Training rows of one selection: `weights` have mean 1; `origin` says which rows they are."""
+    """Training rows of one selection and their weights; `origin` says which rows they are."""
 
     encoded: list[Encoded]
     weights: Float[np.ndarray, " n"]
@@ -74,11 +75,8 @@ def selection_rows(judge: Judge, path: str, *, weighted: bool) -> Rows:
     """The rows of a selection.jsonl, tokenised; its influence_weight too if `weighted`."""
     (file,) = scan_files([path])
     encoded = judge.encode(read_examples(file, 0, file.rows - 1))
-    weights = np.ones(len(encoded))
-    if weighted:
-        with open(path, encoding="utf-8") as lines:
-            weights = np.array([json.loads(line)["influence_weight"] for line in lines])
-        weights *= len(weights) / weights.sum()
+    found = read_column(file, WEIGHT_COLUMN) if weighted else None
+    weights = np.ones(len(encoded)) if found is None else np.array(found, dtype=np.float64)
     return Rows(encoded, weights, file.content_hash)
 
 
@@ -124,15 +122,9 @@ def run_one(
     if rows is None:
         trained, (losses, seconds) = None, losses_of(judge, tests, recipe)
     else:
-        dropped = sum(row.reason is not None for row in rows.encoded)
         trained, (losses, seconds) = train_and_test(
             judge, rows.encoded, rows.weights, recipe, seed, tests
         )
-        trained |= {
-            "rows": len(rows.encoded) - dropped,
-            "dropped": dropped,
-            "truncated": sum(row.truncated for row in rows.encoded),
-        }
     return {
         "train": trained,
         "tests": {

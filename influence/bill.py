@@ -32,7 +32,8 @@ def planned_bill(
 ) -> Bill:
     """Put prices and speeds to what there is to do."""
     stages = list(stages)
-    most = max((each.bundles for s in stages for each in (s.least, s.most) if each), default=0)
+    of_replicas = [s for s in stages if s.workers is None]
+    most = max((e.bundles for s in of_replicas for e in (s.least, s.most) if e), default=0)
     at_once = max(1, min(replicas, max(most, config.replicas.min)))
     prices = config.prices
     bill = Bill(
@@ -44,6 +45,8 @@ def planned_bill(
     )
     for work in stages:
         speed, set_up = speeds.of(work), 0.0
+        if work.workers is not None:
+            set_up = speeds.set_up()[0]
         most = 0 if work.most is None else work.most.bundles
         begins = work.name in _MODEL_STAGES and max(work.least.bundles, most) > 0
         if begins and not bill.set_up:
@@ -62,8 +65,11 @@ def planned_bill(
 
 
 def _amounts(work: StageWork, what: Quantities, speed: Speed, set_up: float, bill: Bill) -> Amounts:
-    seconds = what.effort / speed.per_second
-    if work.replicas:
+    seconds, at_once = what.effort / speed.per_second, bill.replicas
+    if work.workers is not None:
+        at_once = work.workers
+        seconds = set_up + seconds / at_once if what.bundles else 0.0
+    elif work.replicas:
         # The last shards keep some of the replicas waiting.
         rounds = ceil(what.bundles / bill.replicas)
         each = speed.shard + seconds / max(1, what.bundles)
@@ -78,7 +84,7 @@ def _amounts(work: StageWork, what: Quantities, speed: Speed, set_up: float, bil
         objects=what.objects,
         seconds=seconds,
     )
-    return amounts.model_copy(update=_priced(bill, seconds * bill.replicas))
+    return amounts.model_copy(update=_priced(bill, seconds * at_once))
 
 
 def _priced(bill: Bill, up_seconds: float) -> dict[str, float | None]:

@@ -14,6 +14,8 @@ from influence.model_shape import ModelShape, model_shape
 from influence.plan_schemas import Amounts, Bill, Measured, MeasuredStage, StageBill
 from influence.planned_work import plan_work
 from influence.quantities import DRIVER, OF_RUN, StageWork
+from influence.reference import STAGE as REFERENCE
+from influence.reference_work import reference_bytes, reference_flops
 from influence.result_bytes import result_sizes
 from influence.schemas import Manifest, StageRecord
 from influence.score_shards import scoring_url
@@ -83,7 +85,7 @@ def _took(job: Job, name: str, record: StageRecord) -> Amounts:
         sizes = result_sizes(job.config.run) if name == "selection" else {}
         written, objects = sum(sizes.values()), len(sizes)
         return Amounts(written_bytes=written, objects=objects, seconds=record.seconds)
-    sizes = _written(job, name)
+    sizes = reference_bytes(job) if name == REFERENCE else _written(job, name)
     took = Amounts(
         shards=record.computed,
         rows=record.rows,
@@ -97,6 +99,8 @@ def _took(job: Job, name: str, record: StageRecord) -> Amounts:
         took.shards = sum(key.startswith(f"{name}/") for key in sizes)
         took.rows = job.log.scored_rows[name]
         took.tokens = job.log.scored_tokens[name] or None
+    if name == REFERENCE:
+        took.flops = reference_flops(job, record.load)
     if shape is not None and name in cost.STAGES:
         took.flops = cost.STAGES[name](job.config, shape, record.load)
     return took

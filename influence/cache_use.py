@@ -21,7 +21,7 @@ from influence.hub import resolve_revision
 from influence.pipeline import NEED_GRADIENTS, Job, catalogue_units, prepare_targets
 from influence.progress import Progress
 from influence.reducer import Reducer
-from influence.reference import with_reference
+from influence.reference import STAGE, planned_reference, with_reference
 from influence.run_log import RunLog, read_manifest
 from influence.schemas import Manifest
 from influence.units import bundled
@@ -124,6 +124,14 @@ def _check_pool(config: Config) -> None:
 
 def _resolved(config: Config) -> dict[Place, dict[str, Any]]:
     config = resolve_revision(with_reference(config))
+    with planned_reference(config) as (ready, reference):
+        places = _places(ready)
+    if reference is not None:
+        places[STAGE, reference.fingerprint.hex] = reference.fingerprint.values
+    return places
+
+
+def _places(config: Config) -> dict[Place, dict[str, Any]]:
     log = RunLog.unsaved(config.run, config.method)
     job = prepare_targets(config, Progress(quiet=True), log)
     places = {(stage, found.hex): found.values for stage, found in job.fingerprints.items()}

@@ -13,10 +13,12 @@ from influence.batching import Batch, make_batches
 from influence.config import Config
 from influence.errors import InputError
 from influence.fingerprints import stage_fingerprints
+from influence.hub import resolve_revision
 from influence.model_shape import model_shape
 from influence.numerics import spread_rows
 from influence.pipeline import NEED_GRADIENTS
 from influence.plan_schemas import Measured, MeasuredStage
+from influence.reference import planned_reference, with_reference
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
 from influence.speeds import kind_of
 from influence.stages import Toolbox
@@ -40,6 +42,11 @@ def measure_speeds(config: Config, count: int) -> Measured:
     """
     if config.method == "random":
         raise InputError("--measure: method random runs no model; there is nothing to measure")
+    with planned_reference(resolve_revision(with_reference(config))) as (ready, _reference):
+        return _measured(ready, count)
+
+
+def _measured(config: Config, count: int) -> Measured:
     rows, begun = spread_rows(config, count), time.monotonic()
     device = choose_device(config.model.device, config.replicas.num_gpus)
     if device == "cpu":

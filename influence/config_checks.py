@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from influence.budget import parse_budget
-from influence.config import Config
+from influence.config import POOL, Config, FinetuneConfig
 from influence.errors import InputError
 
 LAYERED = ("layerwise", "none")
@@ -36,12 +36,43 @@ def _of_in2core(config: Config) -> str | None:
         )
     if config.layer_patterns == ():
         return "layers: [] names none; expected all, auto, or patterns of parameter names"
+    own = ("reference", config.reference.finetune), ("transfer", config.transfer.finetune)
+    for key, section in own:
+        if section is not None and (problem := _of_own_training(key, section)):
+            return problem
+    if config.transfer.finetune is not None and config.transfer.model is None:
+        return "transfer.finetune: expected transfer.model beside it, the model to fine-tune"
+    if config.reference.finetune is not None and config.reference.adapter is not None:
+        return (
+            f"reference.adapter: {config.reference.adapter!r} is there, and reference.finetune "
+            "makes one; expected one of them"
+        )
+    if config.reference.finetune is not None:
+        return None
     adapters = config.model.adapter, config.reference.adapter
     if None not in adapters and adapters[0] != adapters[1]:
         return (
             f"reference.adapter: {adapters[1]!r} and model.adapter: {adapters[0]!r}; expected one "
             "of them, the adapter of the reference model"
         )
+    return None
+
+
+def _of_own_training(key: str, section: FinetuneConfig) -> str | None:
+    """The job knows what to train on and where to: the rest is for `influence finetune`."""
+    if section.data not in (None, [POOL]):
+        return (
+            f"{key}.finetune.data: {section.data!r}; expected `pool` (with `fraction` for a "
+            "random part of it); for other data make the adapter with `influence finetune` and "
+            "name it"
+        )
+    for name in ("evaluate", "evaluate_every", "output"):
+        if getattr(section, name):
+            return (
+                f"{key}.finetune.{name}: {getattr(section, name)!r}; expected null: the "
+                "adapter lies in the cache for all runs, and is not evaluated on the way; "
+                "`influence finetune` with finetune.data: pool does that"
+            )
     return None
 
 
@@ -66,5 +97,13 @@ def _of_others(config: Config) -> str | None:
         return (
             f"reference.adapter: {config.reference.adapter!r} is for method: in2core; with method: "
             f"{method} name it in model.adapter"
+        )
+    if config.transfer.model is not None or config.coverage.encoder is not None:
+        key = "coverage.encoder" if config.transfer.model is None else "transfer.model"
+        return f"{key}: it is for method: in2core; with method: {method} expected null"
+    if config.reference.finetune is not None:
+        return (
+            f"reference.finetune: it is for method: in2core, which takes gradients with a "
+            f"fine-tuned reference model; with method: {method} expected null"
         )
     return None

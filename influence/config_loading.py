@@ -37,7 +37,6 @@ UNUSED = (
     "warmup",
     "weights.curvature",
     "weights.eta",
-    "reference.finetune",
     "evaluation.seeds",
 )
 

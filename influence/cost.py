@@ -69,6 +69,12 @@ def forming(shape: ModelShape, load: Load) -> float:
     return 2.0 * shape.formed * load.tokens + head_part
 
 
+def training(shape: ModelShape, load: Load, *, checkpointing: bool = False) -> float:
+    """Forward, backward, and the gradients of LoRA factors; with checkpoints one more forward."""
+    again = forward(shape, load) if checkpointing else 0.0
+    return passes(shape, load) + forming(shape, load) + again
+
+
 def gradients(
     shape: ModelShape,
     load: Load,

@@ -15,6 +15,10 @@ class InputError(InfluenceError):
     exit_code = 2
 
 
+class RunBusyError(InputError):
+    """Another driver is at work on the same directory; it can be waited for."""
+
+
 class ModelLoadError(InputError):
     """The model, adapter or tokenizer could not be loaded; no other replica would fare better."""
 

@@ -21,9 +21,10 @@ from influence.evaluations import EVALUATIONS, Evaluation
 from influence.hub import resolve_revision
 from influence.job import Execute, Job
 from influence.lease import driving
-from influence.pipeline import prepare, recorded
+from influence.pipeline import prepare
 from influence.progress import Progress
 from influence.reference import with_reference
+from influence.reference_training import Train, make_reference
 from influence.report import build_report
 from influence.resume import EVALUATION_FREE, claim_run
 from influence.run_log import RunLog
@@ -37,11 +38,14 @@ def evaluate(
     config: Config,
     session: Callable[[], AbstractContextManager[None]],
     workers: Workers,
+    train: Train,
     *,
     replace: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Run every evaluation that the config names; returns the document of RUN/evaluation.json.
+
+    `train` makes a reference model that a config asks for (`reference.finetune`).
 
     Raises:
         InputError: the config names none, or one is of other settings than an earlier attempt.
@@ -55,7 +59,8 @@ def evaluate(
         for name, settings in own.items():
             claim_run(settings, replace=replace, free=EVALUATION_FREE)
             log = RunLog(settings.run, settings.method, progress.note, lease)
-            jobs[name] = prepare(settings, progress, log)
+            settings, reference = make_reference(settings, progress, log, train)
+            jobs[name] = prepare(settings, progress, log, reference)
             inputs[name] = chosen[name].inputs(jobs[name])
         with session():
             for name, job in jobs.items():
@@ -97,8 +102,9 @@ def _run(run: str, name: str, job: Job, measure: Callable[[], dict[str, Any]]) -
     """Run one evaluation and put its result beside those of the others."""
     storage.probe_create_only(job.config.cache_url)
     job.log.save()
-    with recorded(job.log):
+    with job.log.telling_the_end():
         found = {**read_evaluation(run), name: measure()}
         job.log.check()
         storage.put(storage.join(run, FILE), json.dumps(found, indent=1).encode() + b"\n")
         remove_scoring(job.config.run)
+    job.log.finish("done")

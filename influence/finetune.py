@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from influence import storage
+from influence.adapters import local_adapter
 from influence.checkpoints import ADAPTER_FILES, AT_LEAST, OPTIMIZER_FILE, Checkpoints
 from influence.errors import InputError, InterruptedRunError, StorageError
 from influence.finetune_settings import FinetuneSettings
@@ -230,6 +231,21 @@ class _Run:
                 raise  # otherwise the error that ended the training is the one to show
 
 
+def lora_config(settings: FinetuneSettings) -> Any:
+    """PEFT's description of fresh factors."""
+    from peft import LoraConfig
+
+    modules = settings.target_modules
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.dropout,
+        target_modules=modules if isinstance(modules, str) else list(modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
 @contextmanager
 def adapted(model: Any, settings: FinetuneSettings, adapter: str | None) -> Iterator[Any]:
     """The model with LoRA factors to train and all else frozen; afterwards as it was.
@@ -240,7 +256,7 @@ def adapted(model: Any, settings: FinetuneSettings, adapter: str | None) -> Iter
     Raises:
         InputError: `target_modules` that the model does not have.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
     from peft.tuners.lora import LoraLayer
 
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -249,19 +265,10 @@ def adapted(model: Any, settings: FinetuneSettings, adapter: str | None) -> Iter
         # Its weights were dequantised when they were loaded, but the Trainer goes by this mark.
         model.is_quantized = False
     if adapter is None:
-        modules = settings.target_modules
-        config = LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,  # type: ignore[arg-type]
-            lora_dropout=settings.dropout,
-            target_modules=modules if isinstance(modules, str) else list(modules),
-            bias="none",
-            task_type="CAUSAL_LM",
-        )
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT
-                wrapped: Any = get_peft_model(model, config)
+                wrapped: Any = get_peft_model(model, lora_config(settings))
         except ValueError as error:
             raise InputError(f"finetune.target_modules: {error}") from error
         torch.manual_seed(settings.seed)
@@ -270,7 +277,7 @@ def adapted(model: Any, settings: FinetuneSettings, adapter: str | None) -> Iter
                 for name in module.lora_A:
                     module.reset_lora_parameters(name, True)
     else:
-        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        wrapped = PeftModel.from_pretrained(model, local_adapter(adapter), is_trainable=True)
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable()
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from influence import storage
 from influence.candidates import SourceFile, scan_files
-from influence.config import Config, ModelConfig
+from influence.config import POOL, Config, ModelConfig
 from influence.errors import InputError, ModelLoadError
 from influence.finetune import finetune, full_identity
 from influence.finetune_settings import FinetuneSettings
@@ -26,8 +26,6 @@ from influence.tokenization import Encoded, Encoder, make_encoder
 from influence.training_data import TrainingRows, encoded_chunks, read_training_rows
 from influence.training_progress import TrainingProgress, Watcher
 from influence.training_record import TrainingRecord, check_claim, remove_training
-
-POOL = "pool"
 
 
 @dataclass(frozen=True)
@@ -67,43 +65,60 @@ def run_finetune(config: Config, *, replace: bool = False, quiet: bool = False) 
     return done or train(job, device, watcher)
 
 
-def prepare_finetune(config: Config, watcher: Watcher) -> FinetuneJob:
-    """Read and tokenise rows and named sets; loads no model.
+def start_of(config: Config) -> ModelConfig:
+    """The model with the adapter to go on from, if there is one."""
+    section, model = config.finetune, config.model
+    if section.adapter is None:
+        return model
+    return model.model_copy(update={"adapter": section.adapter, "adapter_revision": None})
+
+
+def identity_of(config: Config) -> dict[str, Any]:
+    """What is trained: model and adapter by content, dtype, attention, length limit.
 
     Raises:
-        InputError: files that are not there, or in which no row can be trained on or evaluated.
+        InputError: a dtype that is not to train in, or an adapter that is not there.
     """
     section, model = config.finetune, config.model
-    start = model.model_copy(
-        update={"adapter": section.adapter, "adapter_revision": None}
-        if section.adapter is not None
-        else {}
-    )
     dtype = resolve_dtype(section.dtype or model.dtype, config.replicas.num_gpus, model.device)
     if dtype == "float16":
         raise InputError(
             "finetune.dtype: the gradients of float16 under- and overflow; set finetune.dtype to "
             "bfloat16 or float32"
         )
-    identity = {
+    return {
         "model": model_content(model),
-        "adapter": _adapter_content(start, own=section.adapter is not None),
+        "adapter": _adapter_content(start_of(config), own=section.adapter is not None),
         "dtype": dtype,
         "attention": model.attention,
+        "max_length": section.max_length or config.data.max_length,
     }
-    max_length = section.max_length or config.data.max_length
-    encode = make_encoder(load_tokenizer(model), max_length)
-    rows = _rows(config, encode)
+
+
+def prepare_finetune(
+    config: Config, watcher: Watcher, pool: Sequence[SourceFile] | None = None
+) -> FinetuneJob:
+    """Read and tokenise rows and named sets; loads no model.
+
+    pool: the files of finetune.data, if they were scanned before.
+
+    Raises:
+        InputError: files that are not there, or in which no row can be trained on or evaluated.
+    """
+    section, model = config.finetune, config.model
+    start, identity = start_of(config), identity_of(config)
+    encode = make_encoder(load_tokenizer(model), identity["max_length"])
+    rows = _rows(config, encode, pool)
     _note_rows(watcher, rows)
     sets = _sets(config, encode, watcher)
     return FinetuneJob(
         model=model.model_copy(update={"adapter": None, "adapter_revision": None}),
-        dtype=dtype,
+        dtype=identity["dtype"],
         adapter=_local(start),
         rows=rows,
         sets=sets,
-        settings=_settings(config),
-        identity={**identity, "max_length": max_length},
+        settings=settings_of(config),
+        identity=identity,
         output=storage.absolute(section.output or storage.join(config.run, "finetune")),
     )
 
@@ -167,7 +182,8 @@ def _local(start: ModelConfig) -> str | None:
     return snapshot_download(start.adapter, **arguments)
 
 
-def _settings(config: Config) -> FinetuneSettings:
+def settings_of(config: Config) -> FinetuneSettings:
+    """The section `finetune`, with what other sections say of it."""
     section, reduction = config.finetune, config.gradients.reduction
     names = FinetuneSettings.__dataclass_fields__
     values = {name: getattr(section, name) for name in names if hasattr(section, name)}
@@ -178,8 +194,21 @@ def _settings(config: Config) -> FinetuneSettings:
     return FinetuneSettings(**values)
 
 
-def _rows(config: Config, encode: Encoder) -> TrainingRows:
+def _rows(
+    config: Config, encode: Encoder, files: Sequence[SourceFile] | None = None
+) -> TrainingRows:
     """What finetune.data stands for."""
+    section, seed = config.finetune, settings_of(config).seed
+    found = _files(config) if files is None else files
+    try:
+        return read_training_rows(
+            found, encode, weighted=section.weights, fraction=section.fraction, seed=seed
+        )
+    except InputError as error:
+        raise InputError(f"finetune.data: {error}") from None
+
+
+def _files(config: Config) -> list[SourceFile]:
     data, limit = config.finetune.data, None
     if data is None:
         folder = storage.join(config.run, "selection")
@@ -191,11 +220,7 @@ def _rows(config: Config, encode: Encoder) -> TrainingRows:
             )
     elif data == [POOL]:
         data, limit = config.data.candidates, config.data.limit
-    files = _scan("finetune.data", data, limit)
-    try:
-        return read_training_rows(files, encode, weighted=config.finetune.weights)
-    except InputError as error:
-        raise InputError(f"finetune.data: {error}") from None
+    return _scan("finetune.data", data, limit)
 
 
 def _sets(config: Config, encode: Encoder, watcher: Watcher) -> dict[str, list[Encoded]]:

@@ -11,7 +11,7 @@ from influence.finetune_steps import SCHEDULES
 from influence.loss import REDUCTIONS, Reduction
 
 #: What changes no more than the rounding of a result, and may so be changed under way.
-_FREE = ("token_budget", "save_every", "keep_checkpoints", "gradient_checkpointing")
+FREE = ("token_budget", "save_every", "keep_checkpoints", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -63,4 +63,4 @@ class FinetuneSettings:
 
     def that_count(self) -> dict[str, Any]:
         """Those that a training which goes on must have in common with the one that began."""
-        return {key: value for key, value in self.values().items() if key not in _FREE}
+        return {key: value for key, value in self.values().items() if key not in FREE}

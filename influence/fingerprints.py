@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from influence.adapters import local_adapter
 from influence.config import Config, ModelConfig
 from influence.errors import ModelLoadError
 from influence.hub import hub_commit
@@ -174,14 +175,14 @@ def adapter_content(model: ModelConfig) -> str:
     """
     check_adapter(model)
     commit = adapter_commit(model)
-    return (
-        folder_content(model.adapter or "") if commit is None else f"hub:{model.adapter}@{commit}"
-    )
+    if commit is not None:
+        return f"hub:{model.adapter}@{commit}"
+    return folder_content(local_adapter(model.adapter or ""))
 
 
 def adapter_commit(model: ModelConfig) -> str | None:
     """The commit of a hub adapter, None for a folder; raises `ModelLoadError` for neither."""
-    adapter = model.adapter or ""
+    adapter = local_adapter(model.adapter or "")
     if os.path.isdir(adapter):
         return None
     return hub_commit("model.adapter", adapter, model.adapter_revision, "adapter_config.json")

@@ -30,6 +30,9 @@ def in2core(job: Job, reduce: Any) -> None:
     scores = influence_scores(job, reduce, units)
     with timed(job, "scores", quiet=True):
         reduce.take_influences(scores, units.sketches)
+    if job.config.coverage.encoder is not None:
+        with timed(job, "coverage"):
+            reduce.compare_texts()
 
 
 def gradient_units(job: Job, reduce: Any) -> ExactUnits:

@@ -18,6 +18,7 @@ from influence.errors import ShardsFailedError
 from influence.fingerprints import Fingerprint
 from influence.model_shape import ModelShape
 from influence.progress import Progress
+from influence.reference import Reference
 from influence.run_log import RunLog
 from influence.units import Bundle, Unit, bundled
 from influence.watch import Watch
@@ -45,7 +46,7 @@ class Job:
     object that says which layers gradients are taken of, where the config alone does not.
     `replicas` work at once at most, where that does not follow from the config; `chosen` are the
     first landmarks, or the pilot on which layers are chosen; `asked` is a digest of everything that
-    decides what follows from them.
+    decides what follows from them. `reference` is the reference model that the job itself makes.
     """
 
     config: Config
@@ -64,6 +65,7 @@ class Job:
     replicas: int | None = None
     chosen: Sequence[tuple[SourceFile, Sequence[int]]] | None = None
     asked: str = ""
+    reference: Reference | None = None
 
 
 def run_units(job: Job, units: Sequence[Unit]) -> None:

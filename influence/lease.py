@@ -21,7 +21,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field, ValidationError
 
 from influence import storage
-from influence.errors import InfluenceError, InputError, RunTakenError
+from influence.errors import InfluenceError, RunBusyError, RunTakenError
 
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 30.0
@@ -83,7 +83,7 @@ class Lease:
         """Take the lease; waits while it is not known whether its holder lives.
 
         Raises:
-            InputError: another driver is at work on this run.
+            RunBusyError: another driver is at work on this run.
         """
         seen: str | None = None
         while True:
@@ -105,7 +105,7 @@ class Lease:
                     break
                 continue  # somebody was faster, or the answer was lost: look again
             if holder is not None and (_is_here(holder) or seen not in (None, info.etag)):
-                raise InputError(_refusal(self._run, holder, silent))
+                raise RunBusyError(_refusal(self._run, holder, silent))
             if seen is None:
                 note(_waiting(self._run, holder, silent))
             seen = info.etag
@@ -175,7 +175,7 @@ def driving(run: str, note: Callable[[str], None] = lambda text: None) -> Iterat
     """Drive a run within the block; `note` prints a line that the user should see.
 
     Raises:
-        InputError: another driver is at work on this run.
+        RunBusyError: another driver is at work on this run.
     """
     lease = Lease(run)
     _held.add(lease.owner)  # before anybody can see it

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from influence.adapters import local_adapter
 from influence.blocks import find_decoder
 from influence.config import Config
 from influence.errors import ModelLoadError
@@ -80,9 +81,8 @@ def model_shape(config: Config) -> ModelShape:
         if config.model.adapter is not None:
             from peft import PeftConfig, get_peft_model
 
-            adapter = PeftConfig.from_pretrained(
-                config.model.adapter, **adapter_arguments(config.model)
-            )
+            folder = local_adapter(config.model.adapter)
+            adapter = PeftConfig.from_pretrained(folder, **adapter_arguments(config.model))
             with torch.device("meta"):
                 model = get_peft_model(model, adapter)
     except ModelLoadError:

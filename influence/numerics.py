@@ -16,7 +16,7 @@ from influence.batching import make_batches
 from influence.candidates import read_examples, scan_files
 from influence.config import Config
 from influence.errors import InputError
-from influence.reference import with_reference
+from influence.reference import planned_reference, with_reference
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
 from influence.stages import Toolbox, Vectors
 from influence.tokenization import Encoded, make_encoder
@@ -57,7 +57,11 @@ def compare_precisions(config: Config, count: int) -> Numerics:
         InputError: no row can be scored.
         ModelLoadError: the model cannot be loaded.
     """
-    config = with_reference(config)
+    with planned_reference(with_reference(config)) as (ready, _reference):
+        return _compared(ready, count)
+
+
+def _compared(config: Config, count: int) -> Numerics:
     dtype = resolve_dtype(config.model.dtype, config.replicas.num_gpus, config.model.device)
     reference = "float64" if dtype in ("float32", "float64") else "float32"
     rows = spread_rows(config, count)

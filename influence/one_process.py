@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from influence.config import Config
@@ -17,10 +18,12 @@ from influence.pipeline import prepare, select
 from influence.progress import Progress
 from influence.reducer import Reducer
 from influence.reference import with_reference
+from influence.reference_training import make_reference, train_here
 from influence.replica import choose_device
 from influence.report import build_report
 from influence.resume import claim_run
 from influence.run_log import RunLog
+from influence.transfer import compare_models
 
 
 def run_select(config: Config, *, replace: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -31,15 +34,18 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     """
     if config.method != "random":
         choose_device(config.model.device, config.replicas.num_gpus)
+    given, nested = config, {"replace": True, "quiet": quiet}
     config = resolve_revision(with_reference(config))
     progress = Progress(quiet=quiet)
     with driving(config.run, progress.note) as lease:
         claim_run(config, replace=replace)
         log = RunLog(config.run, config.method, progress.note, lease)
-        job = prepare(config, progress, log)
+        config, reference = make_reference(config, progress, log, train_here)
+        job = prepare(config, progress, log, reference)
         job.replicas = 1
         summary = select(job, local_execute(config, job.watch), Reducer(config))
         lease.check()
+        compare_models(given, job.files, progress, partial(run_select, **nested), train_here)
         summary["report"] = build_report(config.run)
     return summary
 
@@ -51,7 +57,7 @@ def run_evaluate(config: Config, *, replace: bool = False, quiet: bool = False) 
         InputError: among others, `replicas.num_gpus` above 0 and no CUDA device here.
     """
     choose_device(config.model.device, config.replicas.num_gpus)
-    return evaluate(config, nullcontext, _workers, replace=replace, quiet=quiet)
+    return evaluate(config, nullcontext, _workers, train_here, replace=replace, quiet=quiet)
 
 
 @contextmanager

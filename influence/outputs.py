@@ -30,11 +30,14 @@ SAMPLE_ROWS = 10
 _OF_SAMPLE = ("score", "target", "weight")
 SAMPLE_CHARACTERS = 1_500
 # Besides the parts of scores/ and selection/. The manifest is last: it says that a run began here.
+COVERAGE, TRANSFER = "coverage.json", "transfer.json"
 RESULTS = (
     "selection.jsonl",
     "fidelity.json",
     "landmarks.parquet",
     "samples.json",
+    COVERAGE,
+    TRANSFER,
     "evaluation.json",
     "report.html",
     "manifest.json",

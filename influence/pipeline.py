@@ -6,8 +6,7 @@ nothing here knows of Ray.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from influence.bill_record import begin_bill, end_bill, replicas_of
 from influence.cache import Cache
 from influence.candidates import SourceFile, scan_files
 from influence.config import Config
-from influence.errors import InfluenceError, InputError, InterruptedRunError
+from influence.errors import InputError
 from influence.exact_work import exact_units, further_units
 from influence.fingerprints import stage_fingerprints
 from influence.in2core import in2core
@@ -25,6 +24,7 @@ from influence.missing_work import catalogue_work
 from influence.model_shape import model_shape
 from influence.pool_units import catalogue_units, embedding_units, rds_target_units
 from influence.progress import Progress
+from influence.reference import Reference
 from influence.replica import load_tokenizer
 from influence.run_log import RunLog
 from influence.score_map import map_scores
@@ -43,7 +43,6 @@ __all__ = [
     "prepare",
     "prepare_targets",
     "rds_target_units",
-    "recorded",
     "select",
 ]
 
@@ -66,7 +65,7 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
         job.shape = model_shape(config)
         log.manifest.coverage = job.shape.coverage
     log.save()
-    with recorded(log):
+    with log.telling_the_end():
         before = catalogue_work(job, replicas_of(job))
         pool, targets = catalogue(job)
         with timed(job, "catalogue"):
@@ -81,38 +80,28 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
         end_bill(job, summary["fidelity"]["recall"]["exact_gradients"])
         remove_scoring(config.run)
         log.manifest.counts = summary["counts"]
+    log.finish("done")
     return summary
 
 
-@contextlib.contextmanager
-def recorded(log: RunLog) -> Iterator[None]:
-    """Write into the manifest how the block ends: done, interrupted or failed."""
-    try:
-        yield
-    except (KeyboardInterrupt, InterruptedRunError):
-        _last_word(log, "interrupted")
-        raise
-    except Exception:
-        _last_word(log, "failed")
-        raise
-    log.finish("done")
-
-
-def _last_word(log: RunLog, state: str) -> None:
-    """What the job ended of (a full disk, a store that is away) may also keep this from being
-    written, and is what the user has to be told."""
-    with contextlib.suppress(InfluenceError):
-        log.finish(state)
-
-
-def prepare(config: Config, progress: Progress, log: RunLog | None = None) -> Job:
+def prepare(
+    config: Config,
+    progress: Progress,
+    log: RunLog | None = None,
+    reference: Reference | None = None,
+) -> Job:
     """Find the files and fingerprint every stage; loads the tokenizer, but no model.
+
+    reference: the one that the job makes, whose adapter the config has.
 
     Raises:
         InputError: files or model that are not there; nothing has been written then.
     """
-    files = _scan("data.candidates", config.data.candidates, config.data.limit)
-    return replace(prepare_targets(config, progress, log), files=files)
+    if reference is not None:
+        files = reference.files
+    else:
+        files = _scan("data.candidates", config.data.candidates, config.data.limit)
+    return replace(prepare_targets(config, progress, log), files=files, reference=reference)
 
 
 def prepare_targets(config: Config, progress: Progress, log: RunLog | None = None) -> Job:

@@ -24,7 +24,7 @@ from influence.plan_schemas import Bill, Measured, PlanDocument
 from influence.planned_work import Work, plan_work
 from influence.progress import Progress
 from influence.reducer import Reducer
-from influence.reference import with_reference
+from influence.reference import Reference, planned_reference, with_reference
 from influence.replica import resolve_dtype
 from influence.result_bytes import selected_rows
 from influence.run_log import RunLog
@@ -70,7 +70,13 @@ def make_plan(config: Config, asked: Sequence[Measured] = ()) -> Plan:
     Speeds that are `asked` for come before those that runs left in the cache.
     """
     config = resolve_revision(with_reference(config))
-    job = prepare(config, Progress(), RunLog.unsaved(config.run, config.method))
+    with planned_reference(config) as (ready, reference):
+        return _plan(ready, reference, asked)
+
+
+def _plan(config: Config, reference: Reference | None, asked: Sequence[Measured]) -> Plan:
+    log = RunLog.unsaved(config.run, config.method)
+    job = prepare(config, Progress(), log, reference)
     job.execute = local_execute(config, job.watch)
     reducer = Reducer(config)
     counts = reducer.load_catalogue(*catalogue(job))

@@ -24,7 +24,9 @@ from influence.missing_work import PREDICTOR_BYTES, MissingWork
 from influence.model_shape import ModelShape
 from influence.pool_units import embedding_units, rds_target_units
 from influence.quantities import Decided, Quantities, StageWork, driver_seconds
+from influence.reference_work import reference_work
 from influence.result_bytes import WALKS, of_results, selected_rows
+from influence.sentence_encoder import TEXTS_PER_SECOND
 from influence.units import Unit
 
 
@@ -115,6 +117,13 @@ class _Planner:
 
     def in2core(self) -> None:
         config = self.job.config
+        if self.job.reference is not None:
+            reference = reference_work(self.job, self.missing.reduce)
+            self.add(reference)
+            if reference.least.bundles:
+                self.work.notes.append(
+                    "reference: it is fine-tuned first; what is made with it is all new"
+                )
         gradients = self.chosen_layers() if config.layers == "auto" else self.gradients(None)
         self.add(gradients)
         shape, units = self.missing.shape, self.scored_units
@@ -128,6 +137,16 @@ class _Planner:
             effort = driver_seconds(1, 0.0, float(self.counts["rows"] * (self.columns + 1)))
             looking = Quantities(read=self.score_bytes, effort=effort)
             self.add(StageWork("scores", looking, replicas=False))
+        if config.transfer.model is not None:
+            self.work.notes.append(
+                f"transfer: a pilot of {config.transfer.pilot:,} rows goes through "
+                f"{config.transfer.model.name}, too; its bill is that of the run RUN/transfer"
+            )
+        if config.coverage.encoder is not None:
+            targets = sum(target["rows"] for target in self.counts["targets"].values())
+            texts = targets + min(config.coverage.candidates, self.counts["scored"])
+            effort = driver_seconds(1) + texts / TEXTS_PER_SECOND
+            self.add(StageWork("coverage", Quantities(effort=effort), replicas=False))
         self.selection(0)
 
     def chosen_layers(self) -> StageWork:

@@ -9,7 +9,7 @@ from influence.fingerprints import Fingerprint
 #: Stages whose shards lie beside a run's results, and go when it is done.
 OF_RUN = ("curvature", "scores", "token_scores")
 #: Steps of the driver, which no replica takes part in.
-DRIVER = ("layers", "regression", "selection")
+DRIVER = ("layers", "regression", "coverage", "selection")
 # Of the driver: operations and scores that it gets through in a second, and what a step takes
 # whatever there is to do. From the runs in docs/results.md, on two cores.
 _OPERATIONS, _SCORES, _STEP = 5e10, 5e6, 0.05
@@ -56,6 +56,7 @@ class StageWork:
         most: where the run itself decides how much: what is to do at most.
         missing: keys of the shards to compute that are known beforehand.
         replicas: whether replicas compute it, or the driver alone.
+        workers: so many of a training compute it, and no replica is there yet.
     """
 
     name: str
@@ -67,6 +68,7 @@ class StageWork:
     held: int = 0
     missing: tuple[str, ...] = ()
     replicas: bool = True
+    workers: int | None = None
 
     @property
     def whole(self) -> int:

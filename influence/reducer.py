@@ -22,6 +22,7 @@ from influence.certificate import certificate_of
 from influence.certified import Certified, Settings, audit_rows, initial_landmarks, step_text
 from influence.certified_result import certified_scores, recall_certificate
 from influence.config import Config
+from influence.coverage_reduce import Likeness, coverage_of, likeness_of
 from influence.errors import InputError
 from influence.in2core_reduce import InfluenceReduce
 from influence.load import Load
@@ -34,7 +35,7 @@ from influence.predictor import (
 )
 from influence.quotas import Quota
 from influence.results import write_results
-from influence.schemas import LayerChoice
+from influence.schemas import REASON_DUPLICATE, LayerChoice
 from influence.score_shards import ShardTable, scoring_url
 from influence.score_table import ArrayTable, OverlaidTable, scored_rows
 from influence.scores import Scores
@@ -50,6 +51,7 @@ from influence.shard_reader import (
 from influence.table_selection import select_table
 from influence.target_columns import mean_vectors, target_columns
 from influence.text_columns import Labels
+from influence.training_data import drawn_rows
 from influence.unit_loads import UnitLoad, load_of, unit_load
 from influence.units import ExactUnits, Unit
 from influence.weights import id_ranks
@@ -70,6 +72,7 @@ class Reducer:
         self.cache = Cache(config.cache_url)
         self.pool: Catalogue | None = None
         self.certified: Certified | None = None
+        self._likeness: Likeness | None = None
 
     def load_catalogue(
         self, pool: Sequence[Unit], targets: Mapping[str, Sequence[Unit]]
@@ -113,6 +116,13 @@ class Reducer:
     def pool_load(self) -> Load:
         """The load of all candidates that can be scored."""
         return load_of(self._pool, self._pool.eligible)
+
+    def training_load(self, fraction: float, seed: int, max_length: int) -> Load:
+        """The load of one epoch over a random part of the pool; duplicates are trained on, too."""
+        pool = self._pool
+        trained = np.asarray([text in (None, REASON_DUPLICATE) for text in pool.reason.values])
+        drawn = drawn_rows(len(pool), fraction, seed)
+        return load_of(pool, drawn[trained[pool.reason.codes[drawn]]], max_length)
 
     def choose_landmarks(self) -> list[tuple[SourceFile, list[int]]]:
         """Draw the landmarks; returns the rows of each file."""
@@ -306,6 +316,20 @@ class Reducer:
         none = np.empty((0, len(self.columns.columns)))
         self.scores = Scores(table, self._pool.scorable, positions, none, None, halves)
 
+    def compare_texts(self) -> None:
+        """Sentence embeddings of candidates and targets, for the coverage."""
+        settings = self.config.coverage
+        assert settings.encoder is not None
+        self._likeness = likeness_of(
+            settings.encoder,
+            self._pool,
+            self.targets,
+            self.columns,
+            nearest=settings.nearest,
+            candidates=settings.candidates,
+            seed=self.config.seed,
+        )
+
     def score_random(self) -> None:
         """Uniform random numbers, the same in every column."""
         eligible = self._pool.eligible
@@ -339,6 +363,9 @@ class Reducer:
             landmark_choice=landmarks.CHOICES[self.config.landmarks.choose],
             recall=None if certified is None else recall_certificate(certified),
         )
+        coverage = None
+        if self.config.method == "in2core":
+            coverage = coverage_of(table, pool, self.columns, self._likeness)
         written = write_results(
             self.config,
             pool,
@@ -347,6 +374,7 @@ class Reducer:
             fidelity,
             self.columns,
             owner,
+            coverage,
         )
         return {**written, "counts": {**self.counts(), **written["counts"]}}
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from influence.adapters import ADAPTER_WEIGHTS, local_adapter
 from influence.config import ModelConfig
 from influence.errors import ModelLoadError
 from influence.hub import hub_has
@@ -24,9 +25,6 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,9 @@ def check_adapter(config: ModelConfig) -> None:
     Raises:
         ModelLoadError: there is no adapter_model.safetensors.
     """
-    adapter = config.adapter
-    if adapter is None:
+    if config.adapter is None:
         return
+    adapter = local_adapter(config.adapter)
     if os.path.isdir(adapter):
         there = os.path.isfile(os.path.join(adapter, ADAPTER_WEIGHTS))
     else:
@@ -139,7 +137,8 @@ def load_replica(config: ModelConfig, dtype: str, device: str = "auto") -> Repli
             from peft import PeftModel
 
             check_adapter(config)
-            model = PeftModel.from_pretrained(model, config.adapter, **adapter_arguments(config))
+            folder = local_adapter(config.adapter)
+            model = PeftModel.from_pretrained(model, folder, **adapter_arguments(config))
         model.to(where)  # pyright: ignore[reportArgumentType]
     except ModelLoadError:
         raise

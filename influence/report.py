@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 
 from influence import plots, storage
+from influence.coverage_figures import coverage_report
 from influence.layer_figures import layer_report
 from influence.report_bill import bill_caption, bill_lines
 from influence.report_data import (
@@ -145,6 +146,7 @@ def context(run: RunData) -> dict[str, Any]:
         "gradients": _gradient_settings(run),
         "layers": layer_report(run.manifest.layers),
         "evaluations": evaluations(run),
+        "covered": coverage_report(run.coverage),
         "stages": [stage_row(name, record) for name, record in run.manifest.stages.items()],
         "harmful": [s for s in run.samples.get("worst", []) if s["score"] < 0],
         "bill": run.manifest.bill,

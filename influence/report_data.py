@@ -21,7 +21,8 @@ from pydantic import BaseModel, ValidationError
 
 from influence import storage
 from influence.errors import InputError
-from influence.schemas import Fidelity, Manifest
+from influence.outputs import COVERAGE, TRANSFER
+from influence.schemas import Coverage, Fidelity, Manifest, Transfer
 
 #: Targets (or groups) that get figures; the tables hold all of them.
 MAX_DRAWN = 6
@@ -96,6 +97,8 @@ class RunData:
     scores: ScoreColumns | None
     landmarks: dict[str, LandmarkScores]
     samples: dict[str, list[dict[str, Any]]]
+    coverage: Coverage | None = None
+    transfer: Transfer | None = None
     missing: list[tuple[str, str]] = field(default_factory=list)
     evaluation: bytes | None = None
 
@@ -139,6 +142,8 @@ def read_run(run_url: str) -> RunData:
         scores=read_scores(parts) if parts else None,
         landmarks={} if landmarks is None else _landmarks(landmarks),
         samples={} if samples is None else _samples(samples, run_url),
+        coverage=_optional_document(Coverage, run_url, COVERAGE),
+        transfer=_optional_document(Transfer, run_url, TRANSFER),
         missing=[(name, _DESCRIBED[name]) for name, there in found.items() if not there],
         evaluation=_optional(run_url, "evaluation.json"),
     )
@@ -226,6 +231,11 @@ def _parts(run_url: str, folder: str) -> list[str]:
     listed = [info.url for info in storage.list_objects(storage.join(run_url, folder))]
     names = [(url, url.rsplit("/", 1)[-1]) for url in listed]
     return [url for url, name in names if name.startswith("part-") and name.endswith(".parquet")]
+
+
+def _optional_document(kind: type[Document], run_url: str, name: str) -> Document | None:
+    raw = _optional(run_url, name)
+    return None if raw is None else _document(kind, raw, run_url, name)
 
 
 def _document(kind: type[Document], raw: bytes, run_url: str, name: str) -> Document:

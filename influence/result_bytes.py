@@ -9,7 +9,13 @@ from influence import storage
 from influence.budget import parse_budget
 from influence.input_bytes import file_bytes
 from influence.job import Job
-from influence.outputs import ROWS_PER_PART, SAMPLE_CHARACTERS, SAMPLE_ROWS, VALUES_PER_PART
+from influence.outputs import (
+    COVERAGE,
+    ROWS_PER_PART,
+    SAMPLE_CHARACTERS,
+    SAMPLE_ROWS,
+    VALUES_PER_PART,
+)
 
 #: How often choosing and writing walk over the scores of a pool.
 WALKS = 9
@@ -17,7 +23,9 @@ WALKS = 9
 _LABELS, _TEXT_SHARE, _PER_COLUMN, _DOCUMENTS = 12, 0.6, 130, 5_000
 # Of a row as a line of JSON: bytes of a token, and of names and marks.
 _PER_TOKEN, _MARKS = 4.2, 170
-_NAMES = ("selection.jsonl", "fidelity.json", "landmarks.parquet", "samples.json")
+_NAMES = ("selection.jsonl", "fidelity.json", "landmarks.parquet", "samples.json", COVERAGE)
+# A column of the coverage as JSON.
+_COVERAGE = 320
 
 
 def selected_rows(budget: str | int | float, counts: Mapping[str, Any]) -> int:
@@ -55,7 +63,9 @@ def of_results(
     selection = round((stored + line) * selected + samples)
     beside = landmarks * (16 * names + 16) + _DOCUMENTS
     footers = _PER_COLUMN * (parts * wide + parts_selected * 8)
-    documents = 3 + (landmarks > 0)
+    signed = config.method == "in2core"
+    beside += _COVERAGE * columns if signed else 0
+    documents = 3 + (landmarks > 0) + signed
     return scores + selection + beside + footers, parts + parts_selected + documents
 
 

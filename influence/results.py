@@ -10,7 +10,8 @@ from influence.catalogue import Catalogue
 from influence.certificate import named_scores
 from influence.config import Config
 from influence.lease import check_driver
-from influence.schemas import Fidelity, to_json
+from influence.outputs import COVERAGE
+from influence.schemas import Coverage, Fidelity, to_json
 from influence.score_table import rows_of
 from influence.scores import Scores
 from influence.selected import ScoreColumns, extremes, selected_counts, source_counts
@@ -27,8 +28,10 @@ def write_results(
     fidelity: Fidelity,
     columns: TargetColumns,
     owner: str | None = None,
+    coverage: Coverage | None = None,
 ) -> dict[str, Any]:
-    """Write scores, selection, samples, landmarks and certificate; returns counts for a summary.
+    """Write scores, selection, samples, landmarks, coverage and certificate; returns counts for a
+    summary.
 
     Raises:
         RunTakenError: the run is no longer that of the lease of this `owner`; the last thing
@@ -49,12 +52,19 @@ def write_results(
     check()
     _write_landmarks(run, pool, scores, columns)
     check()
+    _write_coverage(run, coverage)
+    check()
     storage.put(storage.join(run, "fidelity.json"), to_json(fidelity))
     return {
         "counts": selected_counts(pool, selection, scores.table, columns, combine),
         "sources": source_counts(pool, selection),
         "fidelity": fidelity.model_dump(),
     }
+
+
+def _write_coverage(run: str, coverage: Coverage | None) -> None:
+    if coverage is not None:
+        storage.put(storage.join(run, COVERAGE), to_json(coverage))
 
 
 def _write_landmarks(run: str, pool: Catalogue, scores: Scores, columns: TargetColumns) -> None:

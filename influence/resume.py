@@ -11,14 +11,26 @@ from influence import storage
 from influence.config import Config
 from influence.config_loading import dump_config, parse_config
 from influence.errors import InputError
+from influence.finetune_settings import FREE
 from influence.outputs import remove_results
 from influence.replica import resolve_dtype
 
 # What changes no number of a selection: where things are, how many replicas, how work is cut and
 # retried; fine-tuning and evaluations come after it, and guard their own results.
-_FREE = ("run", "cache", "prices", "replicas", "finetune", "evaluation")
+_FREE = (
+    "run",
+    "cache",
+    "prices",
+    "replicas",
+    "finetune",
+    "evaluation",
+    "coverage",
+    "transfer",
+)
 # Of an evaluation's own run, which is told by its section what it is.
 EVALUATION_FREE = tuple(section for section in _FREE if section != "evaluation")
+# Of `reference.finetune`: how the same result is come by.
+_FREE_OF_REFERENCE = ("workers", *FREE)
 # Sections whose change makes a stage of the cache useless. Targets, budget and method are not here:
 # they reuse every shard that the cache holds.
 _RECOMPUTES = {
@@ -39,6 +51,8 @@ _RECOMPUTES = {
     "gradients.dim": "the gradients",
     "gradients.layer_dim": "the gradients",
     "gradients.layer_sketch": "the gradients",
+    "reference.finetune": "the reference model, and all gradients",
+    "reference.adapter": "the gradients",
     "layers": "the gradients",
     "layer_economy": "the pilot's gradients, and those of other layers",
     "gradients.reduction": "the gradients",
@@ -115,8 +129,14 @@ def changed_values(
     return [
         (key, old.get(key), new.get(key))
         for key in keys
-        if key.split(".")[0] not in free and old.get(key) != new.get(key)
+        if not _is_free(key, free) and old.get(key) != new.get(key)
     ]
+
+
+def _is_free(key: str, free: Sequence[str]) -> bool:
+    section, *rest = key.split(".")
+    own = section == "reference" and len(rest) == 2 and rest[1] in _FREE_OF_REFERENCE
+    return section in free or own
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

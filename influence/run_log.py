@@ -5,14 +5,15 @@ from __future__ import annotations
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 
 from pydantic import ValidationError
 
 from influence import storage
-from influence.errors import InfluenceError, InputError, RunTakenError
+from influence.errors import InfluenceError, InputError, InterruptedRunError, RunTakenError
 from influence.fingerprints import Fingerprint
 from influence.lease import Lease
 from influence.schemas import FailedShard, Manifest, StageRecord, to_json
@@ -177,6 +178,25 @@ class RunLog:
         self.manifest.state = state
         self.manifest.doing = ""
         self._write()
+
+    @contextmanager
+    def telling_the_end(self) -> Iterator[None]:
+        """Within the block a job may end: interrupted or failed, which is written then."""
+        try:
+            yield
+        except (KeyboardInterrupt, InterruptedRunError):
+            self._last_word("interrupted")
+            raise
+        except Exception:
+            self._last_word("failed")
+            raise
+
+    def _last_word(self, state: str) -> None:
+        """What the job ended of (a full disk, a store that is away) may also keep this from being
+        written, and is what the user has to be told. A job that began nothing leaves no word."""
+        if self._on_disk or self.manifest.stages:
+            with suppress(InfluenceError):
+                self.finish(state)
 
     def save(self) -> None:
         """Write the manifest now.

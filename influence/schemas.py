@@ -282,6 +282,73 @@ class StageRecord(BaseModel):
         return self.model_seconds / self.replica_seconds
 
 
+class CoverageRow(BaseModel):
+    """How well the pool covers one column of the scores: a target row, a group, or a target."""
+
+    target: str
+    label: str
+    proponents: int
+    opponents: int
+    mass: float = Field(description="sum of the proponents' scores")
+    harm: float = Field(description="the same of the opponents, above 0")
+    effective: float = Field(description="proponents: mass^2 / sum of squared scores")
+    nearest: float | None = Field(default=None, description="cosine of the nearest candidate")
+    nearest_mean: float | None = Field(default=None, description="mean cosine of the nearest ones")
+
+
+class Coverage(BaseModel):
+    """`coverage.json` of method in2core."""
+
+    encoder: str | None = None
+    candidates: int | None = Field(default=None, description="whose texts were compared")
+    rows: list[CoverageRow] = Field(default_factory=list)
+
+
+class TransferColumn(BaseModel):
+    """Rank correlation of the two models' scores for one target or group, over `rows` rows."""
+
+    name: str
+    rows: int
+    spearman: Interval = Field(default_factory=Interval)
+
+
+class Transfer(BaseModel):
+    """`transfer.json`: the reference's ranking against the target model's own, on a pilot."""
+
+    model: str
+    adapter: str | None = None
+    parameters: str | list[str] = Field(description="of the target model's gradients")
+    pilot: int
+    columns: list[TransferColumn] = Field(default_factory=list)
+
+
+class ReferenceRecord(BaseModel):
+    """`reference.json` in the cache: a reference model that a job made, and what it was made of."""
+
+    fingerprint: str
+    values: dict[str, Any] = Field(default_factory=dict, description="what the fingerprint covers")
+    rows: int = Field(description="trained on")
+    left_out: dict[str, int] = Field(default_factory=dict, description="by reason")
+    steps: int
+    tokens: int
+    seconds: float
+    workers: int
+    device: str
+    epoch_losses: list[float] = Field(default_factory=list, description="mean of each epoch")
+    versions: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, str] = Field(
+        default_factory=dict, description="blake2b of the adapter's files"
+    )
+
+
+class ReferenceUse(BaseModel):
+    """A run's reference model."""
+
+    url: str
+    reused: bool = Field(description="made before this run, on the same cache")
+    record: ReferenceRecord
+
+
 class LayerSubset(BaseModel):
     """Some layers that were judged: how many groups, what they take of a row, how well they rank.
 
@@ -344,6 +411,7 @@ class Manifest(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict)
     counts: dict[str, Any] = Field(default_factory=dict)
     coverage: list[dict[str, Any]] = Field(default_factory=list)
+    reference: ReferenceUse | None = Field(default=None, description="of `reference.finetune`")
     layers: LayerChoice | None = Field(default=None, description="of `layers: auto`")
     stages: dict[str, StageRecord] = Field(default_factory=dict)
     bill: Bill | None = Field(default=None, description="what was planned, and what it took")

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from influence.candidates import SourceFile, read_column, read_examples
+from influence.candidates import SourceFile, read_column, read_rows
 from influence.errors import InputError
 from influence.finetune_steps import mean_one
 from influence.tokenization import Encoded, Encoder
@@ -79,30 +79,52 @@ def digest_of(encoded: Sequence[Encoded], weights: Float[np.ndarray, " n"] | Non
     return digest.hexdigest()
 
 
+def drawn_rows(count: int, fraction: float, seed: int) -> Int[np.ndarray, " r"]:
+    """A random part of so many rows, one at least, in their order."""
+    if fraction >= 1:
+        return np.arange(count)
+    generator = np.random.default_rng([seed, 0xF4AC])
+    return np.sort(generator.permutation(count)[: max(1, round(fraction * count))])
+
+
 def read_training_rows(
-    files: Sequence[SourceFile], encode: Encoder, *, weighted: bool
+    files: Sequence[SourceFile],
+    encode: Encoder,
+    *,
+    weighted: bool,
+    fraction: float = 1.0,
+    seed: int = 0,
 ) -> TrainingRows:
     """Read and tokenise the files' rows, with the column influence_weight if it is there.
+
+    fraction: of all rows, drawn with `seed`; only those are tokenised.
 
     Raises:
         InputError: some files have weights and others do not, a weight is not a number of at least
             0, or no row can be trained on.
     """
     weights = _weights(files) if weighted else None
-    encoded = [row for rows in encoded_chunks(files, encode) for row in rows]
-    rows = TrainingRows.of(encoded, weights)
+    chosen = drawn_rows(sum(file.rows for file in files), fraction, seed)
+    encoded = [row for rows in encoded_chunks(files, encode, chosen) for row in rows]
+    rows = TrainingRows.of(encoded, None if weights is None else weights[chosen])
     if not rows.encoded:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in rows.left_out.items())
         raise InputError(f"none of the {len(encoded)} rows can be trained on ({reasons})")
     return rows
 
 
-def encoded_chunks(files: Sequence[SourceFile], encode: Encoder) -> Iterator[list[Encoded]]:
-    """All rows of the files in order, some at a time."""
+def encoded_chunks(
+    files: Sequence[SourceFile], encode: Encoder, chosen: Int[np.ndarray, " r"] | None = None
+) -> Iterator[list[Encoded]]:
+    """The rows of the files in order, some at a time; `chosen` are positions among all of them."""
+    start = 0
     for file in files:
-        for first in range(0, file.rows, _CHUNK):
-            last = min(first + _CHUNK, file.rows) - 1
-            yield encode(read_examples(file, first, last))
+        rows = np.arange(file.rows)
+        if chosen is not None:
+            rows = chosen[(chosen >= start) & (chosen < start + file.rows)] - start
+        for first in range(0, len(rows), _CHUNK):
+            yield encode(read_rows(file, rows[first : first + _CHUNK].tolist()))
+        start += file.rows
 
 
 def _weights(files: Sequence[SourceFile]) -> Float[np.ndarray, " n"] | None:

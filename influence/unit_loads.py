@@ -38,12 +38,18 @@ def unit_load(catalogue: Catalogue, unit: Unit) -> UnitLoad:
     return UnitLoad(unit.count, len(where), tokens, load_of(catalogue, computed))
 
 
-def load_of(catalogue: Catalogue, positions: Int[np.ndarray, " p"]) -> Load:
-    """The load of some rows."""
+def load_of(
+    catalogue: Catalogue, positions: Int[np.ndarray, " p"], max_length: int | None = None
+) -> Load:
+    """The load of some rows; with a shorter limit than the catalogue's they lose their ends."""
     tokens = catalogue.n_tokens[positions].astype(np.int64)
+    responses = catalogue.n_response_tokens[positions].astype(np.int64)
+    if max_length is not None:
+        lost = np.maximum(0, tokens - max_length)
+        tokens, responses = tokens - lost, np.maximum(0, responses - lost)
     return Load(
         len(positions),
         int(tokens.sum()),
-        int(catalogue.n_response_tokens[positions].sum()),
+        int(responses.sum()),
         int(tokens @ tokens),
     )

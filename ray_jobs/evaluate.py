@@ -12,7 +12,7 @@ from influence.evaluations import Evaluation
 from influence.job import Execute, Job
 from ray_jobs.actors import RemoteReducer
 from ray_jobs.metrics import RayMetrics
-from ray_jobs.select import replica_pool
+from ray_jobs.select import replica_pool, train
 from ray_jobs.session import ray_session
 
 
@@ -22,7 +22,9 @@ def run_evaluate(config: Config, *, replace: bool = False, quiet: bool = False) 
     Raises:
         InfluenceError: see `influence.errors` for the kinds and their exit codes.
     """
-    return evaluate(config, lambda: ray_session(config), _workers, replace=replace, quiet=quiet)
+    return evaluate(
+        config, lambda: ray_session(config), _workers, train, replace=replace, quiet=quiet
+    )
 
 
 @contextmanager

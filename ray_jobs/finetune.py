@@ -50,9 +50,11 @@ def run_finetune(config: Config, *, replace: bool = False, quiet: bool = False) 
     config = resolve_revision(config)
     watcher = TrainingProgress(quiet=quiet)
     job = prepare_finetune(config, watcher)
-    done = claim(job, watcher, replace=replace)
-    if done is not None:
-        return done
+    return claim(job, watcher, replace=replace) or train_on_ray(job, config, watcher)
+
+
+def train_on_ray(job: FinetuneJob, config: Config, watcher: Watcher) -> TrainingRecord:
+    """Train with `finetune.workers` workers; see `run_finetune`."""
     try:
         with ray_session(config, config.finetune.workers):
             _until_done(job, config, watcher)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from typing import Any
 
+import ray
+
 from influence.config import Config
+from influence.finetune_job import FinetuneJob
 from influence.hub import resolve_revision
 from influence.job import Job
 from influence.lease import driving
 from influence.pipeline import prepare, select
 from influence.progress import Progress
 from influence.reference import with_reference
+from influence.reference_training import make_reference, train_here
 from influence.report import build_report
 from influence.resume import claim_run
 from influence.run_log import RunLog
+from influence.training_progress import Watcher
+from influence.training_record import TrainingRecord
+from influence.transfer import compare_models
 from ray_jobs.actors import RemoteReducer, replica_factory
+from ray_jobs.finetune import train_on_ray
 from ray_jobs.metrics import RayMetrics
 from ray_jobs.nodes import GoingNodes
 from ray_jobs.placement import PlacementWatch
@@ -28,12 +38,14 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     Raises:
         InfluenceError: see `influence.errors` for the kinds and their exit codes.
     """
+    given, nested = config, {"replace": True, "quiet": quiet}
     config = resolve_revision(with_reference(config))
     progress = Progress(quiet=quiet)
     with driving(config.run, progress.note) as lease:
         claim_run(config, replace=replace)
         log = RunLog(config.run, config.method, progress.note, lease)
-        job = prepare(config, progress, log)
+        config, reference = make_reference(config, progress, log, train)
+        job = prepare(config, progress, log, reference)
         with ray_session(config):
             metrics = RayMetrics(config.run)
             job.watch.others.append(metrics)
@@ -44,8 +56,17 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
                 pool.close()
                 metrics.replicas(0, 0)
         lease.check()
+        compare_models(given, job.files, progress, partial(run_select, **nested), train)
         summary["report"] = build_report(config.run)
     return summary
+
+
+def train(job: FinetuneJob, config: Config, watcher: Watcher) -> TrainingRecord:
+    """Train in this process where Ray would have nothing but this machine's cores, too."""
+    alone = config.finetune.workers == 1 and not config.replicas.num_gpus
+    if alone and not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
+        return train_here(job, config, watcher)
+    return train_on_ray(job, config, watcher)
 
 
 def replica_pool(job: Job) -> ReplicaPool:

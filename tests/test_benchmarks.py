@@ -25,6 +25,8 @@ from influence.projection import layer_shapes, make_kronecker
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import common
+import in2core_experiment
+import in2core_report
 import lora_training
 import sketch_sides
 import true_fidelity
@@ -113,6 +115,39 @@ def test_a_result_with_other_settings_is_refused(tmp_path: Path):
     assert worth.is_done(path, {"rank": 8})
     with pytest.raises(InputError, match="rank=8, not 4"):
         worth.is_done(path, {"rank": 4})
+
+
+def test_the_arms_of_the_in2core_experiment_are_of_one_size_and_of_scored_rows():
+    scores = np.array([0.5, np.nan, -3.0, 2.0, 1.0, np.nan, -1.0, 0.1, -0.2])
+    arms = in2core_experiment.arms_of(scores, np.array([4, 3]), seed=1)
+    assert arms["best"].tolist() == [3, 4]
+    assert arms["worst"].tolist() == [2, 6], "not the lowest influence"
+    assert len(arms["random"]) == 2
+    assert np.isfinite(scores[arms["random"]]).all()
+    again = in2core_experiment.arms_of(scores, np.array([4, 3]), seed=1)
+    assert arms["random"].tolist() == again["random"].tolist()
+    draws = {
+        tuple(in2core_experiment.arms_of(scores, np.array([4, 3]), seed=s)["random"])
+        for s in range(20)
+    }
+    assert len(draws) > 5, "seeds share their random rows"
+
+
+def test_perplexity_counts_tokens_and_coverage_is_held_against_the_loss():
+    rows = [
+        {"mass": 3.0, "effective": 2.0, "proponents": 4, "nearest": 0.1, "nearest_mean": 0.4},
+        {"mass": 2.0, "effective": 3.0, "proponents": 5, "nearest": 0.3, "nearest_mean": 0.3},
+        {"mass": 1.0, "effective": 1.0, "proponents": 6, "nearest": 0.2, "nearest_mean": 0.2},
+    ]
+    test = {"losses": [1.0, 2.0], "response_tokens": [3, 1]}
+    before = {"tests": {"test": test, "target": {"losses": [2.0, 2.0, 2.5]}}}
+    after = {"tests": {"test": test, "target": {"losses": [1.0, 1.5, 2.4]}}}
+    assert in2core_report.perplexity(before) == pytest.approx(np.exp(5 / 4))
+    table = in2core_report.coverage_table({"none": {0: before}, "full": {0: after}}, {0: rows})
+    lines = {line.split("|")[1].strip(): line.split("|")[2:6] for line in table.splitlines()}
+    assert lines["mass"][1].strip() == "-1.000", "much mass, low loss"
+    assert lines["mass"][3].strip() == "1.000", "and a large fall"
+    assert lines["nearest_mean"][1].strip() == "-1.000"
 
 
 def test_a_judge_is_as_it_was_after_every_choice_and_a_seed_fixes_the_run():

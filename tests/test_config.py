@@ -168,7 +168,6 @@ UNREAD: dict[str, Any] = {
     "warmup.checkpoints": 4,
     "weights.curvature": "hvp",
     "weights.eta": 1e-5,
-    "reference.finetune": {"rank": 4},
     "evaluation.seeds": 5,
 }
 
@@ -193,6 +192,7 @@ def test_every_field_of_an_unused_section_is_tried_and_its_default_passes():
 
 
 IN2CORE: dict[str, Any] = {**SMALLEST, "method": "in2core", "reference": {"adapter": "a"}}
+OWN: dict[str, Any] = {**SMALLEST, "method": "in2core", "reference": {"finetune": {}}}
 
 
 @pytest.mark.parametrize(
@@ -213,6 +213,11 @@ IN2CORE: dict[str, Any] = {**SMALLEST, "method": "in2core", "reference": {"adapt
         ),
         (IN2CORE, "layers", [], r"layers: \[\] names none"),
         (IN2CORE, "model.adapter", "b", "reference.adapter: 'a' and model.adapter: 'b'"),
+        (SMALLEST, "reference.finetune", {}, "reference.finetune: .* for method: in2core"),
+        (IN2CORE, "reference.finetune", {}, "reference.adapter: 'a' is there, .* one of them"),
+        (OWN, "reference.finetune.data", ["x.jsonl"], "reference.finetune.data: .* `pool`"),
+        (OWN, "reference.finetune.evaluate", {"a": "b"}, "reference.finetune.evaluate: .* null"),
+        (OWN, "reference.finetune.output", "x", "reference.finetune.output: 'x'; expected null"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused_by_name(
@@ -247,6 +252,8 @@ def test_the_reference_model_is_named_by_either_key_or_asked_for():
     assert with_reference(own).model.adapter is None, "the model's own weights need no adapter"
     other = parse_config(SMALLEST)
     assert with_reference(other) is other
+    own = parse_config(OWN)
+    assert with_reference(own) is own, "the job makes it: nothing to name"
 
 
 SECRETS = [

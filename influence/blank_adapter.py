@@ -1,0 +1,63 @@
+"""A LoRA adapter of the shape that a fine-tuning would give it, with random numbers in it.
+
+Plans, speeds and precisions go by shapes; no weight of the model is loaded for them.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from influence.adapters import local_adapter
+from influence.checkpoints import ADAPTER_FILES
+from influence.config import Config
+from influence.errors import InputError, ModelLoadError
+from influence.finetune import lora_config
+from influence.finetune_job import settings_of, start_of
+from influence.replica import adapter_arguments, load_description
+
+_SCALE = 0.01
+
+
+def write_blank(training: Config, folder: str) -> None:
+    """Write what the config's fine-tuning would give, untrained, into a folder.
+
+    Raises:
+        InputError: finetune.target_modules that the model does not have.
+        ModelLoadError: the model's or the adapter's config cannot be read.
+    """
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    start = start_of(training)
+    described = load_description(training.model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            described, trust_remote_code=training.model.trust_remote_code
+        )
+    model.tie_weights()
+    if start.adapter is None:
+        config: Any = lora_config(settings_of(training))
+    else:
+        try:
+            place = local_adapter(start.adapter)
+            config = PeftConfig.from_pretrained(place, **adapter_arguments(start))
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"model.adapter: {start.adapter!r}: {error}") from error
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"reference.finetune.target_modules: {error}") from error
+    draw = torch.Generator().manual_seed(0)
+    shapes = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    numbers = {
+        name: _SCALE * torch.randn(value.shape, generator=draw) for name, value in shapes.items()
+    }
+    wrapped.peft_config["default"].save_pretrained(folder)
+    save_file(numbers, os.path.join(folder, ADAPTER_FILES[1]))

@@ -1,0 +1,234 @@
+"""Making In2Core's reference model within a run: fine-tuned once, whatever dies, for all runs.
+
+How it is trained (in this process, by workers on a cluster) is handed in: nothing here knows of
+Ray.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from influence import storage
+from influence.checkpoints import ADAPTER_FILES
+from influence.config import Config
+from influence.errors import InputError, RunBusyError
+from influence.finetune_job import FinetuneJob, claim, prepare_finetune, train
+from influence.lease import Lease, driving
+from influence.load import Load
+from influence.progress import Progress
+from influence.reference import (
+    MARKER,
+    STAGE,
+    Reference,
+    digest_of_file,
+    own_keys,
+    own_reference,
+    with_adapter,
+)
+from influence.replica import choose_device
+from influence.run_log import RunLog
+from influence.schemas import ReferenceRecord, ReferenceUse, StageRecord, to_json
+from influence.tokenization import Encoded
+from influence.training_progress import TrainingProgress, Watcher
+from influence.training_record import TrainingRecord, read_record, remove_training, versions
+
+Train = Callable[[FinetuneJob, Config, Watcher], TrainingRecord]
+
+_LOOK_EVERY_SECONDS = 2.0
+
+
+def make_reference(
+    config: Config, progress: Progress, log: RunLog, train: Train
+) -> tuple[Config, Reference | None]:
+    """The config with the reference's adapter, which is fine-tuned first where it is not there.
+
+    A config that names its reference's adapter, or needs none, comes back as it is. What was
+    trained of it goes on from its newest checkpoint; another run that is at it is waited for.
+
+    Raises:
+        InputError: settings, files or a model that cannot be trained on.
+        WorkersLostError: of `train`; what is committed stands.
+    """
+    with log.telling_the_end():
+        reference = own_reference(config)
+        if reference is None:
+            return config, None
+        stage = _begin(log, reference)
+        start = time.monotonic()
+        record = reference.read() or _train_alone(reference, progress, log, train)
+        log.took(STAGE, time.monotonic() - start, stage.replica_seconds)
+        # Another run may have made it while this one waited.
+        reused = not stage.computed
+        stage.reused = int(reused)
+        log.manifest.reference = ReferenceUse(url=reference.url, reused=reused, record=record)
+        log.save()
+    if reused:
+        progress.note(f"reference: made before, {reference.url}")
+    return with_adapter(config, reference.url), reference
+
+
+def train_here(job: FinetuneJob, config: Config, watcher: Watcher) -> TrainingRecord:
+    """Train in this process.
+
+    Raises:
+        InputError: several workers are asked for.
+    """
+    if config.finetune.workers > 1:
+        raise InputError(
+            f"finetune.workers: {config.finetune.workers} workers need Ray; leave --in-process "
+            "out, or set reference.finetune.workers=1"
+        )
+    device = choose_device(config.model.device, config.replicas.num_gpus)
+    return train(job, device, watcher)
+
+
+def _begin(log: RunLog, reference: Reference) -> StageRecord:
+    found = reference.fingerprint
+    stage = StageRecord(fingerprint=found.hex, values=found.values, planned=[reference.key])
+    stage.shards = 1
+    log.manifest.stages[STAGE] = stage
+    log.doing(STAGE)
+    log.save()
+    return stage
+
+
+def _train_alone(
+    reference: Reference, progress: Progress, log: RunLog, train: Train
+) -> ReferenceRecord:
+    """Train, as the only one that does; or take what another run makes in the meantime."""
+    told = False
+    while True:
+        with ExitStack() as stack:
+            try:
+                lease = stack.enter_context(driving(reference.url, progress.note))
+            except RunBusyError as busy:
+                if not told:
+                    progress.note(f"reference: waiting for another run that makes it: {busy}")
+                told = True
+            else:
+                made = reference.read()
+                return made or _train(reference, progress, log, lease, train)
+        log.sign_of_life()
+        time.sleep(_LOOK_EVERY_SECONDS)
+        made = reference.read()
+        if made is not None:
+            return made
+
+
+def _train(
+    reference: Reference, progress: Progress, log: RunLog, lease: Lease, train: Train
+) -> ReferenceRecord:
+    config, stage = reference.training, log.manifest.stages[STAGE]
+    progress.note(f"reference: fine-tuning on the pool, into {reference.url}")
+    shown = TrainingProgress(quiet=progress.console.quiet, console=progress.console)
+    watcher = _Recorded(shown, log, stage, lease, config.finetune.workers)
+    try:
+        job = prepare_finetune(config, watcher, reference.files)
+        stage.rows = len(job.rows.encoded)
+        _clear_damaged(reference, progress)
+        found = claim(job, watcher, replace=True) or train(job, config, watcher)
+    except InputError as error:
+        raise type(error)(own_keys(str(error))) from None
+    finally:
+        shown.end()
+    stage.devices, stage.computed = [found.device], 1
+    part = stage.tokens / max(1, found.tokens)  # of a training that went on, what this run did
+    stage.load = load_of_rows(job.rows.encoded).times(job.settings.epochs * part)
+    log.computed[STAGE] = {reference.key}
+    return _publish(reference, found)
+
+
+def _clear_damaged(reference: Reference, progress: Progress) -> None:
+    """A result that is not whole is removed; one that only lacks its marker is as good as new."""
+    urls = [storage.join(reference.url, name) for name in (MARKER, *ADAPTER_FILES)]
+    marked, *files = [storage.head(url) is not None for url in urls]
+    done = read_record(reference.url)
+    if not marked and (done is None or not done.done or all(files)):
+        return
+    progress.note(f"reference: damaged, made again: {reference.url}")
+    storage.delete(urls[0])
+    remove_training(reference.url)
+
+
+def load_of_rows(rows: Sequence[Encoded]) -> Load:
+    """What one pass over the rows takes."""
+    return Load(
+        len(rows),
+        sum(row.n_tokens for row in rows),
+        sum(row.n_response_tokens for row in rows),
+        sum(row.n_tokens**2 for row in rows),
+    )
+
+
+def _publish(reference: Reference, found: TrainingRecord) -> ReferenceRecord:
+    files = {
+        name: digest_of_file(storage.read_bytes(storage.join(reference.url, name)))
+        for name in ADAPTER_FILES
+    }
+    record = ReferenceRecord(
+        fingerprint=reference.fingerprint.hex,
+        values=reference.fingerprint.values,
+        rows=found.rows.trained,
+        left_out=found.rows.left_out,
+        steps=found.total_steps,
+        tokens=found.tokens,
+        seconds=found.seconds,
+        workers=found.workers,
+        device=found.device,
+        epoch_losses=epoch_losses(found),
+        versions=versions(),
+        files=files,
+    )
+    storage.put(storage.join(reference.url, MARKER), to_json(record))
+    return record
+
+
+def epoch_losses(record: TrainingRecord) -> list[float]:
+    """Mean loss of each epoch's steps; of the last one as far as it goes."""
+    by_epoch: dict[int, list[float]] = {}
+    for step in record.steps:
+        by_epoch.setdefault((step.step - 1) // record.epoch_steps, []).append(step.loss)
+    return [sum(losses) / len(losses) for losses in by_epoch.values()]
+
+
+class _Recorded:
+    """A watcher that also keeps the run's record up to date."""
+
+    def __init__(
+        self, shown: Watcher, log: RunLog, stage: StageRecord, lease: Lease, workers: int
+    ) -> None:
+        self._shown, self._log, self._stage, self._lease = shown, log, stage, lease
+        self._workers, self._total = workers, 0
+        self._since = time.monotonic()
+
+    def begin(self, done: int, total: int, per_epoch: int) -> None:
+        self._total = total
+        self._shown.begin(done, total, per_epoch)
+        self._stage.set_up_seconds += (time.monotonic() - self._since) * self._workers
+        self._tell(done)
+
+    def step(self, done: int, loss: float, tokens: int, seconds: float) -> None:
+        self._shown.step(done, loss, tokens, seconds)
+        self._stage.tokens += tokens
+        self._stage.model_seconds += seconds * self._workers
+        self._tell(done)
+
+    def evaluating(self, name: str, done: int, total: int) -> None:
+        self._shown.evaluating(name, done, total)
+
+    def note(self, text: str) -> None:
+        self._shown.note(text)
+
+    def end(self) -> None:
+        self._shown.end()
+
+    def _tell(self, done: int) -> None:
+        # Whoever has taken over goes on from what is committed.
+        self._lease.check()
+        now = time.monotonic()
+        self._stage.replica_seconds += (now - self._since) * self._workers
+        self._since = now
+        self._log.doing(f"{STAGE}: step {done:,} of {self._total:,}")
+        self._log.save_sometimes()

@@ -404,7 +404,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     warmup: WarmupConfig = WarmupConfig()
     weights: WeightsConfig = WeightsConfig()
-    reference: ReferenceConfig = ReferenceConfig()
+    reference: ReferenceConfig = ReferenceConfig()  # pyright: ignore[reportCallIssue]
     layers: str | list[str] = Field(
         "all", description="in2core: all, auto, or patterns of the names of those that count"
     )

@@ -175,7 +175,7 @@ def check_claim(output: str, identity: Mapping[str, Any]) -> TrainingRecord | No
     before = read_record(output)
     if before is None:
         return None
-    changes = changed_values(before.identity, dict(identity))
+    changes = changed_values(before.identity, dict(identity), free=())
     if not changes:
         return before
     kept = Checkpoints(output).steps()

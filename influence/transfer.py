@@ -42,7 +42,10 @@ def compare_models(
 
     files: of the pool. select: runs a config. train: see `reference_training.make_reference`.
     """
+    if config.method != "in2core":
+        return
     if config.transfer.model is None:
+        storage.delete(storage.join(config.run, TRANSFER))  # of an earlier result
         return
     progress.note(f"transfer: a pilot with {config.transfer.model.name}")
     positions = draw_pilot(_scored(config.run), config.transfer.pilot, config.seed)
@@ -87,7 +90,7 @@ def pilot_config(config: Config, folder: str, pilot: str) -> Config:
             "gradients": gradients,
             "selection": selection,
             "layers": "all",
-            "reference": ReferenceConfig(),
+            "reference": ReferenceConfig(),  # pyright: ignore[reportCallIssue]
             "coverage": CoverageConfig(),  # pyright: ignore[reportCallIssue]
             "transfer": TransferConfig(),  # pyright: ignore[reportCallIssue]
         }

@@ -229,6 +229,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", default="runs/demo-data/pool.parquet", help="rows for the throughput")
     add("--units", type=int, default=40, help="gradient shards of a round of throughput")
     add("--rows", type=int, default=4, help="rows of one of them")
+    ways = ["pool", "plain processes"]
+    add("--ways", nargs="+", choices=ways, default=ways, help="of throughput; default: both")
     add("--json", type=Path, help="write the figures there")
     return parser.parse_args(argv)
 

@@ -34,8 +34,8 @@ from pool_simulation import Fate, Kind, SimulatedCluster
 
 from influence.candidates import SourceFile
 from influence.units import Bundle, bundled, range_units
-from ray_jobs.actors import IN_FLIGHT
 from ray_jobs.pool import ReplicaPool
+from ray_jobs.replica_actor import IN_FLIGHT
 
 ROWS = 512
 SECONDS = 10.0  # of a simulated shard

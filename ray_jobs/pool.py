@@ -17,10 +17,10 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from influence.errors import InfluenceError, InputError
 from influence.local import retry_pause
 from influence.observer import Observer, Silent
-from ray_jobs.actors import cause_of, text_of
 from ray_jobs.attempts import Attempt, Queue
 from ray_jobs.calls import Answer, Calls, RayCalls
 from ray_jobs.replicas import Replica, Replicas
+from ray_jobs.task_errors import cause_of, text_of
 
 _POLL_SECONDS = 1.0
 _START_FAILURES = 5

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_jobs.actors import IN_FLIGHT
 from ray_jobs.attempts import Attempt
 from ray_jobs.calls import Answer, Calls
+from ray_jobs.replica_actor import IN_FLIGHT
 
 
 @dataclass(eq=False)

@@ -23,12 +23,13 @@ from influence.run_log import RunLog
 from influence.training_progress import Watcher
 from influence.training_record import TrainingRecord
 from influence.transfer import compare_models
-from ray_jobs.actors import RemoteReducer, replica_factory
 from ray_jobs.finetune import train_on_ray
 from ray_jobs.metrics import RayMetrics
 from ray_jobs.nodes import GoingNodes
 from ray_jobs.placement import PlacementWatch
 from ray_jobs.pool import ReplicaPool
+from ray_jobs.reducer_actor import RemoteReducer
+from ray_jobs.replica_actor import replica_factory
 from ray_jobs.session import ray_session
 
 

@@ -38,7 +38,7 @@ def use_counted_replicas(log: str) -> None:
     import ray
 
     from ray_jobs import select
-    from ray_jobs.actors import IN_FLIGHT
+    from ray_jobs.replica_actor import IN_FLIGHT
 
     class Counted:
         def __init__(self, document: dict[str, Any], log: str) -> None:

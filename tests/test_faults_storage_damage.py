@@ -24,7 +24,7 @@ from influence import one_process
 from influence.cli import main
 from influence.errors import ShardsFailedError
 from ray_jobs import select as select_job
-from ray_jobs.actors import RemoteReducer
+from ray_jobs.reducer_actor import RemoteReducer
 
 
 def _other_rows(path: Path) -> None:

@@ -193,7 +193,7 @@ import sys, time
 from pathlib import Path
 import ray
 from influence.cli import main
-from ray_jobs import actors, select
+from ray_jobs import reducer_actor, select
 
 config, touched, which = sys.argv[1:]
 
@@ -209,7 +209,7 @@ endless = ray.remote(max_restarts=0)(Endless)
 if which == "replica":
     select.replica_factory = lambda config: endless.options(num_cpus=1).remote
 else:
-    actors.ReducerActor = endless
+    reducer_actor.ReducerActor = endless
 main(["select", config])
 """
 

@@ -31,7 +31,8 @@ from influence.config import Config
 from influence.errors import ModelLoadError, ReducerLostError
 from influence.worker import Worker
 from ray_jobs import select as select_job
-from ray_jobs.actors import RemoteReducer, replica_factory
+from ray_jobs.reducer_actor import RemoteReducer
+from ray_jobs.replica_actor import replica_factory
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -1,8 +1,7 @@
-"""The actors: a replica that computes units, and the reducer. Both wrap plain classes."""
+"""The reducer actor, which holds the run's arrays, and what stands for it in the driver."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,31 +10,11 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from influence.config import Config
-from influence.errors import InfluenceError, ReducerLostError
+from influence.errors import ReducerLostError
 from influence.reducer import Reducer
-from influence.units import Bundle
-from influence.worker import UnitResult, Worker
-
-#: Units in flight per replica: one tokenising, one in the model, one being written.
-IN_FLIGHT = 3
+from ray_jobs.task_errors import cause_of, text_of
 
 _WAIT_SECONDS = 1.0
-
-
-@ray.remote(max_restarts=0, max_task_retries=0)
-class ReplicaActor:
-    """Holds one model replica. Dead replicas are replaced by the driver, never restarted by Ray."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.worker = Worker(Config.model_validate(config))
-
-    def ready(self) -> tuple[str, int]:
-        """(node id, process id), once the actor is up."""
-        return ray.get_runtime_context().get_node_id(), os.getpid()
-
-    def run(self, bundle: Bundle) -> list[UnitResult]:
-        """Compute and commit the units of one bundle."""
-        return self.worker.run(bundle)
 
 
 @ray.remote(max_restarts=0)
@@ -99,28 +78,3 @@ class RemoteReducer:
                 ) from error
 
         return call
-
-
-def replica_factory(config: Config) -> Any:
-    """A function that starts one replica actor with the config's resources."""
-    settings = config.replicas
-    options = ReplicaActor.options(  # pyright: ignore[reportAttributeAccessIssue]
-        num_cpus=settings.num_cpus,
-        num_gpus=settings.num_gpus,
-        max_concurrency=IN_FLIGHT + 1,
-    )
-    document = config.model_dump(mode="json")
-    return lambda: options.remote(document)
-
-
-def cause_of(error: RayTaskError) -> BaseException:
-    """The package's own error inside a task error, else the task error itself."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, InfluenceError) else error
-
-
-def text_of(error: BaseException) -> str:
-    """One line for a record: class and first line of what a task raised, or of the error."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else ''}"

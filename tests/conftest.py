@@ -14,6 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray's workers give way to everything else, which here is tests that wait for nothing: what starts
+# a cluster would end last.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 from cache_runs import copied, shared
@@ -34,6 +37,11 @@ __all__ = [
     "s3_url",
     "shared",
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start clusters come first: the last ones would run with idle cores beside them."""
+    items.sort(key=lambda item: item.get_closest_marker("clusters") is None)
 
 
 @pytest.fixture(scope="session")

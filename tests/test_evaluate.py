@@ -38,6 +38,8 @@ from influence.pipeline import prepare
 from influence.progress import Progress
 from influence.report import build_report
 
+pytestmark = pytest.mark.clusters
+
 KINDS = ("apples", "boats", "code")
 METHODS = ("datainf", "gradient_product", "cosine", "rds")
 

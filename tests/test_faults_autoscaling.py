@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from faults import lines_of, recomputed, recorded, wait_until
 from ray_head import Head, running_head
 from tiny_run import Setup, assert_same_results, manifest_of, tiny_config, write_config
 
 from influence import one_process
+
+pytestmark = pytest.mark.clusters
 
 NODES = 3
 #: Arguments: config, the replicas' log, the gate.

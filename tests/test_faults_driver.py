@@ -20,6 +20,8 @@ from tiny_run import Setup, assert_same_results, manifest_of, tiny_config, write
 
 from influence import one_process
 
+pytestmark = pytest.mark.clusters
+
 KILLS = 10
 SECONDS = 120.0
 CHANGES = {

@@ -16,6 +16,8 @@ from influence import one_process
 from influence.errors import ShardsFailedError
 from ray_jobs import select as select_job
 
+pytestmark = pytest.mark.clusters
+
 CHUNK = 2**28
 
 

@@ -24,6 +24,8 @@ from ray_jobs import replicas as replicas_module
 from ray_jobs import select as select_job
 from ray_jobs.pool import ReplicaPool
 
+pytestmark = pytest.mark.clusters
+
 
 @pytest.fixture(scope="module")
 def nodes(ray_cluster: None) -> Iterator[list[LocalNode]]:

@@ -16,7 +16,7 @@ from tiny_run import Setup, assert_same_results, manifest_of, tiny_config
 from influence import one_process
 from ray_jobs import select as select_job
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.clusters, pytest.mark.usefixtures("ray_cluster")]
 
 KILLS = 20
 #: Every stage in many small shards: some 200 units.

@@ -26,6 +26,8 @@ from influence.errors import ShardsFailedError
 from ray_jobs import select as select_job
 from ray_jobs.reducer_actor import RemoteReducer
 
+pytestmark = pytest.mark.clusters
+
 
 def _other_rows(path: Path) -> None:
     """A whole shard with the right footer whose rows are not those that its name says."""

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 import yaml
 from storage_faults import computations, driver_environment, write_outcome
 from tiny_run import Setup, assert_same_results, manifest_of, shards_in, tiny_config, write_config
 
 from influence.cache import Cache
 from influence.one_process import run_select
+
+pytestmark = pytest.mark.clusters
 
 STEP_KIBIBYTES = 20
 MOST_STEPS = 20

@@ -25,6 +25,8 @@ from influence.errors import RunTakenError
 from influence.one_process import run_select
 from influence.reducer import Reducer
 
+pytestmark = pytest.mark.clusters
+
 SECONDS = 120.0
 CHANGES: dict[str, Any] = {"method": "exact", "replicas__gradient_rows_per_shard": 1}
 

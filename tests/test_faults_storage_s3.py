@@ -19,6 +19,8 @@ from influence.config import Config
 from influence.one_process import run_select
 from influence.worker import Worker
 
+pytestmark = pytest.mark.clusters
+
 AWAY_SECONDS = 10.0
 
 

@@ -25,6 +25,8 @@ from influence.finetune_job import run_finetune
 from influence.training_progress import TrainingProgress
 from influence.training_record import read_record
 
+pytestmark = pytest.mark.clusters
+
 SECONDS = 120.0
 QUICK: dict[str, Any] = {
     "finetune__learning_rate": 0.02,

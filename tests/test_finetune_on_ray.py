@@ -22,7 +22,7 @@ from influence.errors import InputError, InterruptedRunError
 from influence.training_record import TrainingRecord, read_record
 from ray_jobs import finetune as finetune_on_ray
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.clusters, pytest.mark.usefixtures("ray_cluster")]
 
 SECONDS = 180.0
 #: The last step of an epoch has one row, so one of two workers has none. In float64 the rounding of

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from s3 import SECRET_KEY
 from tiny_run import Setup, assert_same_results, manifest_of, tiny_config, write_config
 
 from influence import storage
 from influence.one_process import run_select
+
+pytestmark = pytest.mark.clusters
 
 
 def test_a_run_in_s3_equals_one_on_a_disk(setup: Setup, tmp_path: Path, s3_url: str) -> None:

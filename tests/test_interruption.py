@@ -30,6 +30,8 @@ from influence.errors import ShardsFailedError, StorageError
 from influence.one_process import run_select
 from influence.run_log import RunLog
 
+pytestmark = pytest.mark.clusters
+
 Start = Callable[[str], subprocess.Popen]
 SECONDS = 120.0
 

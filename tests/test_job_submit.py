@@ -25,6 +25,8 @@ from tiny_run import (
 from influence.config_loading import dump_config
 from influence.one_process import run_select
 
+pytestmark = pytest.mark.clusters
+
 ENTRYPOINT = ("python", "-m", "ray_jobs.select")
 SECONDS = 300.0
 

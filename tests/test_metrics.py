@@ -23,6 +23,8 @@ from influence.worker import Worker
 from ray_jobs import select as select_job
 from ray_jobs.metrics import METRICS
 
+pytestmark = pytest.mark.clusters
+
 DASHBOARD = Path(__file__).parent.parent / "docs" / "grafana.json"
 #: (sum over the series of one name, run and the given labels)
 Read = Callable[..., float]

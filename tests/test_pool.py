@@ -94,7 +94,7 @@ def attempts(folder: Path, name: str) -> int:
     return len(list(folder.glob(f"{name}.*")))
 
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.clusters, pytest.mark.usefixtures("ray_cluster")]
 
 
 def test_a_unit_that_raises_is_retried_then_reported(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ from influence.status import print_status, read_status
 from influence.vector_export import export_vectors
 from ray_jobs import select as select_job
 
+pytestmark = pytest.mark.clusters
+
 SECONDS = 120.0
 SETTINGS: dict[str, Any] = {"rank": 4, "learning_rate": 0.02, "batch_size": 4, "dropout": 0.1}
 IN2CORE: dict[str, Any] = {"method": "in2core", "gradients__layer_dim": 16}

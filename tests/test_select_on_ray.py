@@ -34,7 +34,7 @@ from ray_jobs import select as select_job
 from ray_jobs.reducer_actor import RemoteReducer
 from ray_jobs.replica_actor import replica_factory
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.clusters, pytest.mark.usefixtures("ray_cluster")]
 
 
 @pytest.fixture(scope="module")

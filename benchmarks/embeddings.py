@@ -60,7 +60,8 @@ SETTINGS = (
     Setting("rds"),
     *(Setting("hidden", blocks) for blocks in (2, 4, 6, 8)),
     *(Setting("jvp", blocks, tangents) for blocks in (2, 4, 6, 8) for tangents in (1, 2, 4)),
-    *(Setting("jvp", 4, tangents, "dense") for tangents in (1, 2)),
+    *(Setting("jvp", blocks, tangents, "dense") for blocks in (2, 4, 6, 8) for tangents in (1, 2)),
+    *(Setting("jvp", blocks, 4, "dense") for blocks in (2, 4)),
 )
 
 Run = Callable[[Sequence[Encoded]], Float[np.ndarray, "n e"]]

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt64
-from scipy.stats import hypergeom
 
 from influence.errors import InputError
 
@@ -118,6 +117,8 @@ def missed_at_most(found: Sequence[Found]) -> int:
 
 def _most_members(found: Found) -> int:
     """The largest M with P(members in the sample <= found | M in the stratum) > error."""
+    from scipy.stats import hypergeom  # not above, as in `sketch_noise`
+
     low, high = found.members, found.size - (found.drawn - found.members)
     while low < high:
         middle = (low + high + 1) // 2

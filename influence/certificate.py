@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from influence.certified_result import RecallCertificate
 from influence.fidelity import SCORE_LEVEL, certify, sketch_sd
@@ -116,7 +116,7 @@ def _exact_certificate(scores: Scores, columns: TargetColumns, method: str) -> F
         target = TargetFidelity(recall=Recall(exact_gradients=len(scores.exact_positions)))
         if scores.halves is not None:
             target.sketch_sd = sketch_sd(scores.halves @ mix[:, j])
-            target.landmark_halfwidth = float(norm.ppf(0.5 + SCORE_LEVEL / 2)) * target.sketch_sd
+            target.landmark_halfwidth = float(ndtri(0.5 + SCORE_LEVEL / 2)) * target.sketch_sd
         fidelity.targets[name] = target
     return fidelity
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from influence.errors import InputError
 from influence.intervals import (
@@ -170,7 +170,7 @@ def _certify_one(
         spearman_corrected=corrected,
         recall=recall,
         score_halfwidth=jackknife_quantile(residuals, SCORE_LEVEL),
-        landmark_halfwidth=float(norm.ppf(0.5 + SCORE_LEVEL / 2)) * (sd or 0.0),
+        landmark_halfwidth=float(ndtri(0.5 + SCORE_LEVEL / 2)) * (sd or 0.0),
         sketch_sd=sd,
         reliability=reliability,
         landmarks=len(y),

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import norm
+from scipy.special import ndtri
 
-Z95 = float(norm.ppf(0.975))
+Z95 = float(ndtri(0.975))
 
 # Draws held at once by the bootstrap: 2^21 float64 per array are 16 MiB.
 _BLOCK_ENTRIES = 1 << 21

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import norm
+from scipy.special import log_ndtr
 
 from influence.heads import read_heads
 from influence.posterior import Calibration
@@ -232,4 +232,4 @@ def _tail(
     scaled = mix * calibration.scale[:, None]
     deviation = np.sqrt(np.einsum("mc,mk,kc->c", scaled, calibration.correlation, scaled))
     unit = np.sqrt(variance)[:, None] * np.maximum(deviation, np.finfo(float).tiny)
-    return -np.expm1(norm.logcdf((threshold - P @ mix) / unit).sum(axis=1))
+    return -np.expm1(log_ndtr((threshold - P @ mix) / unit).sum(axis=1))

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import spearmanr
 
 from influence.intervals import Z95
 
@@ -89,4 +88,7 @@ def is_constant(values: np.ndarray) -> bool:
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    # Here, and not above: every process of a run imports this module, and scipy.stats takes long.
+    from scipy.stats import spearmanr
+
     return float(spearmanr(x, y)[0])  # type: ignore[arg-type]

@@ -58,10 +58,10 @@ def evaluate(
         jobs, inputs = {}, {}
         for name, settings in own.items():
             claim_run(settings, replace=replace, free=EVALUATION_FREE)
+            inputs[name] = chosen[name].inputs(settings)
             log = RunLog(settings.run, settings.method, progress.note, lease)
             settings, reference = make_reference(settings, progress, log, train)
             jobs[name] = prepare(settings, progress, log, reference)
-            inputs[name] = chosen[name].inputs(jobs[name])
         with session():
             for name, job in jobs.items():
                 progress.note(f"{name} ...")

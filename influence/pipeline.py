@@ -43,6 +43,7 @@ __all__ = [
     "prepare",
     "prepare_targets",
     "rds_target_units",
+    "scan_named",
     "select",
 ]
 
@@ -100,7 +101,7 @@ def prepare(
     if reference is not None:
         files = reference.files
     else:
-        files = _scan("data.candidates", config.data.candidates, config.data.limit)
+        files = scan_named("data.candidates", config.data.candidates, config.data.limit)
     return replace(prepare_targets(config, progress, log), files=files, reference=reference)
 
 
@@ -112,7 +113,7 @@ def prepare_targets(config: Config, progress: Progress, log: RunLog | None = Non
     """
     target_files = {}
     for name, target in config.targets.items():
-        target_files[name] = _scan(f"targets.{name}.path", [target.path], target.limit)
+        target_files[name] = scan_named(f"targets.{name}.path", [target.path], target.limit)
     template = template_fingerprint(load_tokenizer(config.model))
     log = log if log is not None else RunLog(config.run, config.method, progress.note)
     log.manifest.cache = storage.absolute(config.cache_url)
@@ -128,7 +129,8 @@ def prepare_targets(config: Config, progress: Progress, log: RunLog | None = Non
     )
 
 
-def _scan(key: str, patterns: Sequence[str], limit: int | None) -> list[SourceFile]:
+def scan_named(key: str, patterns: Sequence[str], limit: int | None) -> list[SourceFile]:
+    """The files of a key of the config, which errors name."""
     try:
         return scan_files(patterns, limit)
     except InputError as error:

@@ -281,7 +281,8 @@ def test_bad_classes_are_refused_before_a_model_runs(
     def config(name: str, **changes: Any) -> Config:
         return evaluation_config(labelled, tmp_path / name, adapter, cache=cache, **changes)
 
-    text = refusal(config("near", evaluation__class_detection__column="kidn"))
+    asked = {"finetune": {}}
+    text = refusal(config("near", evaluation__class_detection__column="kidn", reference=asked))
     assert "evaluation.class_detection.column: " in text
     assert "pool-a.parquet: no column 'kidn'; did you mean 'kind'?" in text
     assert not Path(own_run(config("near")), "manifest.json").exists(), "a typo is held for a run"
@@ -297,6 +298,7 @@ def test_bad_classes_are_refused_before_a_model_runs(
     assert "no candidate has a class of the target rows (unseen)" in text
     assert "those of the candidates: apples, boats, code" in text
     assert not any(key.startswith("gradients") for key in shards_in(cache))
+    assert not Path(cache, "reference").exists(), "a reference was trained before its use was known"
     text = refusal(config("none", evaluation={}))
     assert "evaluation: names nothing to measure; known: class_detection" in text
     changed = evaluated.model_copy(update={"data": evaluated.data.model_copy(update={"limit": 20})})

@@ -26,7 +26,7 @@ from influence.evaluations.kind import Evaluation, ResultTable
 from influence.fingerprints import model_content
 from influence.in2core import gradient_units, influence_scores
 from influence.job import Job, run_units, timed
-from influence.pipeline import catalogue
+from influence.pipeline import catalogue, scan_named
 from influence.pool_units import embedding_units, rds_target_units
 from influence.score_map import map_scores
 from influence.score_shards import scoring_url
@@ -118,15 +118,19 @@ def settings(config: Config) -> Config:
     return own
 
 
-def inputs(job: Job) -> Classes:
+def inputs(config: Config) -> Classes:
     """Every row's class, out of the files.
 
     Raises:
         InputError: a file without the column, or no class that candidates and targets share.
     """
-    assert job.config.evaluation.class_detection is not None
-    column = job.config.evaluation.class_detection.column
-    return read_classes(column, job.files, job.target_files)
+    assert config.evaluation.class_detection is not None
+    files = scan_named("data.candidates", config.data.candidates, config.data.limit)
+    targets = {
+        name: scan_named(f"targets.{name}.path", [each.path], each.limit)
+        for name, each in config.targets.items()
+    }
+    return read_classes(config.evaluation.class_detection.column, files, targets)
 
 
 def run(job: Job, reduce: Any, classes: Classes) -> dict[str, Any]:

@@ -27,15 +27,15 @@ class Evaluation:
     Attributes:
         settings: what its run is of, out of the user's config: whatever it leaves out takes the
             defaults, and changing that does not stand in the way of going on.
-        inputs: reads what it needs of the files beside the rows' text; raises InputError before
-            anything is recorded.
+        inputs: reads what it needs of the files beside the rows' text, by those settings; raises
+            InputError before anything is recorded or trained.
         reducer: makes what holds the run's arrays, like `influence.reducer.Reducer`.
         run: takes the job, that reducer and the inputs; returns the document for evaluation.json.
         table: that document as it is shown; raises pydantic's ValidationError if it is none.
     """
 
     settings: Callable[[Config], Config]
-    inputs: Callable[[Job], Any]
+    inputs: Callable[[Config], Any]
     reducer: Callable[[Config], Any]
     run: Callable[[Job, Any, Any], dict[str, Any]]
     table: Callable[[dict[str, Any]], ResultTable]

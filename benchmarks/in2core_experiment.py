@@ -126,11 +126,9 @@ def arms_of(
 
 def chosen_rows(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """(score of every row of the pool, positions of the selected ones)."""
-    scores = read_scores(config.run, ["id", "score"])
-    place = {id_: i for i, id_ in enumerate(scores.column("id").to_pylist())}
-    lines = Path(config.run, "selection.jsonl").read_text(encoding="utf-8").splitlines()
-    best = np.array([place[json.loads(line)["id"]] for line in lines])
-    return scores.column("score").to_numpy(zero_copy_only=False), best
+    found = read_scores(config.run, ["score", "weight"])
+    score, weight = (c.to_numpy(zero_copy_only=False) for c in found.itercolumns())
+    return score, np.flatnonzero(weight > 0)
 
 
 def work(arguments: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from influence.reducer import Reducer
 from influence.reference import STAGE, planned_reference, with_reference
 from influence.run_log import RunLog, read_manifest
 from influence.schemas import Manifest
+from influence.transfer import pilot_config, target_config
 from influence.units import bundled
 from influence.worker import Worker
 
@@ -50,7 +51,7 @@ class Use:
 
 def use_of(named: str, cache: str) -> Use:
     """Every stage of a config, for all of its targets, whether its method computes it or not, and
-    of the evaluations that it names.
+    of the evaluations and the target model that it names.
 
     `named` is a config's path or a run directory; of a run directory its config.yaml counts, and
     also what its manifest says that the run used (its model may have changed since). `cache` is
@@ -64,17 +65,23 @@ def use_of(named: str, cache: str) -> Use:
     try:
         _check_pool(config)
         own = config.model_copy(update={"cache": cache})
-        places = _resolved(own)
-        for name, evaluation in EVALUATIONS.items():
-            if getattr(config.evaluation, name) is not None:
-                places |= _resolved(evaluation.settings(own))
+        places = _resolved(own) | _of_transfer(own)
+        evaluated = [
+            evaluation.settings(own)
+            for name, evaluation in EVALUATIONS.items()
+            if getattr(config.evaluation, name) is not None
+        ]
+        for settings in evaluated:
+            places |= _resolved(settings)
     except InputError as error:
         raise InputError(f"{named}: cannot tell what it uses: {error}") from None
     # Which layers `layers: auto` keeps, only the run's own record says.
-    reads_record = is_run or config.layers == "auto"
-    recorded = read_manifest(named if is_run else config.run) if reads_record else None
-    if recorded is not None:
-        places = {**_recorded(recorded), **places}
+    by_record = config.layers == "auto"
+    runs = [named] if is_run else [config.run] * by_record
+    for run in [*runs, *(settings.run for settings in evaluated if by_record)]:
+        recorded = read_manifest(run)
+        if recorded is not None:
+            places = {**_recorded(recorded), **places}
     return Use(named, named if is_run else config.run, config.cache_url, places)
 
 
@@ -126,6 +133,18 @@ def _resolved(config: Config) -> dict[Place, dict[str, Any]]:
     config = resolve_revision(with_reference(config))
     with planned_reference(config) as (ready, reference):
         places = _places(ready)
+    if reference is not None:
+        places[STAGE, reference.fingerprint.hex] = reference.fingerprint.values
+    return places
+
+
+def _of_transfer(config: Config) -> dict[Place, dict[str, Any]]:
+    """What asking the target model uses: its adapter, where the job makes one, and a pilot."""
+    own = target_config(config)
+    if own is None:
+        return {}
+    with planned_reference(resolve_revision(own)) as (ready, reference):
+        places = _places(pilot_config(ready, config.run))
     if reference is not None:
         places[STAGE, reference.fingerprint.hex] = reference.fingerprint.values
     return places

@@ -195,6 +195,10 @@ def evaluate(
     recall over the target rows, for DataInf's influence, plain gradient products, cosines of
     gradients, and RDS+ embeddings. The model is that of `method: in2core` (`reference.adapter`).
 
+    `evaluation: {group_influence: {}}`: the effect of leaving the whole selection out, first and
+    second order. `{reductions: {}}`: the ways to turn token gradients into a row's, and their
+    length bias. `{exact_inverse: {}}`: how far DataInf is from the inverse that it stands for.
+
     Gradients and embeddings come from the cache that `influence select` fills, and go there. An
     interrupted evaluation goes on where it was. The results are in RUN/evaluation.json, and in
     RUN/report.html where there is a selection; RUN/evaluations/NAME is what

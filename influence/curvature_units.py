@@ -22,7 +22,7 @@ from influence import storage
 from influence.array_files import put_named, read_arrays, write_arrays
 from influence.cache import Cache, vector_column
 from influence.catalogue import Catalogue
-from influence.datainf import CurvatureSums
+from influence.datainf import CurvatureSums, GradientSums
 from influence.errors import InputError
 from influence.fingerprints import fingerprint
 from influence.gradient_rows import gradient_rows, layer_blocks
@@ -40,24 +40,28 @@ class Query:
     """What pass 1 multiplies the gradients with.
 
     targets: mean gradients of the targets' columns; damping: of every layer; unit: whether
-    candidates' gradients are brought to length 1.
+    candidates' gradients are brought to length 1; exponent: else, the power of their response
+    tokens that they are multiplied with; plain: the gradients are summed up as they are.
     """
 
     targets: Float[np.ndarray, "m d"]
     damping: Float[np.ndarray, " layers"]
     unit: bool
+    exponent: float = 0.0
+    plain: bool = False
 
 
 def write_query(url: str, query: Query) -> str:
     """Put it below a URL; returns its key."""
     arrays = {"targets": query.targets, "damping": query.damping}
-    return write_arrays(url, "query", {"unit": query.unit}, arrays)
+    scalars = {"unit": query.unit, "exponent": query.exponent, "plain": query.plain}
+    return write_arrays(url, "query", scalars, arrays)
 
 
 def read_query(url: str, key: str) -> Query:
     """Read what `write_query` left."""
     scalars, arrays = read_arrays(url, key)
-    return Query(arrays["targets"], arrays["damping"], bool(scalars["unit"]))
+    return Query(**arrays, **scalars)
 
 
 def curvature_units(
@@ -127,14 +131,16 @@ def curvature_table(
     """The sums of one group, a row for each of the targets' columns, and how many rows are in."""
     targets = torch.from_numpy(query.targets).to(device)
     damping = torch.from_numpy(query.damping)
-    sums: CurvatureSums | None = None
+    sums: CurvatureSums | GradientSums | None = None
     _query, members = unit.needs
     for key, counted in _read_members(url, members):
         shard = cache.read(key)
-        rows = gradient_rows(shard, unit=query.unit)
+        rows = gradient_rows(shard, unit=query.unit, exponent=query.exponent)
         if rows is None:
             continue
-        if sums is None:
+        if sums is None and query.plain:
+            sums = GradientSums(targets)
+        elif sums is None:
             sums = CurvatureSums(targets, layer_blocks(shard.layout), damping)
         kept = counted[: len(rows.usable)][rows.usable]
         vectors = torch.from_numpy(rows.vectors[kept]).to(device)

@@ -102,6 +102,19 @@ class CurvatureSums:
             self.sums[:, block.span] += weights.T @ g
 
 
+class GradientSums:
+    """The plain sum of the rows, in float64; for a group's mean. As `CurvatureSums` otherwise."""
+
+    def __init__(self, targets: Float[Tensor, "m d"]) -> None:
+        self.rows = 0
+        self.sums = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
+
+    def add(self, gradients: Float[Tensor, "b d"], norms: Float[Tensor, "b layers"]) -> None:
+        """Further rows."""
+        self.rows += len(gradients)
+        self.sums += gradients.double().sum(0)
+
+
 def inverse_products(
     targets: Float[Tensor, "m d"],
     sums: Float[Tensor, "m d"],

@@ -20,7 +20,7 @@ import torch
 from influence import storage
 from influence.adapters import local_adapter
 from influence.checkpoints import ADAPTER_FILES, AT_LEAST, OPTIMIZER_FILE, Checkpoints
-from influence.errors import InputError, InterruptedRunError, StorageError
+from influence.errors import InputError, InterruptedRunError, RunTakenError, StorageError
 from influence.finetune_settings import FinetuneSettings
 from influence.finetune_steps import Steps, effective_rows
 from influence.tokenization import Encoded
@@ -70,6 +70,7 @@ def finetune(
     Raises:
         InputError: OUTPUT holds another training (both values are named), modules that the model
             does not have, or a loss that is not finite.
+        RunTakenError: out of the watcher, where another driver has taken OUTPUT over.
     """
     if not rows.encoded:
         raise InputError("finetune: no row can be trained on")
@@ -86,6 +87,8 @@ def finetune(
     except (KeyboardInterrupt, InterruptedRunError):
         run.finish("interrupted")
         raise
+    except RunTakenError:
+        raise  # the record is another driver's now
     except Exception:
         run.finish("failed")
         raise
@@ -174,8 +177,9 @@ class _Run:
                 # PEFT looks for a config.json to tell a changed vocabulary; GGUF models have none.
                 warnings.filterwarnings("ignore", message="Could not find a config file")
                 trainer.train(resume_from_checkpoint=newest[1] if newest else None)
-            if newest and newest[0] >= steps.total:
+            if self._writes and newest and newest[0] >= steps.total:
                 # It ended between its last checkpoint and its result.
+                self._take(trainer.state.log_history)
                 self._publish(newest[1])
 
     def _describe(self, trainer: Any, wrapped: Any) -> None:
@@ -193,9 +197,7 @@ class _Run:
     def _saved(self, step: int, folder: str, history: list[dict[str, Any]]) -> None:
         """A checkpoint is in a local folder: commit it; after the last step it is the result."""
         record = self.record
-        record.steps, record.evaluations = steps_of(history), evaluations_of(history)
-        record.seconds = sum(each.seconds for each in record.steps)
-        record.tokens = sum(each.tokens for each in record.steps)
+        self._take(history)
         last = step >= record.total_steps
         try:
             self._checkpoints.commit(step, folder)
@@ -211,6 +213,13 @@ class _Run:
         if last:
             self._publish(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+    def _take(self, history: list[dict[str, Any]]) -> None:
+        """The log of everything up to a checkpoint, into the record."""
+        record = self.record
+        record.steps, record.evaluations = steps_of(history), evaluations_of(history)
+        record.seconds = sum(each.seconds for each in record.steps)
+        record.tokens = sum(each.tokens for each in record.steps)
 
     def _publish(self, folder: str) -> None:
         for name in (*ADAPTER_FILES, OPTIMIZER_FILE):

@@ -14,6 +14,7 @@ from influence.finetune import finetune, full_identity
 from influence.finetune_settings import FinetuneSettings
 from influence.fingerprints import adapter_content, model_content
 from influence.hub import resolve_revision
+from influence.lease import driving
 from influence.loss import REDUCTIONS
 from influence.replica import (
     adapter_arguments,
@@ -51,6 +52,7 @@ def run_finetune(config: Config, *, replace: bool = False, quiet: bool = False) 
     Raises:
         InputError: among others, several workers, or `replicas.num_gpus` above 0 and no CUDA
             device here.
+        RunBusyError: another driver trains into the same output.
     """
     if config.finetune.workers > 1:
         raise InputError(
@@ -61,8 +63,9 @@ def run_finetune(config: Config, *, replace: bool = False, quiet: bool = False) 
     config = resolve_revision(config)
     watcher = TrainingProgress(quiet=quiet)
     job = prepare_finetune(config, watcher)
-    done = claim(job, watcher, replace=replace)
-    return done or train(job, device, watcher)
+    with driving(job.output, watcher.note) as lease:
+        watcher.check = lease.check
+        return claim(job, watcher, replace=replace) or train(job, device, watcher)
 
 
 def start_of(config: Config) -> ModelConfig:

@@ -19,12 +19,14 @@ from influence.shard_reader import read_ahead, read_shards
 from influence.target_columns import TargetColumns
 from influence.units import Unit
 
+TOKENS = "n_response_tokens"
+
 
 class GradientRows(NamedTuple):
     """The rows of a shard that have a usable gradient.
 
     usable: which of the shard's rows they are.
-    vectors: their gradients as they are stored, or of length 1.
+    vectors: their gradients as they are stored, or scaled.
     norms: the norms of every layer of them.
     """
 
@@ -49,8 +51,12 @@ def layer_blocks(layout: VectorLayout) -> list[LayerBlock]:
     ]
 
 
-def gradient_rows(shard: Shard, *, unit: bool) -> GradientRows | None:
-    """The usable rows of a shard (`unit`: divided by their norms), or None if there are none."""
+def gradient_rows(shard: Shard, *, unit: bool, exponent: float = 0.0) -> GradientRows | None:
+    """The usable rows of a shard, or None if there are none.
+
+    unit: divided by their norms. exponent: else times this power of their response tokens; 1 and
+    1/2 make of the gradients of `mean` those of `sum` and `sqrt`.
+    """
     norm = shard.floats("norm")
     usable = usable_norm(norm)
     if not usable.any():
@@ -59,33 +65,49 @@ def gradient_rows(shard: Shard, *, unit: bool) -> GradientRows | None:
     # A finite norm does not make finite entries: a product can overflow where a norm does not.
     usable &= np.isfinite(vectors).all(axis=1)
     vectors, norms = vectors[usable], norms[usable].astype(np.float64)
-    if unit:
-        vectors = vectors / norm[usable, None].astype(vectors.dtype)
-        norms = norms / norm[usable, None]
+    norm, tokens = norm[usable], shard.floats(TOKENS)[usable]
+    vectors, norms = (_scaled(each, norm, tokens, unit, exponent) for each in (vectors, norms))
     return GradientRows(usable, vectors, norms)
 
 
+def _scaled(
+    rows: Float[np.ndarray, "b k"],
+    norm: Float[np.ndarray, " b"],
+    tokens: Float[np.ndarray, " b"],
+    unit: bool,
+    exponent: float,
+) -> Float[np.ndarray, "b k"]:
+    if unit:
+        return rows / norm[:, None].astype(rows.dtype)
+    return rows * (tokens[:, None] ** exponent).astype(rows.dtype) if exponent else rows
+
+
 def norm_blocks(
-    cache: Cache, units: Sequence[Unit], *, unit: bool
+    cache: Cache, units: Sequence[Unit], *, unit: bool, exponent: float = 0.0
 ) -> Iterator[tuple[Unit, np.ndarray, np.ndarray, VectorLayout]]:
     """(unit, rows of its file, their norms by layer, layout) of the rows with a usable norm.
 
     Reads the columns of norms alone.
     """
-    columns = ("row", "norm", "norms")
+    columns = ("row", "norm", "norms", *([TOKENS] if exponent else []))
     for each, table in read_ahead(units, lambda unit: cache.read_columns(unit.key, columns)):
         if "norms" not in table.column_names:
             continue  # not one of its rows has a gradient
         norm = table.column("norm").to_numpy(zero_copy_only=False).astype(np.float64)
         usable = usable_norm(norm)
         norms = fixed_width(table, "norms", np.float32)[usable].astype(np.float64)
-        if unit:
-            norms = norms / norm[usable, None]
+        tokens = table.column(TOKENS).to_numpy()[usable] if exponent else norm[usable]
+        norms = _scaled(norms, norm[usable], tokens, unit, exponent)
         yield each, table.column("row").to_numpy()[usable], norms, layout_of(table.schema)
 
 
 def squared_norms(
-    cache: Cache, units: Sequence[Unit], pool: Catalogue, *, unit: bool
+    cache: Cache,
+    units: Sequence[Unit],
+    pool: Catalogue,
+    *,
+    unit: bool,
+    exponent: float = 0.0,
 ) -> tuple[SquaredNorms, list[LayerBlock]]:
     """DataInf's pass 0 over the candidates that count.
 
@@ -94,7 +116,7 @@ def squared_norms(
     """
     sums: SquaredNorms | None = None
     blocks: list[LayerBlock] = []
-    for each, rows, norms, layout in norm_blocks(cache, units, unit=unit):
+    for each, rows, norms, layout in norm_blocks(cache, units, unit=unit, exponent=exponent):
         if sums is None:
             blocks = layer_blocks(layout)
             sums = SquaredNorms(len(blocks))
@@ -112,6 +134,7 @@ def mean_gradients(
     columns: TargetColumns,
     *,
     unit: bool,
+    exponent: float = 0.0,
 ) -> Float[np.ndarray, "m d"]:
     """The mean gradient of every column's rows, in float64; a shard at a time.
 
@@ -127,7 +150,7 @@ def mean_gradients(
                 column_of[list(column.rows)] = index
         missing = column_of >= 0
         for each, shard in read_shards(cache, members):
-            rows = gradient_rows(shard, unit=unit)
+            rows = gradient_rows(shard, unit=unit, exponent=exponent)
             if rows is None:
                 continue
             if found is None:

@@ -10,20 +10,17 @@ group's, and v the target's gradient, the optimum without the group is to second
 where third derivatives are left out, and the target's loss changes by v' times the difference. The
 correction grows with p and with how much of the curvature is the group's own.
 
-`solve` and `curvature` are functions, so that any H fits: the exact one of a convex model, or
-DataInf's average of inverses with the group's empirical Fisher (`fisher_of`).
+`group_influence` takes H^-1 and H_U as functions, for any H whose inverse is known;
+`datainf_group_influence` is the same in DataInf's terms, for `influence evaluate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from influence.datainf import LayerBlock, Rows, datainf
 
 Linear = Callable[[Float[Tensor, "k d"]], Float[Tensor, "k d"]]
 
@@ -54,8 +51,7 @@ def group_influence(
     group: gradients of its rows at the optimum of all. solve: H^-1 x for rows x; curvature: H_U x,
     the mean Hessian of the group's rows.
     """
-    if not 0 < len(group) < n:
-        raise ValueError(f"a group of {len(group)} of {n} rows; expected fewer than all, and one")
+    _check_size(len(group), n)
     share = len(group) / n
     odds = share / (1 - share)
     one = solve(group.mean(dim=0, keepdim=True))  # H^-1 g
@@ -66,38 +62,31 @@ def group_influence(
     return GroupInfluence(members, first, first + targets @ correction[0])
 
 
-def fisher_of(group: Float[Tensor, "u d"]) -> Linear:
-    """Products with the group's empirical Fisher matrix, the mean of g g'."""
-    return lambda x: (x @ group.T) @ group / len(group)
-
-
-def layered_fisher_of(group: Float[Tensor, "u d"], blocks: Sequence[LayerBlock]) -> Linear:
-    """The same layer by layer, as DataInf has its curvature."""
-
-    def products(x: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
-        found = torch.empty_like(x)
-        for block in blocks:
-            found[:, block.span] = fisher_of(group[:, block.span])(x[:, block.span])
-        return found
-
-    return products
-
-
 def datainf_group_influence(
-    rows: Callable[[], list[Rows]],
     targets: Float[Tensor, "m d"],
-    group: Float[Tensor, "u d"],
-    blocks: Sequence[LayerBlock],
+    products: Float[Tensor, "m d"],
+    mean: Float[Tensor, " d"],
+    own: Float[Tensor, " d"],
+    size: int,
     n: int,
 ) -> GroupInfluence:
-    """With DataInf's average of inverses for H^-1 and empirical Fisher matrices, layer by layer.
+    """With DataInf's averages of inverses: of all rows for H^-1, of the group's for H_U^-1.
 
-    Two more runs of DataInf's passes over the rows; memory for the group and the targets.
+    The inverse for the rows that are left is the average of theirs, (H^-1 - p H_U^-1) / (1-p), so
+    that the correction takes no product of an inverse and a Hessian: DataInf's is none of its
+    Hessian, and p/(1-p) (H^-1 H_U - I) would be far too large. Both are the same to first order in
+    what tells H_U from H.
+
+    products: H^-1 v of the targets v; mean: g, the group's mean gradient; own: H_U^-1 g.
     """
+    _check_size(size, n)
+    share = size / n
+    odds = share / (1 - share)
+    whole = products @ mean  # v'H^-1 g
+    first = odds * whole
+    return GroupInfluence(share * whole, first, first + odds**2 * (whole - targets @ own))
 
-    def solve(x: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
-        return datainf(rows, x, blocks).to(x.dtype)
 
-    return group_influence(
-        targets, group, n, solve=solve, curvature=layered_fisher_of(group, blocks)
-    )
+def _check_size(size: int, n: int) -> None:
+    if not 0 < size < n:
+        raise ValueError(f"a group of {size} of {n} rows; expected fewer than all, and one")

@@ -19,7 +19,9 @@ from influence.model_shape import ModelShape, model_shape
 from influence.schemas import LayerChoice
 from influence.score_map import map_scores, map_units
 from influence.score_shards import scoring_url
+from influence.sentence_encoder import find_encoder
 from influence.token_units import token_units
+from influence.transfer import check_target
 from influence.units import ExactUnits, Unit
 
 
@@ -33,6 +35,19 @@ def in2core(job: Job, reduce: Any) -> None:
     if job.config.coverage.encoder is not None:
         with timed(job, "coverage"):
             reduce.compare_texts()
+
+
+def check_beside(config: Config) -> None:
+    """See that what comes after the scores is there, before anything is computed.
+
+    Raises:
+        InputError: names coverage.encoder, transfer.model or transfer.finetune.
+    """
+    if config.method != "in2core":
+        return
+    if config.coverage.encoder is not None:
+        find_encoder(config.coverage.encoder)
+    check_target(config)
 
 
 def gradient_units(job: Job, reduce: Any) -> ExactUnits:
@@ -50,16 +65,26 @@ def gradient_units(job: Job, reduce: Any) -> ExactUnits:
 
 def influence_scores(job: Job, reduce: Any, units: ExactUnits) -> list[Unit]:
     """DataInf's passes over committed gradients; returns the units of the score shards."""
-    with timed(job, STAGE):
-        sums = reduce.begin_influence(units)
-    map_units(job, sums, sorted({need for unit in sums for need in unit.needs}))
-    with timed(job, STAGE, quiet=True):
-        predictor = reduce.fit_influence(sums)
+    predictor = solve_influence(job, reduce, units)
     if job.config.gradients.reduction == "token_max":
         scores = token_units(units.sketches, predictor)
         map_units(job, scores, [predictor])
         return scores
     return map_scores(job, units.sketches, predictor)
+
+
+def solve_influence(job: Job, reduce: Any, units: ExactUnits) -> str:
+    """DataInf's first two passes; returns the key of what scores by them."""
+    with timed(job, STAGE):
+        sums = reduce.begin_influence(units)
+    map_sums(job, sums)
+    with timed(job, STAGE, quiet=True):
+        return reduce.fit_influence(sums)
+
+
+def map_sums(job: Job, sums: list[Unit]) -> None:
+    """Compute what is missing of partial sums over gradient shards."""
+    map_units(job, sums, sorted({need for unit in sums for need in unit.needs}))
 
 
 def choose_layers(job: Job, reduce: Any) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from influence.cache import Cache
 from influence.catalogue import Catalogue
@@ -30,6 +31,14 @@ class InfluenceReduce:
     Args:
         scoring: the URL for what belongs to this run alone.
         unit: whether gradients, candidates' and targets', are brought to length 1.
+        exponent: else, the power of their response tokens that they are multiplied with (see
+            `gradient_rows`); the scores by `predictor` are then still without a candidate's own.
+
+    Attributes:
+        query: the targets' mean gradients, and every layer's damping.
+        blocks: the layers.
+        products: H^-1 v of every column.
+        rows: candidates behind H.
     """
 
     def __init__(
@@ -41,12 +50,15 @@ class InfluenceReduce:
         columns: TargetColumns,
         *,
         unit: bool,
+        exponent: float = 0.0,
     ) -> None:
         self._cache, self._scoring, self._unit = cache, Cache(scoring), unit
         self._pool, self._targets, self._columns = pool, targets, columns
-        self._query: Query | None = None
-        self._blocks: list[LayerBlock] = []
-        self._products = np.empty((0, 0))
+        self._exponent = exponent
+        self.query = Query(np.empty((0, 0)), np.empty(0), unit, exponent)
+        self.blocks: list[LayerBlock] = []
+        self.products = np.empty((0, 0))
+        self.rows = 0
 
     def begin(self, exact: ExactUnits) -> list[Unit]:
         """Pass 0, and the targets' mean gradients; returns the units of pass 1.
@@ -54,14 +66,20 @@ class InfluenceReduce:
         Raises:
             InputError: not one candidate, or a row of a target, has no usable gradient.
         """
-        cache, pool, unit = self._cache, self._pool, self._unit
-        squares, self._blocks = squared_norms(cache, exact.sketches, pool, unit=unit)
-        targets = mean_gradients(cache, exact.targets, self._targets, self._columns, unit=unit)
-        damping = squares.damping(self._blocks).numpy()
-        self._query = Query(targets.astype(np.float32), damping, unit)
-        key = write_query(self._scoring.url, self._query)
-        size = 8 * targets.size
-        return curvature_units(self._scoring.url, exact.sketches, pool.scorable, pool, key, size)
+        scale: dict[str, Any] = {"unit": self._unit, "exponent": self._exponent}
+        squares, self.blocks = squared_norms(self._cache, exact.sketches, self._pool, **scale)
+        targets = mean_gradients(self._cache, exact.targets, self._targets, self._columns, **scale)
+        damping = squares.damping(self.blocks).numpy()
+        self.query = Query(targets.astype(np.float32), damping, **scale)
+        return self.sums_of(exact.sketches, self._pool.scorable, self.query)
+
+    def sums_of(
+        self, gradients: Sequence[Unit], counted: Bool[np.ndarray, " n"], query: Query
+    ) -> list[Unit]:
+        """The units that sum up the counted rows of gradient shards, as the query says."""
+        url, pool = self._scoring.url, self._pool
+        key = write_query(url, query)
+        return curvature_units(url, gradients, counted, pool, key, 8 * query.targets.size)
 
     def choose_layers(self, pilot: ExactUnits, memory: str | int) -> LayerChoice:
         """The layers to keep; see `influence.layer_choice`."""
@@ -74,13 +92,19 @@ class InfluenceReduce:
 
         A score is the negated influence: higher is better.
         """
-        assert self._query is not None  # begin comes first
-        total, rows = add_up(self._scoring, sums)
-        targets = torch.from_numpy(self._query.targets)
-        damping = torch.from_numpy(self._query.damping)
-        self._products = inverse_products(targets, total, rows, self._blocks, damping).numpy()
-        predictor = linear_predictor(self._products, units=self._unit)
+        self.products, self.rows = self.solved(self.query, sums)
+        predictor = linear_predictor(self.products, units=self._unit)
         return write_predictor(self._scoring.url, predictor)
+
+    def added(self, sums: Sequence[Unit]) -> tuple[Float[torch.Tensor, "m d"], int]:
+        """What such units summed up, and the rows in it."""
+        return add_up(self._scoring, sums)
+
+    def solved(self, query: Query, sums: Sequence[Unit]) -> tuple[Float[np.ndarray, "m d"], int]:
+        """H^-1 of the query's targets, H being that of the rows that were summed up; and those."""
+        total, rows = self.added(sums)
+        targets, damping = torch.from_numpy(query.targets), torch.from_numpy(query.damping)
+        return inverse_products(targets, total, rows, self.blocks, damping).numpy(), rows
 
     def halves(self, gradients: Sequence[Unit]) -> Float[np.ndarray, "2 r m"] | None:
         """Scores of some rows by either half of the layers' projections; None of whole layers.
@@ -90,11 +114,11 @@ class InfluenceReduce:
         found: list[np.ndarray] = []
         step = max(1, len(gradients) * gradients[0].count // NOISE_ROWS)
         for _unit, shard in read_shards(self._cache, gradients[::step]):
-            rows = gradient_rows(shard, unit=self._unit)
+            rows = gradient_rows(shard, unit=self._unit, exponent=self._exponent)
             if rows is None:
                 continue
             if shard.layout.whole:
                 return None
             weights = half_weights(shard.layout)
-            found.append(np.stack([(rows.vectors * w) @ self._products.T for w in weights]))
+            found.append(np.stack([(rows.vectors * w) @ self.products.T for w in weights]))
         return np.concatenate(found, axis=1) if found else None

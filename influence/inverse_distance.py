@@ -1,6 +1,6 @@
 """How far DataInf is from (G'G/n + damping I)^-1 of every layer, formed exactly.
 
-For a number of rows that fits into memory; this is a measurement, no part of a job.
+For a number of rows that fits into memory; measured by the evaluation `exact_inverse`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class LayerDistance(NamedTuple):
 
 
 class InverseDistance(NamedTuple):
-    """`layers`, and of the influences of all rows by the two: mean Spearman over targets (None
-    where one of them is constant) and the factor that DataInf's are too large by."""
+    """`layers` (those with gradients), and of the influences of all rows by the two: mean Spearman
+    over targets (None where one of them is constant) and the factor that DataInf's are too large
+    by."""
 
     layers: list[LayerDistance]
     spearman: float | None
@@ -64,14 +65,18 @@ def inverse_distance(
     squares.add(norms)
     damping = squares.damping(blocks, share).tolist()
     found = datainf(lambda: [(gradients, norms)], targets, blocks, share)
-    exact = torch.zeros_like(found)
+    by_datainf = torch.zeros(len(gradients), len(targets), dtype=torch.float64)
+    by_exact = torch.zeros_like(by_datainf)
     layers = []
     for block, value in zip(blocks, damping, strict=True):
-        span = block.span
-        exact[:, span] = exact_inverse_products(gradients[:, span], targets[:, span], value)
-        layers.append(_distance(block.name, found[:, span], exact[:, span]))
-    by_datainf = influences(gradients.double(), found)
-    by_exact = influences(gradients.double(), exact)
+        if value == 0:
+            continue  # its gradients are all zero
+        # One layer at a time is held in float64.
+        rows = gradients[:, block.span].double()
+        exact = exact_inverse_products(rows, targets[:, block.span], value)
+        layers.append(_distance(block.name, found[:, block.span], exact))
+        by_datainf += influences(rows, found[:, block.span])
+        by_exact += influences(rows, exact)
     ranks = [
         rank_correlation(a.numpy(), b.numpy())
         for a, b in zip(by_datainf.T.cpu(), by_exact.T.cpu(), strict=True)

@@ -71,7 +71,7 @@ def choose_layers(
     blocks: list[LayerBlock] = []
 
     def rows() -> Iterator[Rows]:
-        for found, vectors, norms in _pilot_rows(cache, exact, pool, unit=unit):
+        for found, vectors, norms in pilot_rows(cache, exact, pool, unit=unit):
             blocks[:] = found
             yield torch.from_numpy(vectors), torch.from_numpy(norms)
 
@@ -143,14 +143,16 @@ def _group_parts(
     return torch.stack([parts[:, :, list(g.layers)].sum(2) for g in groups], dim=2).numpy()
 
 
-def _pilot_rows(
+def pilot_rows(
     cache: Cache, exact: ExactUnits, pool: Catalogue, *, unit: bool
 ) -> Iterable[tuple[list[LayerBlock], np.ndarray, np.ndarray]]:
     """(layers, gradients, norms) of the wanted rows with a usable gradient, shard by shard."""
     files = {file.url: file for file in pool.files}
-    left = np.zeros(len(pool), dtype=bool)
-    for url, numbers in (exact.wanted or {}).items():
-        left[pool.positions(files[url], numbers)] = True
+    left = pool.scorable.copy()
+    if exact.wanted is not None:
+        left[:] = False
+        for url, numbers in exact.wanted.items():
+            left[pool.positions(files[url], numbers)] = True
     for each, shard in read_shards(cache, exact.sketches):
         rows = gradient_rows(shard, unit=unit)
         if rows is None:

@@ -11,6 +11,7 @@ from influence.config import Config
 from influence.evaluate import evaluate
 from influence.evaluations import Evaluation
 from influence.hub import resolve_revision
+from influence.in2core import check_beside
 from influence.job import Execute, Job
 from influence.lease import driving
 from influence.local import local_execute
@@ -34,6 +35,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     """
     if config.method != "random":
         choose_device(config.model.device, config.replicas.num_gpus)
+    check_beside(config)
     given, nested = config, {"replace": True, "quiet": quiet}
     config = resolve_revision(with_reference(config))
     progress = Progress(quiet=quiet)

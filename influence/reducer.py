@@ -291,8 +291,8 @@ class Reducer:
 
     def begin_influence(self, exact: ExactUnits) -> list[Unit]:
         """DataInf's pass 0 and the targets' gradients; returns the units of its pass 1."""
-        self._influence = self._begun_influence()
-        return self._influence.begin(exact)
+        self.influence = self._begun_influence()
+        return self.influence.begin(exact)
 
     def _begun_influence(self) -> InfluenceReduce:
         return InfluenceReduce(
@@ -306,12 +306,12 @@ class Reducer:
 
     def fit_influence(self, sums: Sequence[Unit]) -> str:
         """After the sums of pass 1; returns the key of what turns gradients into scores."""
-        return self._influence.predictor(sums)
+        return self.influence.predictor(sums)
 
     def take_influences(self, units: Sequence[Unit], gradients: Sequence[Unit]) -> None:
         """The score shards of `fit_influence`, and what the gradients' projections leave open."""
         table = self._shard_table(units, NO_GRADIENT)
-        halves = self._influence.halves(gradients)
+        halves = self.influence.halves(gradients)
         positions = self._pool.eligible
         none = np.empty((0, len(self.columns.columns)))
         self.scores = Scores(table, self._pool.scorable, positions, none, None, halves)

@@ -34,13 +34,7 @@ class SentenceEncoder:
     def __init__(self, name: str) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        folder = _folder(name)
-        pooling = _json(folder, "1_Pooling/config.json")
-        odd = [key for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True]
-        if odd and odd != ["pooling_mode_mean_tokens"]:
-            raise InputError(
-                f"coverage.encoder: {name!r} pools by {', '.join(odd)}; expected means"
-            )
+        folder = find_encoder(name)
         limit = _json(folder, "sentence_bert_config.json").get("max_seq_length")
         self._limit = int(limit or _MAX_TOKENS)
         try:
@@ -74,6 +68,20 @@ class SentenceEncoder:
         mask = tokens["attention_mask"][..., None].to(states.dtype)
         means = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         return torch.nn.functional.normalize(means, dim=1).numpy()
+
+
+def find_encoder(name: str) -> str:
+    """The folder of an encoder that this version can use; loads nothing.
+
+    Raises:
+        InputError: it is not there, or pools otherwise than by the mean.
+    """
+    folder = _folder(name)
+    pooling = _json(folder, "1_Pooling/config.json")
+    odd = [key for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True]
+    if odd and odd != ["pooling_mode_mean_tokens"]:
+        raise InputError(f"coverage.encoder: {name!r} pools by {', '.join(odd)}; expected means")
+    return folder
 
 
 def _folder(name: str) -> str:

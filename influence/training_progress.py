@@ -44,6 +44,9 @@ class TrainingProgress:
         quiet: print nothing.
         console: where to print; stderr unless given.
         clock: seconds, increasing.
+
+    Attributes:
+        check: is called at every step; an exception out of it ends the training.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class TrainingProgress:
     ) -> None:
         self.console = console or Console(stderr=True, quiet=quiet)
         self._live = self.console.is_terminal and not quiet
+        self.check: Callable[[], None] = lambda: None
         self._clock = clock
         self._last_line = clock()
         self._total = self._done = 0
@@ -90,6 +94,7 @@ class TrainingProgress:
 
     def step(self, done: int, loss: float, tokens: int, seconds: float) -> None:
         """See `Watcher`."""
+        self.check()
         self._done, self._loss = done, loss
         self._recent.append((tokens, seconds))
         self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds

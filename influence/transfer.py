@@ -19,16 +19,20 @@ from jaxtyping import Bool, Float, Int
 from influence import storage
 from influence.candidates import SourceFile, read_rows
 from influence.config import Config, CoverageConfig, ReferenceConfig, TransferConfig
+from influence.errors import InputError
+from influence.finetune_job import identity_of
+from influence.fingerprints import model_values
 from influence.hub import resolve_revision
 from influence.intervals import spearman_interval
 from influence.outputs import TRANSFER
 from influence.progress import Progress
 from influence.reference_training import Train, make_reference
+from influence.replica import load_tokenizer
 from influence.run_log import RunLog
 from influence.schemas import Interval, Transfer, TransferColumn, to_json
 from influence.sketch_noise import rank_correlation
 
-FOLDER = "transfer"
+FOLDER, PILOT = "transfer", "pilot.jsonl"
 
 
 def compare_models(
@@ -49,12 +53,11 @@ def compare_models(
         return
     progress.note(f"transfer: a pilot with {config.transfer.model.name}")
     positions = draw_pilot(_scored(config.run), config.transfer.pilot, config.seed)
-    folder = storage.join(config.run, FOLDER)
-    pilot = storage.join(folder, "pilot.jsonl")
     lines = [json.dumps(row) for row in _rows(files, positions)]
+    pilot = storage.join(config.run, FOLDER, PILOT)
     storage.put(pilot, "".join(line + "\n" for line in lines).encode())
     own = _with_own_adapter(config, progress, train)
-    nested = pilot_config(own, folder, pilot)
+    nested = pilot_config(own, config.run)
     select(nested)
     mine = _scores_at(config.run, positions)
     theirs = _scores_at(nested.run, np.arange(len(positions)))
@@ -75,12 +78,53 @@ def draw_pilot(scored: Bool[np.ndarray, " n"], count: int, seed: int) -> Int[np.
     return np.sort(generator.permutation(np.flatnonzero(scored))[:count])
 
 
-def pilot_config(config: Config, folder: str, pilot: str) -> Config:
-    """The run of the pilot. A model without an adapter is asked for its own weights' gradients."""
+def target_config(config: Config) -> Config | None:
+    """The config with the target model, and how its adapter is made, in the reference's place.
+
+    None where it names no target model.
+    """
+    settings = config.transfer
+    if config.method != "in2core" or settings.model is None:
+        return None
+    reference = ReferenceConfig(finetune=settings.finetune)  # pyright: ignore[reportCallIssue]
+    return config.model_copy(update={"model": settings.model, "reference": reference})
+
+
+def check_target(config: Config) -> None:
+    """See that the target model is there, before anything is computed for its sake.
+
+    Raises:
+        InputError: names transfer.model or transfer.finetune.
+    """
+    own = target_config(config)
+    if own is None:
+        return
+    try:
+        model_values(resolve_revision(own))
+        load_tokenizer(own.model)
+        if own.reference.finetune is not None:
+            identity_of(own.model_copy(update={"finetune": own.reference.finetune}))
+    except InputError as error:
+        raise type(error)(_own_keys(str(error))) from None
+
+
+def _own_keys(text: str) -> str:
+    """An error with the keys of this section."""
+    text = text.removeprefix("reference.")
+    return f"transfer.{text}" if text.startswith(("model.", "finetune.")) else f"transfer: {text}"
+
+
+def pilot_config(config: Config, run: str) -> Config:
+    """The run of the pilot, below that of the reference; `config` has the target model.
+
+    A model without an adapter is asked for its own weights' gradients.
+    """
+    folder = storage.join(run, FOLDER)
     gradients = config.gradients
     if config.model.adapter is None and gradients.parameters == "lora":
         gradients = gradients.model_copy(update={"parameters": "linear"})
-    data = config.data.model_copy(update={"candidates": [pilot], "limit": None})
+    pilot = {"candidates": [storage.join(folder, PILOT)], "limit": None}
+    data = config.data.model_copy(update=pilot)
     selection = config.selection.model_copy(update={"budget": "100%", "per_source": {}})
     return config.model_copy(
         update={
@@ -99,11 +143,13 @@ def pilot_config(config: Config, folder: str, pilot: str) -> Config:
 
 def _with_own_adapter(config: Config, progress: Progress, train: Train) -> Config:
     """The config with the target model, fine-tuned on the whole pool where that is asked for."""
-    settings = config.transfer
-    reference = ReferenceConfig(finetune=settings.finetune)  # pyright: ignore[reportCallIssue]
-    own = config.model_copy(update={"model": settings.model, "reference": reference})
+    own = target_config(config)
+    assert own is not None
     log = RunLog.unsaved(config.run, config.method)
-    return make_reference(resolve_revision(own), progress, log, train)[0]
+    try:
+        return make_reference(resolve_revision(own), progress, log, train)[0]
+    except InputError as error:
+        raise type(error)(_own_keys(str(error))) from None
 
 
 def _column(

@@ -30,6 +30,7 @@ from influence.errors import (
 )
 from influence.finetune_job import FinetuneJob, claim, prepare_finetune, train
 from influence.hub import resolve_revision
+from influence.lease import driving
 from influence.replica import choose_device
 from influence.training_progress import TrainingProgress, Watcher
 from influence.training_record import TrainingRecord, read_record
@@ -50,7 +51,9 @@ def run_finetune(config: Config, *, replace: bool = False, quiet: bool = False) 
     config = resolve_revision(config)
     watcher = TrainingProgress(quiet=quiet)
     job = prepare_finetune(config, watcher)
-    return claim(job, watcher, replace=replace) or train_on_ray(job, config, watcher)
+    with driving(job.output, watcher.note) as lease:
+        watcher.check = lease.check
+        return claim(job, watcher, replace=replace) or train_on_ray(job, config, watcher)
 
 
 def train_on_ray(job: FinetuneJob, config: Config, watcher: Watcher) -> TrainingRecord:

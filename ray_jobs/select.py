@@ -11,6 +11,7 @@ import ray
 from influence.config import Config
 from influence.finetune_job import FinetuneJob
 from influence.hub import resolve_revision
+from influence.in2core import check_beside
 from influence.job import Job
 from influence.lease import driving
 from influence.pipeline import prepare, select
@@ -39,6 +40,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     Raises:
         InfluenceError: see `influence.errors` for the kinds and their exit codes.
     """
+    check_beside(config)
     given, nested = config, {"replace": True, "quiet": quiet}
     config = resolve_revision(with_reference(config))
     progress = Progress(quiet=quiet)

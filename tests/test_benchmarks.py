@@ -17,6 +17,7 @@ import torch
 from random_rows import encoded, row_loss
 from run_fixture import spearman, write_run
 from tiny_models import tiny_model
+from tiny_run import Setup
 
 from influence.errors import InputError
 from influence.gradients import attributed_layers
@@ -115,6 +116,45 @@ def test_a_result_with_other_settings_is_refused(tmp_path: Path):
     assert worth.is_done(path, {"rank": 8})
     with pytest.raises(InputError, match="rank=8, not 4"):
         worth.is_done(path, {"rank": 4})
+
+
+def test_the_in2core_experiment_from_its_command_line(
+    setup: Setup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """One seed on the tiny pool, whole: every table is there, and a second call does nothing."""
+    out = tmp_path / "out"
+    arguments = {
+        "out": out,
+        "pool": setup.candidates[0],
+        "rows": 40,
+        "target": setup.targets["sums"]["path"],
+        "test": setup.targets["mixed"]["path"],
+        "test-limit": 4,
+        "model": setup.model,
+        "gguf-file": "",
+        "max-length": 128,
+        "seeds": 1,
+        "threads": 1,
+        "epochs": 1,
+        "learning-rate": 0.02,
+    }
+    words = [word for key, value in arguments.items() for word in (f"--{key}", str(value))]
+    assert in2core_experiment.main(words) == 0, capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for arm in ("none", *in2core_experiment.ARMS):
+        assert f"| {arm} |" in printed
+    choice = json.loads((out / "layers.json").read_text())
+    pool = [json.loads(line)["messages"] for line in (out / "pool.jsonl").read_text().splitlines()]
+    distinct = len({json.dumps(messages) for messages in pool})
+    assert len(pool) == 40
+    assert choice["pilot"] == distinct, "the layer table is not of the whole pool"
+    assert f"{distinct} rows, {choice['groups']} layers" in printed
+    whole = [each for each in choice["table"] if each["groups"] == choice["groups"]]
+    assert whole
+    assert all(each["held_out"] == pytest.approx(1.0) for each in whole)
+    results = {path.name: path.stat().st_mtime_ns for path in (out / "results").iterdir()}
+    assert in2core_experiment.main(words) == 0
+    assert {p.name: p.stat().st_mtime_ns for p in (out / "results").iterdir()} == results
 
 
 def test_the_arms_of_the_in2core_experiment_are_of_one_size_and_of_scored_rows():

@@ -212,6 +212,29 @@ def assert_same_training(output: Path, whole: Path) -> None:
     assert [s.step for s in other.steps] == list(range(1, one.total_steps + 1))
 
 
+def test_a_training_killed_before_its_result_is_written_has_the_whole_record(
+    train: Train, in_one_piece: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last checkpoint; the record that is there then is that of the one before."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    rows, output = TrainingRows.of(ROWS, WEIGHTS), tmp_path / "killed"
+    with monkeypatch.context() as patched:
+        patched.setattr("influence.finetune._Run._publish", kill)
+        with pytest.raises(Killed):
+            train(rows, PIECES, HELD_OUT, "float32", output)
+    before, whole = record_of(output), record_of(in_one_piece)
+    assert len(before.steps) < whole.total_steps, "the test no longer kills in between"
+    train(rows, PIECES, HELD_OUT, "float32", output)
+    assert_same_training(output, in_one_piece)
+    assert record_of(output).tokens == whole.tokens, "the last steps are not in the record"
+
+
 @pytest.mark.parametrize("stopped_after", [1, 7, 12])
 def test_a_training_in_two_pieces_equals_one_in_one(
     train: Train, in_one_piece: Path, tmp_path: Path, stopped_after: int

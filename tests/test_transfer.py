@@ -9,8 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
-from tiny_run import N_SCORED, Setup, manifest_of, save_model, score_column, tiny_config
+from tiny_run import (
+    N_SCORED,
+    Setup,
+    manifest_of,
+    save_model,
+    score_column,
+    shards_in,
+    tiny_config,
+    write_config,
+)
 
+from influence.cache_use import use_of
+from influence.errors import InputError
 from influence.intervals import spearman_interval
 from influence.one_process import run_select
 from influence.plan import make_plan
@@ -88,6 +99,55 @@ def test_another_model_is_asked_for_its_own_ranking(setup: Setup, tmp_path: Path
     )
     run_select(plain, quiet=True)
     assert transfer_of(plain.run)["parameters"] == "linear", "without an adapter: its own weights"
+
+
+@pytest.mark.parametrize(
+    ("transfer", "expected"),
+    [
+        ({"model": {"name": "nowhere/model"}}, r"^transfer\.model\.name: 'nowhere/model' is no"),
+        (
+            {"model": {"name": "{model}", "adapter": "{model}"}},
+            r"^transfer\.model\.adapter: .* has",
+        ),
+        (
+            {"model": {"name": "{model}", "dtype": "float16"}, "finetune": {}},
+            r"^transfer\.finetune\.dtype: the gradients of float16",
+        ),
+    ],
+)
+def test_a_target_model_that_is_not_there_is_named_before_anything_is_computed(
+    setup: Setup, tmp_path: Path, adapter: str, transfer: dict[str, Any], expected: str
+) -> None:
+    transfer["model"] = {
+        key: value.replace("{model}", str(setup.model)) for key, value in transfer["model"].items()
+    }
+    config = tiny_config(
+        setup, tmp_path / "run", method="in2core", reference__adapter=adapter, transfer=transfer
+    )
+    with pytest.raises(InputError, match=expected):
+        run_select(config, quiet=True)
+    assert not (tmp_path / "run").exists(), "the whole selection was made first"
+
+
+def test_a_prune_that_keeps_a_config_keeps_what_its_transfer_uses(
+    setup: Setup, tmp_path: Path
+) -> None:
+    other = save_model(tmp_path / "other", seed=5)
+    config = tiny_config(
+        setup,
+        tmp_path / "run",
+        method="in2core",
+        gradients__layer_dim=16,
+        reference__finetune=SETTINGS,
+        transfer={"model": {"name": str(other)}, "finetune": SETTINGS, "pilot": 8},
+    )
+    run_select(config, quiet=True)
+    path = write_config(tmp_path / "job.yaml", config)
+    kept = set(use_of(path, config.cache_url).places)
+    held = {(key.split("/")[0], key.split("/")[1]) for key in shards_in(config.cache_url)}
+    held |= {("reference", p.name) for p in Path(config.cache_url, "reference").iterdir()}
+    assert len([place for place in held if place[0] == "reference"]) == 2
+    assert held <= kept, f"it would remove {sorted(held - kept)}"
 
 
 def test_a_pilot_is_a_seeded_draw_of_scored_rows() -> None:

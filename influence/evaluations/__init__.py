@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from influence.evaluations import class_detection
+from influence.evaluations import class_detection, exact_inverse, group_influence, reductions
 from influence.evaluations.kind import Evaluation, ResultTable
 
 __all__ = ["EVALUATIONS", "Evaluation", "ResultTable"]
 
 EVALUATIONS: Mapping[str, Evaluation] = {
     "class_detection": class_detection.EVALUATION,
+    "group_influence": group_influence.EVALUATION,
+    "reductions": reductions.EVALUATION,
+    "exact_inverse": exact_inverse.EVALUATION,
 }

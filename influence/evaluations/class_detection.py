@@ -14,7 +14,6 @@ from pydantic import BaseModel
 
 from influence import storage
 from influence.config import Config
-from influence.config_checks import check_together
 from influence.curvature_units import STAGE
 from influence.evaluations.class_detection_reduce import (
     ClassDetectionReduce,
@@ -23,10 +22,11 @@ from influence.evaluations.class_detection_reduce import (
     read_classes,
 )
 from influence.evaluations.kind import Evaluation, ResultTable
+from influence.evaluations.own_run import load_catalogue, own_config
 from influence.fingerprints import model_content
 from influence.in2core import gradient_units, influence_scores
 from influence.job import Job, run_units, timed
-from influence.pipeline import catalogue, scan_named
+from influence.pipeline import scan_named
 from influence.pool_units import embedding_units, rds_target_units
 from influence.score_map import map_scores
 from influence.score_shards import scoring_url
@@ -38,9 +38,6 @@ METHODS = {
     "cosine": "cosine of gradients",
     "rds": "RDS+ embeddings",
 }
-#: What the evaluation reads of a config beside the targets' files.
-_SECTIONS = ("model", "data", "gradients", "layers", "layer_economy", "reference", "replicas")
-_BESIDE = ("seed", "prices")
 
 
 class Figures(BaseModel):
@@ -98,24 +95,11 @@ def settings(config: Config) -> Config:
     Raises:
         InputError: gradients that In2Core has no use for.
     """
-    given = config.model_dump(exclude_unset=True)
-    kept = {key: given[key] for key in (*_SECTIONS, *_BESIDE) if key in given}
     targets = {
         name: {"path": each.path, "limit": each.limit} for name, each in config.targets.items()
     }
-    own = Config.model_validate(
-        {
-            **kept,
-            "run": storage.join(config.run, "evaluations", NAME),
-            "cache": config.cache_url,
-            "targets": targets,
-            "method": "in2core",
-            "embedding": {"kind": "rds", "dim": config.embedding.dim},
-            "evaluation": {NAME: config.evaluation.class_detection},
-        }
-    )
-    check_together(own, f"evaluation.{NAME}")
-    return own
+    embedding = {"kind": "rds", "dim": config.embedding.dim}
+    return own_config(config, NAME, targets=targets, embedding=embedding)
 
 
 def inputs(config: Config) -> Classes:
@@ -139,11 +123,7 @@ def run(job: Job, reduce: Any, classes: Classes) -> dict[str, Any]:
     Raises:
         InputError: classes that no candidate has, target rows without one, too many target rows.
     """
-    pool, targets = catalogue(job)
-    with timed(job, "catalogue"):
-        job.log.manifest.counts = reduce.load_catalogue(pool, targets)
-        job.progress.note(reduce.take_classes(classes))
-    job.tokens = reduce.tokens_of
+    load_catalogue(job, reduce, lambda: reduce.take_classes(classes))
     gradients = gradient_units(job, reduce)
     assert job.shape is not None
     job.log.manifest.coverage = job.shape.coverage

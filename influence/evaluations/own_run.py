@@ -1,0 +1,90 @@
+"""What evaluations have in common: a run of their own with In2Core's gradients of all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from influence import storage
+from influence.config import Config
+from influence.config_checks import check_together
+from influence.in2core import gradient_units
+from influence.job import Job, run_units, timed
+from influence.pipeline import catalogue
+from influence.reducer import Reducer
+from influence.units import ExactUnits
+
+#: What an evaluation reads of a config beside the targets.
+_SECTIONS = ("model", "data", "gradients", "layers", "layer_economy", "reference", "replicas")
+_BESIDE = ("seed", "prices")
+_FOLDER = "evaluations"
+
+
+def own_config(config: Config, name: str, **changes: Any) -> Config:
+    """The config of an evaluation's run: of the user's what it reads, with `method: in2core`.
+
+    changes: sections in place of the user's; `gradients` are put over those.
+
+    Raises:
+        InputError: gradients that In2Core has no use for.
+    """
+    given = config.model_dump(exclude_unset=True)
+    kept = {key: given[key] for key in (*_SECTIONS, *_BESIDE) if key in given}
+    gradients = {**kept.pop("gradients", {}), **changes.pop("gradients", {})}
+    own = Config.model_validate(
+        {
+            **kept,
+            "run": storage.join(config.run, _FOLDER, name),
+            "cache": config.cache_url,
+            "targets": given["targets"],
+            "method": "in2core",
+            "gradients": gradients,
+            "evaluation": {name: getattr(config.evaluation, name)},
+            **changes,
+        }
+    )
+    check_together(own, f"evaluation.{name}")
+    return own
+
+
+def evaluated_run(config: Config, name: str) -> str:
+    """The run that an evaluation's own config is of."""
+    return config.run.removesuffix(f"/{_FOLDER}/{name}")
+
+
+def all_gradients(job: Job, reduce: Any, take: Callable[[], str] | None = None) -> ExactUnits:
+    """Tokenise, and take the gradients of every row; returns their units.
+
+    take: is called once the catalogue is known, before a model runs; returns a line to show.
+    """
+    load_catalogue(job, reduce, take)
+    units = gradient_units(job, reduce)
+    run_gradients(job, units)
+    return units
+
+
+def load_catalogue(job: Job, reduce: Any, take: Callable[[], str] | None = None) -> None:
+    """Tokenise; see `all_gradients`."""
+    pool, targets = catalogue(job)
+    with timed(job, "catalogue"):
+        job.log.manifest.counts = reduce.load_catalogue(pool, targets)
+        if take is not None:
+            job.progress.note(take())
+    job.tokens = reduce.tokens_of
+
+
+def run_gradients(job: Job, units: ExactUnits) -> None:
+    """Compute what the cache lacks of them."""
+    assert job.shape is not None  # of gradient_units or model_shape
+    job.log.manifest.coverage = job.shape.coverage
+    run_units(job, units.all)
+
+
+class OwnReduce:
+    """The select job's reducer, for every step that is its own; others add theirs beside it."""
+
+    def __init__(self, config: Config) -> None:
+        self.reducer = Reducer(config)
+
+    def __getattr__(self, step: str) -> Any:
+        return getattr(self.reducer, step)

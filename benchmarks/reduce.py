@@ -37,14 +37,8 @@ from influence.cache import Cache, vector_column
 from influence.candidates import SourceFile
 from influence.catalogue import Catalogue, build_catalogue
 from influence.predictor import Mapper, read_predictor, regression_predictor, write_predictor
-from influence.schemas import (
-    Fidelity,
-    TargetFidelity,
-    VectorLayout,
-    catalogue_schema,
-    score_shard_schema,
-    shard_schema,
-)
+from influence.records import Fidelity, TargetFidelity
+from influence.schemas import VectorLayout, catalogue_schema, score_shard_schema, shard_schema
 from influence.score_shards import ShardTable, score_table_of, score_units
 from influence.selected import ScoreColumns
 from influence.selection import Rule

@@ -14,10 +14,10 @@ from influence.model_shape import ModelShape, model_shape
 from influence.plan_schemas import Amounts, Bill, Measured, MeasuredStage, StageBill
 from influence.planned_work import plan_work
 from influence.quantities import DRIVER, OF_RUN, StageWork
+from influence.records import Manifest, StageRecord
 from influence.reference import STAGE as REFERENCE
 from influence.reference_work import reference_bytes, reference_flops
 from influence.result_bytes import result_sizes
-from influence.schemas import Manifest, StageRecord
 from influence.score_shards import scoring_url
 from influence.speeds import Speeds
 from influence.stored import Stored

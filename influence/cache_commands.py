@@ -69,7 +69,7 @@ def list_(
     from influence.cache_listing import make_listing, scan_cache
     from influence.cache_tables import print_listing
     from influence.cache_use import recorded_use, use_of
-    from influence.schemas import to_json
+    from influence.records import to_json
 
     contents = scan_cache(cache)
     uses = [use_of(named, cache) for named in config or ()]

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from influence import storage
 from influence.cache_use import Place, Use
 from influence.history import FOLDER
+from influence.records import CachedFingerprint, CacheListing, OtherObjects
 from influence.reference import STAGE as REFERENCE
-from influence.schemas import CachedFingerprint, CacheListing, OtherObjects, layout_of
+from influence.schemas import layout_of
 
 #: The stages whose fingerprints this version can compute. What is kept under any other name (of a
 #: later version, say) is no shard here, and so is never pruned.

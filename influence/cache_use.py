@@ -20,10 +20,10 @@ from influence.exact_work import product_fingerprints, target_vector_units
 from influence.hub import resolve_revision
 from influence.pipeline import NEED_GRADIENTS, Job, catalogue_units, prepare_targets
 from influence.progress import Progress
+from influence.records import Manifest
 from influence.reducer import Reducer
 from influence.reference import STAGE, planned_reference, with_reference
 from influence.run_log import RunLog, read_manifest
-from influence.schemas import Manifest
 from influence.transfer import pilot_config, target_config
 from influence.units import bundled
 from influence.worker import Worker

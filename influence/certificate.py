@@ -11,7 +11,7 @@ from scipy.special import ndtri
 
 from influence.certified_result import RecallCertificate
 from influence.fidelity import SCORE_LEVEL, certify, sketch_sd
-from influence.schemas import Fidelity, Interval, Recall, TargetFidelity
+from influence.records import Fidelity, Interval, Recall, TargetFidelity
 from influence.scores import Scores
 from influence.selection import Selection, combined_score
 from influence.target_columns import TargetColumns

@@ -31,7 +31,7 @@ from influence.posterior import (
     observe,
     posterior_of,
 )
-from influence.schemas import Round
+from influence.records import Round
 from influence.score_table import OverlaidTable, ScoreTable, scored_rows
 from influence.selection import Rule, Selection
 from influence.table_selection import Selected, select_table

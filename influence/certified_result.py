@@ -12,7 +12,7 @@ from influence.audit import Found, missed_at_most
 from influence.certified import Certified
 from influence.membership import interval, reaches
 from influence.posterior import leave_one_out, no_evidence, observe, posterior_of
-from influence.schemas import Recall, ReliabilityBin, Round
+from influence.records import Recall, ReliabilityBin, Round
 from influence.scores import Scores
 
 # Predicted probabilities are grouped by these for the reliability.

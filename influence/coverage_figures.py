@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from influence.schemas import Coverage, CoverageRow
+from influence.records import Coverage, CoverageRow
 from influence.sketch_noise import rank_correlation
 
 LEAST = 20

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from influence.candidates import read_rows
 from influence.catalogue import Catalogue
 from influence.landmarks import row_keys
-from influence.schemas import Coverage, CoverageRow
+from influence.records import Coverage, CoverageRow
 from influence.score_table import ScoreTable
 from influence.sentence_encoder import SentenceEncoder
 from influence.target_columns import TargetColumns

@@ -19,7 +19,7 @@ from influence.fingerprints import fingerprint
 from influence.job import Job
 from influence.plan_schemas import Measured
 from influence.quantities import Decided
-from influence.schemas import to_json
+from influence.records import to_json
 from influence.stored import Stored
 
 FOLDER = "history"

@@ -16,7 +16,7 @@ from influence.exact_work import exact_units
 from influence.job import Job, run_units, timed
 from influence.layer_choice import restricted_fingerprint, write_names
 from influence.model_shape import ModelShape, model_shape
-from influence.schemas import LayerChoice
+from influence.records import LayerChoice
 from influence.score_map import map_scores, map_units
 from influence.score_shards import scoring_url
 from influence.sentence_encoder import find_encoder

@@ -16,7 +16,7 @@ from influence.datainf import LayerBlock, inverse_products
 from influence.gradient_rows import gradient_rows, mean_gradients, squared_norms
 from influence.layer_choice import choose_layers
 from influence.predictor import linear_predictor, write_predictor
-from influence.schemas import LayerChoice
+from influence.records import LayerChoice
 from influence.scoring import half_weights
 from influence.shard_reader import read_shards
 from influence.target_columns import TargetColumns

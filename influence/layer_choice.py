@@ -20,7 +20,7 @@ from influence.fingerprints import Fingerprint, fingerprint
 from influence.gradient_rows import gradient_rows, layer_blocks
 from influence.layer_economy import Choice, Economy, LayerGroup, economise, module_groups
 from influence.memory_budget import parse_memory
-from influence.schemas import LayerChoice, LayerSubset
+from influence.records import LayerChoice, LayerSubset
 from influence.shard_reader import read_shards
 from influence.units import ExactUnits
 

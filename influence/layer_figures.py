@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from influence import plots
-from influence.schemas import LayerChoice, LayerSubset
+from influence.records import LayerChoice, LayerSubset
 
 #: Lines of the table for each rule: its subsets nearest to these shares of the budget.
 SHARES = (0.25, 0.5, 1.0)

@@ -11,8 +11,8 @@ from influence.config import Config
 from influence.errors import InputError
 from influence.plan import Plan
 from influence.plan_schemas import Measured
+from influence.records import to_json
 from influence.run_log import read_manifest
-from influence.schemas import to_json
 
 
 def known_speeds(config: Config, rows: int, like: str | None) -> list[Measured]:

@@ -15,8 +15,8 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from influence.meter import Left, Meter, Work
+from influence.records import Pace
 from influence.report_format import seconds as duration
-from influence.schemas import Pace
 from influence.units import Unit
 from influence.worker import UnitResult
 

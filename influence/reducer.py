@@ -34,8 +34,9 @@ from influence.predictor import (
     write_predictor,
 )
 from influence.quotas import Quota
+from influence.records import LayerChoice
 from influence.results import write_results
-from influence.schemas import REASON_DUPLICATE, LayerChoice
+from influence.schemas import REASON_DUPLICATE
 from influence.score_shards import ShardTable, scoring_url
 from influence.score_table import ArrayTable, OverlaidTable, scored_rows
 from influence.scores import Scores

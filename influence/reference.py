@@ -22,8 +22,9 @@ from influence.config import POOL, Config
 from influence.errors import InputError
 from influence.finetune_job import identity_of, settings_of
 from influence.fingerprints import Fingerprint, fingerprint
+from influence.records import ReferenceRecord
 from influence.replica import load_tokenizer
-from influence.schemas import FORMAT_VERSION, ReferenceRecord
+from influence.schemas import FORMAT_VERSION
 from influence.tokenization import template_fingerprint
 
 STAGE = "reference"

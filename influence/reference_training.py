@@ -18,6 +18,7 @@ from influence.finetune_job import FinetuneJob, claim, prepare_finetune, train
 from influence.lease import Lease, driving
 from influence.load import Load
 from influence.progress import Progress
+from influence.records import ReferenceRecord, ReferenceUse, StageRecord, to_json
 from influence.reference import (
     MARKER,
     STAGE,
@@ -29,7 +30,6 @@ from influence.reference import (
 )
 from influence.replica import choose_device
 from influence.run_log import RunLog
-from influence.schemas import ReferenceRecord, ReferenceUse, StageRecord, to_json
 from influence.tokenization import Encoded
 from influence.training_progress import TrainingProgress, Watcher
 from influence.training_record import TrainingRecord, read_record, remove_training, versions

@@ -15,6 +15,7 @@ import numpy as np
 from influence import plots, storage
 from influence.coverage_figures import coverage_report
 from influence.layer_figures import layer_report
+from influence.records import FailedShard, StageRecord, TargetFidelity
 from influence.report_bill import bill_caption, bill_lines
 from influence.report_data import (
     RunData,
@@ -25,7 +26,6 @@ from influence.report_data import (
     source_table,
 )
 from influence.report_format import FILTERS, decimal
-from influence.schemas import FailedShard, StageRecord, TargetFidelity
 
 TOP_SOURCES = 30
 GRADIENT_METHODS = ("influence_distillation", "in2core", "less", "exact")

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from influence import storage
 from influence.errors import InputError
 from influence.outputs import COVERAGE, TRANSFER
-from influence.schemas import Coverage, Fidelity, Manifest, Transfer
+from influence.records import Coverage, Fidelity, Manifest, Transfer
 
 #: Targets (or groups) that get figures; the tables hold all of them.
 MAX_DRAWN = 6

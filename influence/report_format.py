@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from influence.schemas import Interval, Recall, Round
+from influence.records import Interval, Recall, Round
 
 DASH = "–"
 

@@ -11,7 +11,7 @@ from influence.certificate import named_scores
 from influence.config import Config
 from influence.lease import check_driver
 from influence.outputs import COVERAGE
-from influence.schemas import Coverage, Fidelity, to_json
+from influence.records import Coverage, Fidelity, to_json
 from influence.score_table import rows_of
 from influence.scores import Scores
 from influence.selected import ScoreColumns, extremes, selected_counts, source_counts

@@ -16,7 +16,7 @@ from influence import storage
 from influence.errors import InfluenceError, InputError, InterruptedRunError, RunTakenError
 from influence.fingerprints import Fingerprint
 from influence.lease import Lease
-from influence.schemas import FailedShard, Manifest, StageRecord, to_json
+from influence.records import FailedShard, Manifest, StageRecord, to_json
 from influence.units import Unit
 from influence.worker import UnitResult
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from influence.catalogue import Catalogue
 from influence.fidelity import true_fidelity
 from influence.heads import read_heads
-from influence.schemas import Fidelity
+from influence.records import Fidelity
 from influence.score_table import ScoreTable, rows_of
 from influence.scores import Scores
 from influence.selection import Selection, combined_score

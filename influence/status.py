@@ -21,10 +21,10 @@ from influence.config import Config
 from influence.errors import InputError
 from influence.meter import Left
 from influence.progress import left_text, speed_text
+from influence.records import Manifest, Pace, StageRecord
 from influence.report_format import percent
 from influence.report_format import seconds as duration
 from influence.run_log import SIGN_OF_LIFE_SECONDS, read_manifest
-from influence.schemas import Manifest, Pace, StageRecord
 
 _RESULTS = ("fidelity.json", "selection.jsonl", "report.html")
 

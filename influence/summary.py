@@ -9,9 +9,9 @@ from rich.text import Text
 
 from influence.bill_tables import bill_table
 from influence.errors import InputError
+from influence.records import Fidelity, Interval, Manifest, Recall
 from influence.report_format import percent
 from influence.run_log import read_manifest
-from influence.schemas import Fidelity, Interval, Manifest, Recall
 from influence.status import compact_table, damage_text, share_text
 
 MOST_SOURCES = 30

@@ -16,8 +16,8 @@ from influence import storage
 from influence.checkpoints import ADAPTER_FILES, OPTIMIZER_FILE, Checkpoints
 from influence.errors import InputError
 from influence.held_out import SetLoss
+from influence.records import to_json
 from influence.resume import changed_values
-from influence.schemas import to_json
 
 NAME = "training.json"
 FORMAT_VERSION = 1

@@ -26,10 +26,10 @@ from influence.hub import resolve_revision
 from influence.intervals import spearman_interval
 from influence.outputs import TRANSFER
 from influence.progress import Progress
+from influence.records import Interval, Transfer, TransferColumn, to_json
 from influence.reference_training import Train, make_reference
 from influence.replica import load_tokenizer
 from influence.run_log import RunLog
-from influence.schemas import Interval, Transfer, TransferColumn, to_json
 from influence.sketch_noise import rank_correlation
 
 FOLDER, PILOT = "transfer", "pilot.jsonl"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from influence.observer import Observer
 from influence.progress import Progress
+from influence.records import Manifest, ReplicaCount
 from influence.run_log import RunLog
-from influence.schemas import Manifest, ReplicaCount
 from influence.units import Bundle
 from influence.worker import UnitResult
 

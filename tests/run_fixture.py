@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 import yaml
 from scipy.stats import rankdata
 
-from influence.schemas import (
-    SELECTION_FIELDS,
+from influence.records import (
     FailedShard,
     Fidelity,
     Interval,
@@ -24,9 +23,9 @@ from influence.schemas import (
     Recall,
     StageRecord,
     TargetFidelity,
-    scores_schema,
     to_json,
 )
+from influence.schemas import SELECTION_FIELDS, scores_schema
 
 SOURCES = ("web_qa", "code_review", "maths_steps", "dialogue", "recipes")
 STEPS = {"scores", "selection", "fidelity.json", "landmarks.parquet", "samples.json", "config.yaml"}

@@ -15,7 +15,7 @@ from influence.config import Config
 from influence.one_process import run_select
 from influence.plan import make_plan
 from influence.plan_schemas import Bill, Measured, PlanDocument, ReplicaKind, StageBill
-from influence.schemas import to_json
+from influence.records import to_json
 
 PRICED = {"prices__node_hour": 2.5, "prices__currency": "EUR"}
 

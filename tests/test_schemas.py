@@ -18,18 +18,16 @@ from influence.cache import parse
 from influence.candidates import SourceFile
 from influence.config_loading import dump_config, load_config
 from influence.errors import InputError
+from influence.records import Fidelity, Manifest, to_json
 from influence.run_log import read_manifest
 from influence.schemas import (
     FORMAT_VERSION,
     ROW_FIELDS,
     SELECTION_FIELDS,
-    Fidelity,
-    Manifest,
     VectorLayout,
     layout_of,
     scores_schema,
     shard_schema,
-    to_json,
 )
 from influence.units import Unit
 

@@ -23,9 +23,9 @@ from influence.local import local_execute
 from influence.one_process import run_select
 from influence.pipeline import prepare, select
 from influence.progress import Progress
+from influence.records import Manifest, Pace, ReplicaCount, StageRecord, to_json
 from influence.reducer import Reducer
 from influence.resume import claim_run
-from influence.schemas import Manifest, Pace, ReplicaCount, StageRecord, to_json
 from influence.status import Status, print_status, read_status, status_document
 from influence.summary import stage_table
 from influence.units import Bundle, Unit

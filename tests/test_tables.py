@@ -12,7 +12,7 @@ from influence import plan, plan_tables, storage
 from influence.config_loading import dump_config, parse_config
 from influence.plan_schemas import Bill, ReplicaKind, StageBill
 from influence.planned_work import Work
-from influence.schemas import FailedShard, Fidelity, Manifest, StageRecord, to_json
+from influence.records import FailedShard, Fidelity, Manifest, StageRecord, to_json
 from influence.status import print_status, read_status
 from influence.summary import certificate_table, source_table
 

@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from influence import storage
 from influence.config import Config
 from influence.config_loading import dump_config, parse_config
+from influence.records import Manifest
 from influence.run_log import read_manifest
-from influence.schemas import Manifest
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from influence.budget import parse_budget
-from influence.config import POOL, Config, FinetuneConfig
+from influence.config import Config
+from influence.config_finetune import POOL, FinetuneConfig
 from influence.errors import InputError
 
 LAYERED = ("layerwise", "none")

@@ -8,7 +8,8 @@ from typing import Any
 
 from influence import storage
 from influence.candidates import SourceFile, scan_files
-from influence.config import POOL, Config, ModelConfig
+from influence.config import Config, ModelConfig
+from influence.config_finetune import POOL
 from influence.errors import InputError, ModelLoadError
 from influence.finetune import finetune, full_identity
 from influence.finetune_settings import FinetuneSettings

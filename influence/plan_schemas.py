@@ -1,6 +1,7 @@
 """The JSON documents of plans: `influence plan --json`, and the bill in a run's manifest.
 
-As in `influence.schemas` and `influence.records`, everything that another program may read is declared here.
+As in `influence.schemas` and `influence.records`, everything that another program may read is
+declared here.
 """
 
 from __future__ import annotations

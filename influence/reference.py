@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from influence import storage
 from influence.candidates import SourceFile, scan_files
 from influence.checkpoints import ADAPTER_FILES
-from influence.config import POOL, Config
+from influence.config import Config
+from influence.config_finetune import POOL
 from influence.errors import InputError
 from influence.finetune_job import identity_of, settings_of
 from influence.fingerprints import Fingerprint, fingerprint

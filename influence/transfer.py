@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float, Int
 
 from influence import storage
 from influence.candidates import SourceFile, read_rows
-from influence.config import Config, CoverageConfig, ReferenceConfig, TransferConfig
+from influence.config import Config, CoverageConfig, TransferConfig
+from influence.config_finetune import ReferenceConfig
 from influence.errors import InputError
 from influence.finetune_job import identity_of
 from influence.fingerprints import model_values

@@ -44,6 +44,9 @@ class DataConfig(Section):
     )
     limit: PositiveInt | None = Field(None, description="take the first rows in file order")
     max_length: Annotated[int, Field(ge=2)] = 2048
+    loss_on: Literal["response", "all"] = Field(
+        "response", description="tokens that are learnt: the responses', or all but the first"
+    )
 
     @field_validator("candidates", mode="before")
     @classmethod

@@ -90,13 +90,16 @@ def identity_of(config: Config) -> dict[str, Any]:
             "finetune.dtype: the gradients of float16 under- and overflow; set finetune.dtype to "
             "bfloat16 or float32"
         )
-    return {
+    identity = {
         "model": model_content(model),
         "adapter": _adapter_content(start_of(config), own=section.adapter is not None),
         "dtype": dtype,
         "attention": model.attention,
         "max_length": section.max_length or config.data.max_length,
     }
+    if config.data.loss_on != "response":
+        identity["loss_on"] = config.data.loss_on
+    return identity
 
 
 def prepare_finetune(
@@ -111,7 +114,7 @@ def prepare_finetune(
     """
     section, model = config.finetune, config.model
     start, identity = start_of(config), identity_of(config)
-    encode = make_encoder(load_tokenizer(model), identity["max_length"])
+    encode = make_encoder(load_tokenizer(model), identity["max_length"], config.data.loss_on)
     rows = _rows(config, encode, pool)
     _note_rows(watcher, rows)
     sets = _sets(config, encode, watcher)

@@ -42,11 +42,13 @@ def fingerprint(values: Mapping[str, Any]) -> Fingerprint:
 
 def stage_fingerprints(config: Config, template: str) -> dict[str, Fingerprint]:
     """Fingerprints of every stage of this config; `template` is the tokenizer's fingerprint."""
-    tokens = {
+    tokens: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "template": template,
         "max_length": config.data.max_length,
     }
+    if config.data.loss_on != "response":
+        tokens["loss_on"] = config.data.loss_on
     stages = {"catalogue": fingerprint(tokens)}
     if config.method == "random":
         return stages

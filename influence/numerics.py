@@ -92,7 +92,8 @@ def spread_rows(config: Config, count: int) -> list[Encoded]:
     Raises:
         InputError: none of them can be.
     """
-    encode = make_encoder(load_tokenizer(config.model), config.data.max_length)
+    data = config.data
+    encode = make_encoder(load_tokenizer(config.model), data.max_length, data.loss_on)
     file = scan_files(config.data.candidates, config.data.limit)[0]
     encoded = encode(read_examples(file, 0, min(SCANNED_ROWS, file.rows) - 1))
     usable = sorted((row for row in encoded if row.reason is None), key=lambda row: row.n_tokens)

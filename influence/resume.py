@@ -36,6 +36,7 @@ _FREE_OF_REFERENCE = ("workers", *FREE)
 _RECOMPUTES = {
     "model": "everything but the catalogue",
     "data.max_length": "everything",
+    "data.loss_on": "everything",
     "embedding": "the embeddings",
     "landmarks.count": "the gradients of new landmarks",
     "landmarks.choose": "the gradients of new landmarks",

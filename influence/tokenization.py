@@ -57,25 +57,30 @@ class _Tokens:
     mask: Sequence[bool] | np.ndarray
 
 
+#: Which tokens count in a sample's loss.
+LOSS_ON = ("response", "all")
+
 Encoder = Callable[[Sequence[Example]], list[Encoded]]
 
 
-def make_encoder(tokenizer: Any, max_length: int) -> Encoder:
+def make_encoder(tokenizer: Any, max_length: int, loss_on: str = "response") -> Encoder:
     """A function from examples to encoded rows, in order.
 
     The text is the tokenizer's chat template. Every assistant turn is response: as the template's
     `{% generation %}` markers say, else by comparing renderings of the first turns. A token is
     response if its last character lies in a response, so that a space merged into the first word
-    goes with the word. At most `max_length` tokens are kept, the first ones. A date that the
-    template prints is fixed (26 Jul 2024).
+    goes with the word. With `loss_on="all"` every token is. At most `max_length` tokens are kept,
+    the first ones. A date that the template prints is fixed (26 Jul 2024).
 
     Raises:
         InputError: the tokenizer has no chat template, the template is broken (here or at the
             first row), or it renders a turn differently once others follow.
-        ValueError: `max_length` is not positive.
+        ValueError: `max_length` is not positive, or `loss_on` neither "response" nor "all".
     """
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, not {max_length}")
+    if loss_on not in LOSS_ON:
+        raise ValueError(f"loss_on must be one of {', '.join(LOSS_ON)}, not {loss_on!r}")
     template = chat_template(tokenizer)
     render = make_render(tokenizer, template)
     marked = has_generation_markers(template)
@@ -91,6 +96,8 @@ def make_encoder(tokenizer: Any, max_length: int) -> Encoder:
             tokens = [_marked(tokenizer, template, example) for example in readable]
         else:
             tokens = _unmarked(tokenizer, render, readable)
+        if loss_on == "all":
+            tokens = [None if each is None else _whole(each) for each in tokens]
         found = {id(example): each for example, each in zip(readable, tokens, strict=True)}
         return [_encoded(example, found.get(id(example)), max_length) for example in examples]
 
@@ -115,6 +122,10 @@ def template_fingerprint(tokenizer: Any) -> str:
         parts["added"] = sorted((i, str(t)) for i, t in tokenizer.added_tokens_decoder.items())
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()
+
+
+def _whole(tokens: _Tokens) -> _Tokens:
+    return _Tokens(tokens.ids, np.ones(len(tokens.ids), dtype=bool))
 
 
 def _encoded(example: Example, tokens: _Tokens | None, max_length: int) -> Encoded:

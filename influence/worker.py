@@ -140,8 +140,8 @@ class Worker:
 
     def _read(self, unit: Unit) -> list[Encoded]:
         if self._encode is None:
-            tokenizer = load_tokenizer(self.config.model)
-            self._encode = make_encoder(tokenizer, self.config.data.max_length)
+            tokenizer, data = load_tokenizer(self.config.model), self.config.data
+            self._encode = make_encoder(tokenizer, data.max_length, data.loss_on)
         if unit.rows is not None:
             return self._encode(read_rows(unit.file, unit.rows, unit.group_by))
         return self._encode(read_examples(unit.file, unit.first, unit.last, unit.group_by))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,11 @@ class Oracle:
             for name, each in setup.targets.items()
         }
 
-    def unit_gradient(self, row: dict[str, Any], wanted: str = "_proj") -> torch.Tensor:
+    def unit_gradient(
+        self, row: dict[str, Any], wanted: str = "_proj", every_token: bool = False
+    ) -> torch.Tensor:
         ids, labels = tokens_and_labels(messages_of(row), self.tokenizer)
+        labels = ids if every_token else labels
         weights = [w for n, w in self.model.named_parameters() if wanted in n]
         loss = self.model(input_ids=ids, labels=labels).loss
         flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
@@ -101,6 +105,18 @@ def assert_scores(directory: str, oracle: Oracle, wanted: dict[str, list[float]]
 def test_exact_products_are_cosines_of_autograd_gradients(run: Runner, oracle: Oracle) -> None:
     directory = run(method="exact", gradients__projection="exact")
     assert_scores(directory, oracle, oracle.scores(oracle.unit_gradient), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_on_all_tokens_is_the_models_own_with_ids_as_labels(
+    run: Runner, oracle: Oracle
+) -> None:
+    directory = run(method="exact", gradients__projection="exact", data__loss_on="all")
+    every = partial(oracle.unit_gradient, every_token=True)
+    assert_scores(directory, oracle, oracle.scores(every), rtol=1e-4, atol=1e-5)
+    table = scores_of(directory)
+    scored = [row for row in table.to_pylist() if row["reason"] is None]
+    wrong = [r["id"] for r in scored if r["n_response_tokens"] != r["n_tokens"] - 1]
+    assert not wrong, f"tokens of these rows are left out, or the first one is learnt: {wrong}"
 
 
 def test_whole_gradients_give_the_same_scores_without_noise(run: Runner, oracle: Oracle) -> None:

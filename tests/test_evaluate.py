@@ -167,7 +167,9 @@ def test_figures_are_those_of_the_oracle_on_the_same_gradients(evaluated: Config
     rankings, labels, wanted = expected_rankings(evaluated)
     found = result_of(evaluated)
     judged = [t for t, kind in enumerate(wanted) if kind in KINDS]
-    for name, P in rankings.items():
+    everything = [(name, "", P) for name, P in rankings.items()]
+    everything += [(name, "_by_size", np.abs(P)) for name, P in rankings.items()]
+    for name, kind, P in everything:
         aucs, recalls = [], []
         for t in judged:
             own = labels == wanted[t]
@@ -175,10 +177,11 @@ def test_figures_are_those_of_the_oracle_on_the_same_gradients(evaluated: Config
             first = np.argsort(-P[:, t], kind="stable")[: own.sum()]
             recalls.append(own[first].mean())
         # One pair of rows that changes places by rounding: 1 / (9 x 18 pairs x 7 target rows).
-        assert found[name]["auc"] == pytest.approx(np.mean(aucs), abs=2e-3), name
-        assert found[name]["recall"] == pytest.approx(np.mean(recalls), abs=2e-2), name
+        figures = {key: found[name][f"{key}{kind}"] for key in ("auc", "recall")}
+        assert figures["auc"] == pytest.approx(np.mean(aucs), abs=2e-3), name + kind
+        assert figures["recall"] == pytest.approx(np.mean(recalls), abs=2e-2), name + kind
         error = np.std(aucs, ddof=1) / np.sqrt(len(judged))
-        assert found[name]["auc_se"] == pytest.approx(error, abs=2e-3)
+        assert found[name][f"auc{kind}_se"] == pytest.approx(error, abs=2e-3), name + kind
     by_class = found["by_class"]
     assert sum(each["target_rows"] for each in by_class.values()) == len(judged)
     for name in METHODS:

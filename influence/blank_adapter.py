@@ -18,6 +18,7 @@ from influence.config import Config
 from influence.errors import InputError, ModelLoadError
 from influence.finetune import lora_config
 from influence.finetune_job import settings_of, start_of
+from influence.model_building import BUILDING
 from influence.replica import adapter_arguments, load_description
 
 _SCALE = 0.01
@@ -35,7 +36,7 @@ def write_blank(training: Config, folder: str) -> None:
 
     start = start_of(training)
     described = load_description(training.model)
-    with torch.device("meta"):
+    with BUILDING, torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             described, trust_remote_code=training.model.trust_remote_code
         )

@@ -70,7 +70,7 @@ def terminal_table(result: ResultTable) -> Table:
     """A result for the terminal. Names out of the data stand as they are."""
     table = Table(title=result.title, caption=Text(result.caption), caption_justify="left")
     for index, heading in enumerate(result.headings):
-        table.add_column(heading, justify="right" if index else "left")
+        table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
     for row in result.rows:
         table.add_row(*(Text(cell) for cell in row))
     return table

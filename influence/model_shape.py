@@ -14,6 +14,7 @@ from influence.blocks import find_decoder
 from influence.config import Config
 from influence.errors import ModelLoadError
 from influence.gradients import Layer, attributed_layers, coverage
+from influence.model_building import BUILDING
 from influence.replica import adapter_arguments, load_description
 
 
@@ -73,7 +74,7 @@ def model_shape(config: Config) -> ModelShape:
 
     described = load_description(config.model)
     try:
-        with torch.device("meta"):
+        with BUILDING, torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 described, trust_remote_code=config.model.trust_remote_code
             )

@@ -18,6 +18,7 @@ from influence.adapters import ADAPTER_WEIGHTS, local_adapter
 from influence.config import ModelConfig
 from influence.errors import ModelLoadError
 from influence.hub import hub_has
+from influence.model_building import BUILDING
 
 _DTYPES = {
     "float64": torch.float64,
@@ -126,13 +127,14 @@ def load_replica(config: ModelConfig, dtype: str, device: str = "auto") -> Repli
     where = torch.device(resolve_device(device))
     notes: list[str] = []
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve_name(config),
-            dtype=_DTYPES[dtype],
-            attn_implementation=config.attention,
-            use_safetensors=None if config.gguf_file else True,
-            **_load_arguments(config),
-        )
+        with BUILDING:
+            model = AutoModelForCausalLM.from_pretrained(
+                resolve_name(config),
+                dtype=_DTYPES[dtype],
+                attn_implementation=config.attention,
+                use_safetensors=None if config.gguf_file else True,
+                **_load_arguments(config),
+            )
         if config.adapter is not None:
             from peft import PeftModel
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 
 from influence.errors import InputError
+from influence.model_building import BUILDING
 
 #: What a small encoder gets through on two cores, about.
 TEXTS_PER_SECOND = 50.0
@@ -39,7 +40,8 @@ class SentenceEncoder:
         self._limit = int(limit or _MAX_TOKENS)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-            self._model: Any = AutoModel.from_pretrained(folder, use_safetensors=True)
+            with BUILDING:
+                self._model: Any = AutoModel.from_pretrained(folder, use_safetensors=True)
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
             raise InputError(

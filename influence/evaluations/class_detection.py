@@ -194,14 +194,17 @@ def table(document: dict[str, Any]) -> ResultTable:
     rows = [
         (
             METHODS[name],
-            *(_with_error(getattr(each, k), getattr(each, f"{k}_se")) for k in KINDS),
+            _with_error(each.auc, each.auc_se),
+            _with_error(each.recall, each.recall_se),
+            f"{each.auc_by_size:.3f}",
+            f"{each.recall_by_size:.3f}",
         )
         for name, each in sorted(figures.items(), key=lambda item: -item[1].auc)
     ]
     caption = (
         f"Column {about.column}: {about.classes:,} classes, {about.candidates:,} candidates ranked "
         f"for each of {about.target_rows:,} target rows. Means over the target rows and their "
-        "standard errors. AUC: how often a candidate of the row's own class ranks above another; "
+        "standard errors (of those by size in evaluation.json). AUC: how often a candidate of the row's own class ranks above another; "
         "0.5 is chance. Recall: of as many first ranks as the class has candidates, the share that "
         "is of the class. By size: ranked by the score's size whatever its sign, as the paper's "
         "code does for its recall; a row of the class may pull the other way."

@@ -221,7 +221,7 @@ def table(document: dict[str, Any]) -> ResultTable:
 
 
 def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+    return f"{value:.3f}" if error is None else f"{value:.3f}±{error:.3f}"
 
 
 EVALUATION = Evaluation(settings, inputs, ClassDetectionReduce, run, table)

@@ -257,7 +257,7 @@ def test_it_shares_the_cache_with_select_and_stands_in_its_report(
     section = page[page.index('id="evaluation"') : page.index('id="stages"')]
     for text in ("DataInf", "RDS+ embeddings", "Column kind: 3 classes, 27 candidates"):
         assert text in section
-    assert f"{result_of(config)['datainf']['auc']:.3f} ±" in section
+    assert f"{result_of(config)['datainf']['auc']:.3f}±" in section
     run_select(config, quiet=True)  # an evaluation is no other config of the selection
     assert Path(config.run, "evaluation.json").exists()
     Path(config.run, "evaluation.json").write_text('{"class_detection": {"datainf": 1}}')

@@ -204,10 +204,11 @@ def table(document: dict[str, Any]) -> ResultTable:
     caption = (
         f"Column {about.column}: {about.classes:,} classes, {about.candidates:,} candidates ranked "
         f"for each of {about.target_rows:,} target rows. Means over the target rows and their "
-        "standard errors (of those by size in evaluation.json). AUC: how often a candidate of the row's own class ranks above another; "
-        "0.5 is chance. Recall: of as many first ranks as the class has candidates, the share that "
-        "is of the class. By size: ranked by the score's size whatever its sign, as the paper's "
-        "code does for its recall; a row of the class may pull the other way."
+        "standard errors (of those by size in evaluation.json). AUC: how often a candidate of the "
+        "row's own class ranks above another; 0.5 is chance. Recall: of as many first ranks as the "
+        "class has candidates, the share that is of the class. By size: ranked by the score's size "
+        "whatever its sign, as the paper's code does for its recall; a row of the class may pull "
+        "the other way."
     )
     if about.influence_seconds is not None:
         caption += (

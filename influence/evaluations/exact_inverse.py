@@ -51,7 +51,7 @@ class ExactInverse(BaseModel):
     """The document of evaluation.json.
 
     spearman: of the rows' influences by the two, mean over the targets' columns; None where all are
-    constant. scale: the factor by which DataInf's are too large. layers: in the model's order.
+    constant. scale: how many times as large DataInf's are. layers: in the model's order.
     """
 
     spearman: float | None
@@ -146,7 +146,7 @@ def table(document: dict[str, Any]) -> ResultTable:
         f"{about.rows:,} candidates, {about.columns:,} target columns and {len(found.layers):,} "
         f"layers: the difference as a part of the exact one, and the cosine of the two; over the "
         f"layers. The influences by the two have a Spearman of {decimal(found.spearman, 3)}; "
-        f"DataInf's are too large by {significant(found.scale)}."
+        f"DataInf's are {significant(found.scale)} times as large."
     )
     return ResultTable(
         "DataInf and the exact inverse", caption, ("Layers", "Off by", "Cosine"), rows

@@ -38,10 +38,11 @@ from influence.hub import resolve_revision
 from influence.job import run_units
 from influence.local import local_execute
 from influence.one_process import run_select
+from influence.own_training import own_training, with_made_training
 from influence.pipeline import catalogue, prepare
 from influence.progress import Progress
 from influence.reducer import Reducer
-from influence.reference import made_reference, own_reference, with_reference
+from influence.reference import with_reference
 from influence.run_log import RunLog
 from influence.tokenization import Encoded
 from influence.training_record import read_record
@@ -204,7 +205,7 @@ def full_result(
     judge: Judge, recipe: Recipe, config: Config, tests: Mapping[str, Sequence[Encoded]]
 ) -> dict[str, Any]:
     """The reference model's losses: trained on the full pool as the others on their parts."""
-    reference = own_reference(config)
+    reference = own_training(config)
     assert reference is not None
     record = read_record(reference.url)
     assert record is not None
@@ -230,7 +231,7 @@ def full_result(
 
 def layer_table(config: Config) -> dict[str, Any]:
     """Subsets of the layers on the whole pool, from the gradients in the run's cache."""
-    config = made_reference(resolve_revision(with_reference(config)))
+    config = with_made_training(resolve_revision(with_reference(config)))
     config = config.model_copy(
         update={"layer_economy": config.layer_economy.model_copy(update={"memory": "100%"})}
     )

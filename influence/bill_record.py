@@ -11,12 +11,12 @@ from influence.cache import Cache
 from influence.errors import InfluenceError
 from influence.job import Job
 from influence.model_shape import ModelShape, model_shape
+from influence.own_training import STAGES as TRAINED
+from influence.own_training_work import training_bytes, training_flops
 from influence.plan_schemas import Amounts, Bill, Measured, MeasuredStage, StageBill
 from influence.planned_work import plan_work
 from influence.quantities import DRIVER, OF_RUN, StageWork
 from influence.records import Manifest, StageRecord
-from influence.reference import STAGE as REFERENCE
-from influence.reference_work import reference_bytes, reference_flops
 from influence.result_bytes import result_sizes
 from influence.score_shards import scoring_url
 from influence.speeds import Speeds
@@ -85,7 +85,7 @@ def _took(job: Job, name: str, record: StageRecord) -> Amounts:
         sizes = result_sizes(job.config.run) if name == "selection" else {}
         written, objects = sum(sizes.values()), len(sizes)
         return Amounts(written_bytes=written, objects=objects, seconds=record.seconds)
-    sizes = reference_bytes(job) if name == REFERENCE else _written(job, name)
+    sizes = training_bytes(job) if name in TRAINED else _written(job, name)
     took = Amounts(
         shards=record.computed,
         rows=record.rows,
@@ -99,8 +99,8 @@ def _took(job: Job, name: str, record: StageRecord) -> Amounts:
         took.shards = sum(key.startswith(f"{name}/") for key in sizes)
         took.rows = job.log.scored_rows[name]
         took.tokens = job.log.scored_tokens[name] or None
-    if name == REFERENCE:
-        took.flops = reference_flops(job, record.load)
+    if name in TRAINED:
+        took.flops = training_flops(job, record.load)
     if shape is not None and name in cost.STAGES:
         took.flops = cost.STAGES[name](job.config, shape, record.load)
     return took

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from influence.adapters import local_adapter
-from influence.checkpoints import ADAPTER_FILES
+from influence.checkpoints import ADAPTER_FILES, OPTIMIZER_FILE
 from influence.config import Config
 from influence.errors import InputError, ModelLoadError
 from influence.finetune import lora_config
@@ -24,8 +26,10 @@ from influence.replica import adapter_arguments, load_description
 _SCALE = 0.01
 
 
-def write_blank(training: Config, folder: str) -> None:
+def write_blank(training: Config, folder: str, *, optimizer: bool = False) -> None:
     """Write what the config's fine-tuning would give, untrained, into a folder.
+
+    optimizer: also AdamW's state, by names, as after one step.
 
     Raises:
         InputError: finetune.target_modules that the model does not have.
@@ -54,7 +58,7 @@ def write_blank(training: Config, folder: str) -> None:
             warnings.simplefilter("ignore", FutureWarning)
             wrapped = get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"reference.finetune.target_modules: {error}") from error
+        raise InputError(f"finetune.target_modules: {error}") from error
     draw = torch.Generator().manual_seed(0)
     shapes = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     numbers = {
@@ -62,3 +66,16 @@ def write_blank(training: Config, folder: str) -> None:
     }
     wrapped.peft_config["default"].save_pretrained(folder)
     save_file(numbers, os.path.join(folder, ADAPTER_FILES[1]))
+    if optimizer:
+        trained = {n: tuple(p.shape) for n, p in wrapped.named_parameters() if p.requires_grad}
+        torch.save(_blank_state(trained, draw), os.path.join(folder, OPTIMIZER_FILE))
+
+
+def _blank_state(shapes: Mapping[str, tuple[int, ...]], draw: torch.Generator) -> dict[str, Any]:
+    """The state dict of an AdamW that was made from named parameters of these shapes."""
+    parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    adamw = torch.optim.AdamW(parameters.items())
+    for parameter in parameters.values():
+        parameter.grad = _SCALE * torch.randn(parameter.shape, generator=draw)
+    adamw.step()
+    return adamw.state_dict()

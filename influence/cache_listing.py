@@ -15,27 +15,27 @@ import pyarrow.parquet as pq
 from influence import storage
 from influence.cache_use import Place, Use
 from influence.history import FOLDER
+from influence.own_training import STAGES as TRAINED
 from influence.records import CachedFingerprint, CacheListing, OtherObjects
-from influence.reference import STAGE as REFERENCE
 from influence.schemas import layout_of
 
 #: The stages whose fingerprints this version can compute. What is kept under any other name (of a
 #: later version, say) is no shard here, and so is never pruned.
-STAGES = ("catalogue", "embedding", "target_vectors", "gradients", "inner_products", REFERENCE)
+STAGES = ("catalogue", "embedding", "target_vectors", "gradients", "inner_products", *TRAINED)
 
 # See `influence.units.Unit.key`: content, first and last row, the rows' digest, the group column's.
 _KEY = re.compile(
     rf"({'|'.join(STAGES)})/([0-9a-f]{{32}})/"
     r"[0-9a-f]+-(\d+)-(\d+)(-[0-9a-f]{16})?(?:-[0-9a-f]{8})?\.parquet"
 )
-# Of a reference model everything goes together: adapter, checkpoints, lease.
-_REFERENCE = re.compile(rf"({REFERENCE})/([0-9a-f]{{32}})/.+")
+# Of a training everything goes together: adapter, checkpoints, lease.
+_TRAINING = re.compile(rf"({'|'.join(TRAINED)})/([0-9a-f]{{32}})/.+")
 _EXAMPLES = 5
 
 
 @dataclass(frozen=True, slots=True)
 class StoredShard:
-    """A listed object with a shard's name, or a file of a reference model. `rows` is None where
+    """A listed object with a shard's name, or a file of a job's own training. `rows` is None where
     its name does not tell."""
 
     url: str
@@ -90,7 +90,7 @@ def scan_cache(url: str) -> Contents:
         match = _KEY.fullmatch(name)
         if match is None and name.startswith(f"{FOLDER}/"):
             continue
-        if part := _REFERENCE.fullmatch(name):
+        if part := _TRAINING.fullmatch(name):
             place = (part[1], part[2])
             contents.shards.append(StoredShard(info.url, place, None, info.size, info.modified))
             continue
@@ -127,14 +127,14 @@ def make_listing(contents: Contents, uses: Sequence[Use] = ()) -> CacheListing:
         entry = CachedFingerprint(
             stage=stage,
             fingerprint=fingerprint,
-            shards=1 if stage == REFERENCE else len(whole),
+            shards=1 if stage in TRAINED else len(whole),
             rows=sum(rows) if len(rows) == len(whole) else None,
             bytes=sum(shard.size for shard in whole),
             newest=max(shard.modified for shard in whole),
             used_by=[use.label for use in users],
             values=values,
         )
-        if values is None and stage != REFERENCE:
+        if values is None and stage not in TRAINED:
             entry.made = _footer_facts(min(whole, key=lambda shard: shard.size).url)
         listing.fingerprints.append(entry)
     listing.empty = _others(empty)

@@ -18,11 +18,12 @@ from influence.errors import InputError
 from influence.evaluations import EVALUATIONS
 from influence.exact_work import product_fingerprints, target_vector_units
 from influence.hub import resolve_revision
+from influence.own_training import planned_training
 from influence.pipeline import NEED_GRADIENTS, Job, catalogue_units, prepare_targets
 from influence.progress import Progress
 from influence.records import Manifest
 from influence.reducer import Reducer
-from influence.reference import STAGE, planned_reference, with_reference
+from influence.reference import with_reference
 from influence.run_log import RunLog, read_manifest
 from influence.transfer import pilot_config, target_config
 from influence.units import bundled
@@ -131,10 +132,10 @@ def _check_pool(config: Config) -> None:
 
 def _resolved(config: Config) -> dict[Place, dict[str, Any]]:
     config = resolve_revision(with_reference(config))
-    with planned_reference(config) as (ready, reference):
+    with planned_training(config) as (ready, trained):
         places = _places(ready)
-    if reference is not None:
-        places[STAGE, reference.fingerprint.hex] = reference.fingerprint.values
+    if trained is not None:
+        places[trained.stage, trained.fingerprint.hex] = trained.fingerprint.values
     return places
 
 
@@ -143,10 +144,10 @@ def _of_transfer(config: Config) -> dict[Place, dict[str, Any]]:
     own = target_config(config)
     if own is None:
         return {}
-    with planned_reference(resolve_revision(own)) as (ready, reference):
+    with planned_training(resolve_revision(own)) as (ready, trained):
         places = _places(pilot_config(ready, config.run))
-    if reference is not None:
-        places[STAGE, reference.fingerprint.hex] = reference.fingerprint.values
+    if trained is not None:
+        places[trained.stage, trained.fingerprint.hex] = trained.fingerprint.values
     return places
 
 

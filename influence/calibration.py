@@ -16,9 +16,10 @@ from influence.fingerprints import stage_fingerprints
 from influence.hub import resolve_revision
 from influence.model_shape import model_shape
 from influence.numerics import spread_rows
+from influence.own_training import planned_training
 from influence.pipeline import NEED_GRADIENTS
 from influence.plan_schemas import Measured, MeasuredStage
-from influence.reference import planned_reference, with_reference
+from influence.reference import with_reference
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
 from influence.speeds import kind_of
 from influence.stages import Toolbox
@@ -42,7 +43,7 @@ def measure_speeds(config: Config, count: int) -> Measured:
     """
     if config.method == "random":
         raise InputError("--measure: method random runs no model; there is nothing to measure")
-    with planned_reference(resolve_revision(with_reference(config))) as (ready, _reference):
+    with planned_training(resolve_revision(with_reference(config))) as (ready, _own):
         return _measured(ready, count)
 
 

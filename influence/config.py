@@ -17,7 +17,7 @@ from pydantic import (
 
 from influence.budget import parse_budget
 from influence.config_evaluation import EvaluationConfig
-from influence.config_finetune import FinetuneConfig, ReferenceConfig
+from influence.config_finetune import FinetuneConfig, ReferenceConfig, WarmupConfig
 from influence.config_section import PositiveFloat, PositiveInt, Section, Share
 from influence.memory_budget import parse_memory
 
@@ -89,7 +89,9 @@ class GradientsConfig(Section):
     """
 
     parameters: str | list[str] = Field(
-        "linear", description="all, linear, lora, or patterns of parameter names"
+        "linear",
+        description="all, linear, lora, or patterns of parameter names; default with a warm-up, "
+        "and for in2core: lora",
     )
     blocks: str = Field("all", description="all, 'last K' or 'random K' decoder blocks")
     projection: Literal[
@@ -165,15 +167,6 @@ class OptimizerConfig(Section):
 
     state: str | None = None
     kind: Literal["sgd", "adamw"] = "sgd"
-
-
-class WarmupConfig(Section):
-    """Fine-tuning on a random part of the pool before gradients are taken."""
-
-    fraction: Share = 0.0
-    epochs: PositiveFloat = 1.0
-    learning_rate: PositiveFloat = 2e-5
-    checkpoints: PositiveInt = 1
 
 
 class WeightsConfig(Section):
@@ -290,7 +283,9 @@ class Config(Section):
     gradients: GradientsConfig = GradientsConfig()  # pyright: ignore[reportCallIssue]
     landmarks: LandmarksConfig = LandmarksConfig()  # pyright: ignore[reportCallIssue]
     optimizer: OptimizerConfig = OptimizerConfig()
-    warmup: WarmupConfig = WarmupConfig()
+    warmup: WarmupConfig | None = Field(
+        None, description="fine-tuning before gradients are taken; {}: with the defaults"
+    )
     weights: WeightsConfig = WeightsConfig()
     reference: ReferenceConfig = ReferenceConfig()  # pyright: ignore[reportCallIssue]
     layers: str | list[str] = Field(
@@ -315,15 +310,21 @@ class Config(Section):
                 raise ValueError(f"target name {name!r}: use letters, digits, '-', '_' and '.'")
         return value
 
+    @field_validator("warmup")
+    @classmethod
+    def _nothing_is_none(cls, value: WarmupConfig | None) -> WarmupConfig | None:
+        return None if value is None or value.fraction == 0 else value
+
     @model_validator(mode="after")
     def _defaults_of_the_method(self) -> Config:
+        own: dict[str, object] = {} if self.warmup is None else {"parameters": "lora"}
         if self.method == "in2core":
-            given = self.gradients.model_fields_set
             own = {"parameters": "lora", "projection": "layerwise", "normalize": False}
-            left = {name: value for name, value in own.items() if name not in given}
-            if left:
-                gradients = self.gradients.model_copy(update=left)
-                object.__setattr__(self, "gradients", gradients)
+        given = self.gradients.model_fields_set
+        left = {name: value for name, value in own.items() if name not in given}
+        if left:
+            gradients = self.gradients.model_copy(update=left)
+            object.__setattr__(self, "gradients", gradients)
         return self
 
     @property

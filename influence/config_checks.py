@@ -9,13 +9,30 @@ from influence.errors import InputError
 
 LAYERED = ("layerwise", "none")
 """Projections that keep layers apart, which DataInf's curvature needs."""
+WARMED_UP = ("influence_distillation", "exact")
+"""Methods that may take their gradients after a warm-up."""
 
 
 def check_together(config: Config, name: str = "config") -> None:
     """Raise `InputError`, naming the keys, for the first values that do not go together."""
-    problem = _of_in2core(config) if config.method == "in2core" else _of_others(config)
+    in2core = config.method == "in2core"
+    problem = _of_warmup(config) or (_of_in2core(config) if in2core else _of_others(config))
     if problem is not None:
         raise InputError(f"{name}: {problem}")
+
+
+def _of_warmup(config: Config) -> str | None:
+    if config.warmup is None:
+        return None
+    if config.method not in WARMED_UP:
+        instead = ""
+        if config.method == "in2core":
+            instead = "; its reference model is fine-tuned by reference.finetune"
+        return (
+            f"warmup: it is for method: {' and '.join(WARMED_UP)}; with method: {config.method} "
+            f"expected null (or warmup.fraction: 0){instead}"
+        )
+    return _of_own_training("warmup", config.warmup)
 
 
 def _of_in2core(config: Config) -> str | None:
@@ -37,7 +54,10 @@ def _of_in2core(config: Config) -> str | None:
         )
     if config.layer_patterns == ():
         return "layers: [] names none; expected all, auto, or patterns of parameter names"
-    own = ("reference", config.reference.finetune), ("transfer", config.transfer.finetune)
+    own = (
+        ("reference.finetune", config.reference.finetune),
+        ("transfer.finetune", config.transfer.finetune),
+    )
     for key, section in own:
         if section is not None and (problem := _of_own_training(key, section)):
             return problem
@@ -63,14 +83,14 @@ def _of_own_training(key: str, section: FinetuneConfig) -> str | None:
     """The job knows what to train on and where to: the rest is for `influence finetune`."""
     if section.data not in (None, [POOL]):
         return (
-            f"{key}.finetune.data: {section.data!r}; expected `pool` (with `fraction` for a "
+            f"{key}.data: {section.data!r}; expected `pool` (with `fraction` for a "
             "random part of it); for other data make the adapter with `influence finetune` and "
             "name it"
         )
     for name in ("evaluate", "evaluate_every", "output"):
         if getattr(section, name):
             return (
-                f"{key}.finetune.{name}: {getattr(section, name)!r}; expected null: the "
+                f"{key}.{name}: {getattr(section, name)!r}; expected null: the "
                 "adapter lies in the cache for all runs, and is not evaluated on the way; "
                 "`influence finetune` with finetune.data: pool does that"
             )

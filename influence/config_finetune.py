@@ -1,4 +1,4 @@
-"""The config's sections on fine-tuning, of a target model and of a reference."""
+"""The config's sections on fine-tuning: of a target model, a reference, and a warm-up."""
 
 from __future__ import annotations
 
@@ -87,4 +87,12 @@ class ReferenceConfig(Section):
     adapter: str | None = Field(None, description="PEFT adapter: folder, s3:// or hub name")
     finetune: FinetuneConfig | None = Field(
         None, description="LoRA fine-tuning on the pool, kept in the cache; {}: with the defaults"
+    )
+
+
+class WarmupConfig(FinetuneConfig):
+    """LoRA fine-tuning on a part of the pool before gradients are taken, kept in the cache."""
+
+    fraction: Share = Field(
+        0.05, description="random part of the pool, drawn with the seed; 0: no warm-up"
     )

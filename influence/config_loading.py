@@ -34,7 +34,6 @@ BUILT: dict[str, tuple[object, ...]] = {
 }
 # Sections and fields that no code reads yet: any value but the default would change nothing.
 UNUSED = (
-    "warmup",
     "weights.curvature",
     "weights.eta",
     "evaluation.seeds",

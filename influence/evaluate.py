@@ -21,10 +21,10 @@ from influence.evaluations import EVALUATIONS, Evaluation
 from influence.hub import resolve_revision
 from influence.job import Execute, Job
 from influence.lease import driving
+from influence.own_training_run import Train, make_training
 from influence.pipeline import prepare
 from influence.progress import Progress
 from influence.reference import with_reference
-from influence.reference_training import Train, make_reference
 from influence.report import build_report
 from influence.resume import EVALUATION_FREE, claim_run
 from influence.run_log import RunLog
@@ -60,8 +60,8 @@ def evaluate(
             claim_run(settings, replace=replace, free=EVALUATION_FREE)
             inputs[name] = chosen[name].inputs(settings)
             log = RunLog(settings.run, settings.method, progress.note, lease)
-            settings, reference = make_reference(settings, progress, log, train)
-            jobs[name] = prepare(settings, progress, log, reference)
+            settings, trained = make_training(settings, progress, log, train)
+            jobs[name] = prepare(settings, progress, log, trained)
         with session():
             for name, job in jobs.items():
                 progress.note(f"{name} ...")

@@ -26,7 +26,17 @@ FOLDER = "history"
 # Documents that a plan reads at most, the newest ones.
 _READ = 32
 # Of a config: what no run's rounds depend on, but for what the stages' fingerprints say of it.
-_UNASKED = {"run", "cache", "prices", "model", "reference", "finetune", "coverage", "transfer"}
+_UNASKED = {
+    "run",
+    "cache",
+    "prices",
+    "model",
+    "reference",
+    "warmup",
+    "finetune",
+    "coverage",
+    "transfer",
+}
 
 
 def recall(cache: str) -> list[Measured]:

@@ -17,8 +17,8 @@ from influence.config import Config
 from influence.errors import ShardsFailedError
 from influence.fingerprints import Fingerprint
 from influence.model_shape import ModelShape
+from influence.own_training import OwnTraining
 from influence.progress import Progress
-from influence.reference import Reference
 from influence.run_log import RunLog
 from influence.units import Bundle, Unit, bundled
 from influence.watch import Watch
@@ -46,7 +46,7 @@ class Job:
     object that says which layers gradients are taken of, where the config alone does not.
     `replicas` work at once at most, where that does not follow from the config; `chosen` are the
     first landmarks, or the pilot on which layers are chosen; `asked` is a digest of everything that
-    decides what follows from them. `reference` is the reference model that the job itself makes.
+    decides what follows from them. `own_training` is one that the job itself makes first.
     """
 
     config: Config
@@ -65,7 +65,7 @@ class Job:
     replicas: int | None = None
     chosen: Sequence[tuple[SourceFile, Sequence[int]]] | None = None
     asked: str = ""
-    reference: Reference | None = None
+    own_training: OwnTraining | None = None
 
 
 def run_units(job: Job, units: Sequence[Unit]) -> None:

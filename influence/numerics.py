@@ -16,7 +16,8 @@ from influence.batching import make_batches
 from influence.candidates import read_examples, scan_files
 from influence.config import Config
 from influence.errors import InputError
-from influence.reference import planned_reference, with_reference
+from influence.own_training import planned_training
+from influence.reference import with_reference
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
 from influence.stages import Toolbox, Vectors
 from influence.tokenization import Encoded, make_encoder
@@ -57,7 +58,7 @@ def compare_precisions(config: Config, count: int) -> Numerics:
         InputError: no row can be scored.
         ModelLoadError: the model cannot be loaded.
     """
-    with planned_reference(with_reference(config)) as (ready, _reference):
+    with planned_training(with_reference(config)) as (ready, _own):
         return _compared(ready, count)
 
 

@@ -15,11 +15,11 @@ from influence.in2core import check_beside
 from influence.job import Execute, Job
 from influence.lease import driving
 from influence.local import local_execute
+from influence.own_training_run import make_training, train_here
 from influence.pipeline import prepare, select
 from influence.progress import Progress
 from influence.reducer import Reducer
 from influence.reference import with_reference
-from influence.reference_training import make_reference, train_here
 from influence.replica import choose_device
 from influence.report import build_report
 from influence.resume import claim_run
@@ -42,8 +42,8 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     with driving(config.run, progress.note) as lease:
         claim_run(config, replace=replace)
         log = RunLog(config.run, config.method, progress.note, lease)
-        config, reference = make_reference(config, progress, log, train_here)
-        job = prepare(config, progress, log, reference)
+        config, own = make_training(config, progress, log, train_here)
+        job = prepare(config, progress, log, own)
         job.replicas = 1
         summary = select(job, local_execute(config, job.watch), Reducer(config))
         lease.check()

@@ -22,9 +22,9 @@ from influence.in2core import in2core
 from influence.job import Execute, Job, run_units, timed
 from influence.missing_work import catalogue_work
 from influence.model_shape import model_shape
+from influence.own_training import OwnTraining
 from influence.pool_units import catalogue_units, embedding_units, rds_target_units
 from influence.progress import Progress
-from influence.reference import Reference
 from influence.replica import load_tokenizer
 from influence.run_log import RunLog
 from influence.score_map import map_scores
@@ -89,20 +89,20 @@ def prepare(
     config: Config,
     progress: Progress,
     log: RunLog | None = None,
-    reference: Reference | None = None,
+    own: OwnTraining | None = None,
 ) -> Job:
     """Find the files and fingerprint every stage; loads the tokenizer, but no model.
 
-    reference: the one that the job makes, whose adapter the config has.
+    own: the training that the job makes, whose result the config has.
 
     Raises:
         InputError: files or model that are not there; nothing has been written then.
     """
-    if reference is not None:
-        files = reference.files
+    if own is not None:
+        files = own.files
     else:
         files = scan_named("data.candidates", config.data.candidates, config.data.limit)
-    return replace(prepare_targets(config, progress, log), files=files, reference=reference)
+    return replace(prepare_targets(config, progress, log), files=files, own_training=own)
 
 
 def prepare_targets(config: Config, progress: Progress, log: RunLog | None = None) -> Job:

@@ -18,13 +18,14 @@ from influence.in2core import check_query_bytes
 from influence.local import local_execute
 from influence.missing_work import catalogue_work
 from influence.model_shape import ModelShape
+from influence.own_training import OwnTraining, planned_training
 from influence.pipeline import NEED_GRADIENTS, catalogue, prepare
 from influence.plan_notes import notes_of, unlike_replicas
 from influence.plan_schemas import Bill, Measured, PlanDocument
 from influence.planned_work import Work, plan_work
 from influence.progress import Progress
 from influence.reducer import Reducer
-from influence.reference import Reference, planned_reference, with_reference
+from influence.reference import with_reference
 from influence.replica import resolve_dtype
 from influence.result_bytes import selected_rows
 from influence.run_log import RunLog
@@ -70,13 +71,13 @@ def make_plan(config: Config, asked: Sequence[Measured] = ()) -> Plan:
     Speeds that are `asked` for come before those that runs left in the cache.
     """
     config = resolve_revision(with_reference(config))
-    with planned_reference(config) as (ready, reference):
-        return _plan(ready, reference, asked)
+    with planned_training(config) as (ready, own):
+        return _plan(ready, own, asked)
 
 
-def _plan(config: Config, reference: Reference | None, asked: Sequence[Measured]) -> Plan:
+def _plan(config: Config, own: OwnTraining | None, asked: Sequence[Measured]) -> Plan:
     log = RunLog.unsaved(config.run, config.method)
-    job = prepare(config, Progress(), log, reference)
+    job = prepare(config, Progress(), log, own)
     job.execute = local_execute(config, job.watch)
     reducer = Reducer(config)
     counts = reducer.load_catalogue(*catalogue(job))

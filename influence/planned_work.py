@@ -22,9 +22,9 @@ from influence.membership import DRAWS
 from influence.memory_budget import parse_memory
 from influence.missing_work import PREDICTOR_BYTES, MissingWork
 from influence.model_shape import ModelShape
+from influence.own_training_work import training_work
 from influence.pool_units import embedding_units, rds_target_units
 from influence.quantities import Decided, Quantities, StageWork, driver_seconds
-from influence.reference_work import reference_work
 from influence.result_bytes import WALKS, of_results, selected_rows
 from influence.sentence_encoder import TEXTS_PER_SECOND
 from influence.units import Unit
@@ -54,6 +54,7 @@ def plan_work(
         InputError: too few candidates for landmarks, and what else the run itself would raise.
     """
     planner = _Planner(MissingWork(job, reduce, shape, replicas), counts, decided)
+    planner.own_training()
     {
         "influence_distillation": planner.influence_distillation,
         "exact": planner.exact,
@@ -71,6 +72,16 @@ class _Planner:
     decided: Decided | None
     work: Work = field(default_factory=Work)
     kept: float = 1.0  # of the numbers of a row's gradient
+
+    def own_training(self) -> None:
+        if self.job.own_training is None:
+            return
+        stage = training_work(self.job, self.missing.reduce)
+        self.add(stage)
+        if stage.least.bundles:
+            self.work.notes.append(
+                f"{stage.name}: it is fine-tuned first; what is made with it is all new"
+            )
 
     def influence_distillation(self) -> None:
         job, config = self.job, self.job.config
@@ -117,13 +128,6 @@ class _Planner:
 
     def in2core(self) -> None:
         config = self.job.config
-        if self.job.reference is not None:
-            reference = reference_work(self.job, self.missing.reduce)
-            self.add(reference)
-            if reference.least.bundles:
-                self.work.notes.append(
-                    "reference: it is fine-tuned first; what is made with it is all new"
-                )
         gradients = self.chosen_layers() if config.layers == "auto" else self.gradients(None)
         self.add(gradients)
         shape, units = self.missing.shape, self.scored_units

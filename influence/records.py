@@ -165,8 +165,8 @@ class Transfer(BaseModel):
     columns: list[TransferColumn] = Field(default_factory=list)
 
 
-class ReferenceRecord(BaseModel):
-    """`reference.json` in the cache: a reference model that a job made, and what it was made of."""
+class OwnTrainingRecord(BaseModel):
+    """`reference.json`, `warmup.json` in the cache: what a job trained for itself, and of what."""
 
     fingerprint: str
     values: dict[str, Any] = Field(default_factory=dict, description="what the fingerprint covers")
@@ -180,16 +180,16 @@ class ReferenceRecord(BaseModel):
     epoch_losses: list[float] = Field(default_factory=list, description="mean of each epoch")
     versions: dict[str, str] = Field(default_factory=dict)
     files: dict[str, str] = Field(
-        default_factory=dict, description="blake2b of the adapter's files"
+        default_factory=dict, description="blake2b of the files that later stages read"
     )
 
 
-class ReferenceUse(BaseModel):
-    """A run's reference model."""
+class OwnTrainingUse(BaseModel):
+    """A run's reference model or warm-up."""
 
     url: str
     reused: bool = Field(description="made before this run, on the same cache")
-    record: ReferenceRecord
+    record: OwnTrainingRecord
 
 
 class LayerSubset(BaseModel):
@@ -254,7 +254,8 @@ class Manifest(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict)
     counts: dict[str, Any] = Field(default_factory=dict)
     coverage: list[dict[str, Any]] = Field(default_factory=list)
-    reference: ReferenceUse | None = Field(default=None, description="of `reference.finetune`")
+    reference: OwnTrainingUse | None = Field(default=None, description="of `reference.finetune`")
+    warmup: OwnTrainingUse | None = Field(default=None, description="of `warmup`")
     layers: LayerChoice | None = Field(default=None, description="of `layers: auto`")
     stages: dict[str, StageRecord] = Field(default_factory=dict)
     bill: Bill | None = Field(default=None, description="what was planned, and what it took")

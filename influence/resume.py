@@ -29,8 +29,8 @@ _FREE = (
 )
 # Of an evaluation's own run, which is told by its section what it is.
 EVALUATION_FREE = tuple(section for section in _FREE if section != "evaluation")
-# Of `reference.finetune`: how the same result is come by.
-_FREE_OF_REFERENCE = ("workers", *FREE)
+# Of `reference.finetune` and `warmup`: how the same result is come by.
+_FREE_OF_TRAINING = ("workers", *FREE)
 # Sections whose change makes a stage of the cache useless. Targets, budget and method are not here:
 # they reuse every shard that the cache holds.
 _RECOMPUTES = {
@@ -54,6 +54,7 @@ _RECOMPUTES = {
     "gradients.layer_sketch": "the gradients",
     "reference.finetune": "the reference model, and all gradients",
     "reference.adapter": "the gradients",
+    "warmup": "the warm-up, and all embeddings and gradients",
     "layers": "the gradients",
     "layer_economy": "the pilot's gradients, and those of other layers",
     "gradients.reduction": "the gradients",
@@ -136,7 +137,8 @@ def changed_values(
 
 def _is_free(key: str, free: Sequence[str]) -> bool:
     section, *rest = key.split(".")
-    own = section == "reference" and len(rest) == 2 and rest[1] in _FREE_OF_REFERENCE
+    setting = rest[-1] in _FREE_OF_TRAINING if rest else False
+    own = (section, len(rest)) in (("reference", 2), ("warmup", 1)) and setting
     return section in free or own
 
 

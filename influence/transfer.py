@@ -26,9 +26,9 @@ from influence.fingerprints import model_values
 from influence.hub import resolve_revision
 from influence.intervals import spearman_interval
 from influence.outputs import TRANSFER
+from influence.own_training_run import Train, make_training
 from influence.progress import Progress
 from influence.records import Interval, Transfer, TransferColumn, to_json
-from influence.reference_training import Train, make_reference
 from influence.replica import load_tokenizer
 from influence.run_log import RunLog
 from influence.sketch_noise import rank_correlation
@@ -45,7 +45,7 @@ def compare_models(
 ) -> None:
     """Write RUN/transfer.json, where the config names a target model.
 
-    files: of the pool. select: runs a config. train: see `reference_training.make_reference`.
+    files: of the pool. select: runs a config. train: see `own_training_run.make_training`.
     """
     if config.method != "in2core":
         return
@@ -148,7 +148,7 @@ def _with_own_adapter(config: Config, progress: Progress, train: Train) -> Confi
     assert own is not None
     log = RunLog.unsaved(config.run, config.method)
     try:
-        return make_reference(resolve_revision(own), progress, log, train)[0]
+        return make_training(resolve_revision(own), progress, log, train)[0]
     except InputError as error:
         raise type(error)(_own_keys(str(error))) from None
 

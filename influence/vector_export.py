@@ -24,9 +24,10 @@ from influence.errors import InputError
 from influence.exact_work import plan_exact
 from influence.hub import resolve_revision
 from influence.in2core import keep_layers
+from influence.own_training import with_made_training
 from influence.pipeline import Job, embedding_units, prepare, rds_target_units
 from influence.progress import Progress
-from influence.reference import made_reference, with_reference
+from influence.reference import with_reference
 from influence.resume import changed_values
 from influence.run_log import RunLog, read_manifest
 from influence.schemas import ExportLayout, export_schema
@@ -94,7 +95,7 @@ def export_vectors(
     _check_stage(config, stage)
     if storage.list_objects(out):
         raise InputError(f"--out {out}: there are files in it; name a folder that is empty or new")
-    config = made_reference(resolve_revision(with_reference(config)))
+    config = with_made_training(resolve_revision(with_reference(config)))
     job = prepare(config, Progress(quiet=True), RunLog.unsaved(config.run, config.method))
     sources = _sources(job, stage, command, partial)
     keys = [source.key for source in sources]

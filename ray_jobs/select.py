@@ -14,10 +14,10 @@ from influence.hub import resolve_revision
 from influence.in2core import check_beside
 from influence.job import Job
 from influence.lease import driving
+from influence.own_training_run import make_training, train_here
 from influence.pipeline import prepare, select
 from influence.progress import Progress
 from influence.reference import with_reference
-from influence.reference_training import make_reference, train_here
 from influence.report import build_report
 from influence.resume import claim_run
 from influence.run_log import RunLog
@@ -47,8 +47,8 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     with driving(config.run, progress.note) as lease:
         claim_run(config, replace=replace)
         log = RunLog(config.run, config.method, progress.note, lease)
-        config, reference = make_reference(config, progress, log, train)
-        job = prepare(config, progress, log, reference)
+        config, own = make_training(config, progress, log, train)
+        job = prepare(config, progress, log, own)
         with ray_session(config):
             metrics = RayMetrics(config.run)
             job.watch.others.append(metrics)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from influence.config import Config
+from influence.config_finetune import FinetuneConfig
 from influence.config_loading import BUILT, UNUSED, dump_config, load_config, parse_config
 from influence.errors import InputError
 from influence.reference import with_reference
@@ -162,10 +163,6 @@ def test_what_is_not_built_is_refused_by_name(key: str):
 
 #: A value other than the default for every field that no code reads.
 UNREAD: dict[str, Any] = {
-    "warmup.fraction": 0.05,
-    "warmup.epochs": 2,
-    "warmup.learning_rate": 1e-3,
-    "warmup.checkpoints": 4,
     "weights.curvature": "hvp",
     "weights.eta": 1e-5,
     "evaluation.seeds": 5,
@@ -193,6 +190,7 @@ def test_every_field_of_an_unused_section_is_tried_and_its_default_passes():
 
 IN2CORE: dict[str, Any] = {**SMALLEST, "method": "in2core", "reference": {"adapter": "a"}}
 OWN: dict[str, Any] = {**SMALLEST, "method": "in2core", "reference": {"finetune": {}}}
+WARM: dict[str, Any] = {**SMALLEST, "warmup": {}}
 
 
 @pytest.mark.parametrize(
@@ -218,6 +216,12 @@ OWN: dict[str, Any] = {**SMALLEST, "method": "in2core", "reference": {"finetune"
         (OWN, "reference.finetune.data", ["x.jsonl"], "reference.finetune.data: .* `pool`"),
         (OWN, "reference.finetune.evaluate", {"a": "b"}, "reference.finetune.evaluate: .* null"),
         (OWN, "reference.finetune.output", "x", "reference.finetune.output: 'x'; expected null"),
+        (WARM, "method", "rds", "warmup: .* influence_distillation and exact; with method: rds"),
+        (WARM, "method", "random", "warmup: .* with method: random expected null"),
+        (IN2CORE, "warmup", {}, "warmup: .* with method: in2core .* reference.finetune"),
+        (WARM, "warmup.data", ["x.jsonl"], "warmup.data: .* `pool`"),
+        (WARM, "warmup.evaluate", {"a": "b"}, "warmup.evaluate: .* expected null"),
+        (WARM, "warmup.output", "x", "warmup.output: 'x'; expected null"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused_by_name(
@@ -238,6 +242,28 @@ def test_in2core_has_defaults_of_its_own_and_a_dump_keeps_them():
     assert parse_config(_with("gradients", given, IN2CORE)).gradients.normalize
     others = parse_config(SMALLEST).gradients
     assert (others.parameters, others.projection, others.normalize) == ("linear", "kronecker", True)
+
+
+def test_a_warmup_is_none_or_a_fine_tuning_and_a_dump_keeps_it():
+    for none in (None, {"fraction": 0}, {"fraction": 0, "epochs": 3}):
+        config = parse_config(_with("warmup", none))
+        assert config == parse_config(SMALLEST), f"{none}: no warm-up is not the default"
+        assert parse_config(yaml.safe_load(dump_config(config))) == config
+        assert config.gradients.parameters == "linear"
+    given = parse_config(WARM)
+    assert given.warmup is not None
+    assert (given.warmup.fraction, given.warmup.epochs) == (0.05, FinetuneConfig().epochs)
+    assert given.gradients.parameters == "lora", "the optimiser has moments of nothing else"
+    assert parse_config(yaml.safe_load(dump_config(given))) == given
+    assert parse_config(SMALLEST, ["warmup.epochs=3"]).warmup is not None
+    assert parse_config(WARM, ["warmup.fraction=0"]).warmup is None
+    chosen = parse_config(_with("gradients.parameters", "linear", WARM))
+    assert chosen.gradients.parameters == "linear", "a default came before what was given"
+
+
+@pytest.mark.parametrize("key", ["checkpoints", "fractoin"])
+def test_an_unknown_key_of_the_warmup_names_the_nearest(key: str):
+    assert f"unknown key 'warmup.{key}'; did you mean" in _refusal(_with(f"warmup.{key}", 1, WARM))
 
 
 def test_the_reference_model_is_named_by_either_key_or_asked_for():

@@ -23,7 +23,7 @@ from tiny_run import (
     write_config,
 )
 
-from influence import reference_training
+from influence import own_training_run
 from influence.cache_listing import make_listing, scan_cache
 from influence.cache_prune import plan_prune
 from influence.cache_use import recorded_use, use_of
@@ -32,9 +32,9 @@ from influence.config import Config
 from influence.errors import InputError
 from influence.finetune_job import run_finetune
 from influence.one_process import run_select
+from influence.own_training import own_training
 from influence.plan import make_plan
 from influence.plan_schemas import StageBill
-from influence.reference import MARKER, own_reference
 from influence.status import print_status, read_status
 from influence.vector_export import export_vectors
 from ray_jobs import select as select_job
@@ -146,7 +146,7 @@ def test_a_changed_path_reuses_it_and_a_changed_setting_does_not(
 
 
 def _key(config: Config) -> str:
-    reference = own_reference(config)
+    reference = own_training(config)
     assert reference is not None
     return reference.fingerprint.hex
 
@@ -180,7 +180,7 @@ def test_a_run_killed_in_the_training_goes_on_to_the_same_result(
     changes = {**OWN, "reference__finetune": {**SETTINGS, "save_every": 2}}
     config = tiny_config(setup, tmp_path / "run", **changes)
     path = write_config(tmp_path / "config.yaml", config)
-    reference = own_reference(config)
+    reference = own_training(config)
     assert reference is not None
     checkpoints = Checkpoints(reference.url)
     command = [sys.executable, "-m", "influence.cli", "select", path, "--in-process"]
@@ -207,7 +207,7 @@ def test_a_run_killed_in_the_training_goes_on_to_the_same_result(
     # What is damaged is not trusted, though its marker is there.
     weights = Path(reference.url, "adapter_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    assert Path(reference.url, MARKER).exists()
+    assert Path(reference.url, reference.kind.marker).exists()
     run_select(config, quiet=True)
     assert manifest_of(config.run).stages["reference"].tokens == whole
     assert_same_results(own[0].run, config.run, "a damaged reference was used")
@@ -219,7 +219,7 @@ def test_two_runs_at_once_make_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reference_training, "_LOOK_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(own_training_run, "_LOOK_EVERY_SECONDS", 0.05)
     cache = str(tmp_path / "cache")
     configs = [tiny_config(setup, tmp_path / name, **OWN, cache=cache) for name in ("a", "b")]
     failed: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""What making In2Core's reference model takes, from the catalogue."""
+"""What a training of the job's own takes, from the catalogue."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from influence.job import Job
 from influence.load import Load
 from influence.model_shape import ModelShape, model_shape
 from influence.quantities import Quantities, StageWork
-from influence.reference import MARKER, STAGE
 from influence.training_record import NAME
 
-_FILES = (*ADAPTER_FILES, OPTIMIZER_FILE, NAME, MARKER)
+_FILES = (*ADAPTER_FILES, OPTIMIZER_FILE, NAME)  # and the marker
 # A LoRA factor's number and its two moments; what a factor takes beside its numbers in the two
 # files, the files' own headers, and a step in the record.
 _NUMBER_BYTES, _FACTOR_BYTES, _FILE_BYTES, _STEP_BYTES = 12, 800, 8_000, 200
 
 
-def reference_work(job: Job, reduce: Any) -> StageWork:
+def training_work(job: Job, reduce: Any) -> StageWork:
     """One shard, on the training's own workers; nothing to do where it was there before the job."""
-    reference = job.reference
-    assert reference is not None
-    name = {"fingerprint": reference.fingerprint, "workers": reference.training.finetune.workers}
-    if reference.there:
-        return StageWork(STAGE, Quantities(), None, shards=1, cached=1, **name)
-    settings = settings_of(reference.training)
-    length = reference.training.finetune.max_length
-    epoch = reduce.training_load(reference.training.finetune.fraction, settings.seed, length)
+    own = job.own_training
+    assert own is not None
+    name = {"fingerprint": own.fingerprint, "workers": own.training.finetune.workers}
+    if own.there:
+        return StageWork(own.stage, Quantities(), None, shards=1, cached=1, **name)
+    settings = settings_of(own.training)
+    length = own.training.finetune.max_length
+    epoch = reduce.training_load(own.training.finetune.fraction, settings.seed, length)
     load = epoch.times(settings.epochs)
     shape = _shape(job)
-    flops = reference_flops(job, load, shape)
+    flops = training_flops(job, load, shape)
     steps = load.rows / settings.batch_size
     written = _NUMBER_BYTES * shape.attributed + _FACTOR_BYTES * shape.layers
     written += _FILE_BYTES + round(_STEP_BYTES * steps)
@@ -44,27 +43,28 @@ def reference_work(job: Job, reduce: Any) -> StageWork:
         tokens=load.tokens,
         flops=flops,
         effort=flops,
-        read=sum(file_bytes(file) for file in reference.files),
+        read=sum(file_bytes(file) for file in own.files),
         written=written,
-        objects=len(_FILES),
+        objects=len(_FILES) + 1,
     )
-    return StageWork(STAGE, least, None, shards=1, **name)
+    return StageWork(own.stage, least, None, shards=1, **name)
 
 
-def reference_flops(job: Job, load: Load, shape: ModelShape | None = None) -> float:
+def training_flops(job: Job, load: Load, shape: ModelShape | None = None) -> float:
     """Operations of the training."""
-    reference = job.reference
-    assert reference is not None
-    again = reference.training.finetune.gradient_checkpointing
+    own = job.own_training
+    assert own is not None
+    again = own.training.finetune.gradient_checkpointing
     return cost.training(_shape(job) if shape is None else shape, load, checkpointing=again)
 
 
-def reference_bytes(job: Job) -> dict[str, int]:
+def training_bytes(job: Job) -> dict[str, int]:
     """Bytes of the files that stay, if this job made them."""
-    reference = job.reference
-    if reference is None or not job.log.computed.get(STAGE):
+    own = job.own_training
+    if own is None or not job.log.computed.get(own.stage):
         return {}
-    found = {name: storage.head(storage.join(reference.url, name)) for name in _FILES}
+    names = (*_FILES, own.kind.marker)
+    found = {name: storage.head(storage.join(own.url, name)) for name in names}
     return {name: info.size for name, info in found.items() if info is not None}
 
 

@@ -1,4 +1,4 @@
-"""Making In2Core's reference model within a run: fine-tuned once, whatever dies, for all runs.
+"""Making a training of a run's own: fine-tuned once, whatever dies, for all runs on a cache.
 
 How it is trained (in this process, by workers on a cluster) is handed in: nothing here knows of
 Ray.
@@ -11,23 +11,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from influence import storage
-from influence.checkpoints import ADAPTER_FILES
 from influence.config import Config
 from influence.errors import InputError, RunBusyError
 from influence.finetune_job import FinetuneJob, claim, prepare_finetune, train
 from influence.lease import Lease, driving
 from influence.load import Load
+from influence.own_training import OwnTraining, digest_of_file, own_training
 from influence.progress import Progress
-from influence.records import ReferenceRecord, ReferenceUse, StageRecord, to_json
-from influence.reference import (
-    MARKER,
-    STAGE,
-    Reference,
-    digest_of_file,
-    own_keys,
-    own_reference,
-    with_adapter,
-)
+from influence.records import OwnTrainingRecord, OwnTrainingUse, StageRecord, to_json
 from influence.replica import choose_device
 from influence.run_log import RunLog
 from influence.tokenization import Encoded
@@ -39,34 +30,35 @@ Train = Callable[[FinetuneJob, Config, Watcher], TrainingRecord]
 _LOOK_EVERY_SECONDS = 2.0
 
 
-def make_reference(
+def make_training(
     config: Config, progress: Progress, log: RunLog, train: Train
-) -> tuple[Config, Reference | None]:
-    """The config with the reference's adapter, which is fine-tuned first where it is not there.
+) -> tuple[Config, OwnTraining | None]:
+    """The config with the result of the training it asks for, which is made where it is not there.
 
-    A config that names its reference's adapter, or needs none, comes back as it is. What was
-    trained of it goes on from its newest checkpoint; another run that is at it is waited for.
+    A config that asks for none comes back as it is. What was trained of it goes on from its newest
+    checkpoint; another run that is at it is waited for.
 
     Raises:
         InputError: settings, files or a model that cannot be trained on.
         WorkersLostError: of `train`; what is committed stands.
     """
     with log.telling_the_end():
-        reference = own_reference(config)
-        if reference is None:
+        own = own_training(config)
+        if own is None:
             return config, None
-        stage = _begin(log, reference)
+        stage = _begin(log, own)
         start = time.monotonic()
-        record = reference.read() or _train_alone(reference, progress, log, train)
-        log.took(STAGE, time.monotonic() - start, stage.replica_seconds)
+        record = own.read() or _train_alone(own, progress, log, train)
+        log.took(own.stage, time.monotonic() - start, stage.replica_seconds)
         # Another run may have made it while this one waited.
         reused = not stage.computed
         stage.reused = int(reused)
-        log.manifest.reference = ReferenceUse(url=reference.url, reused=reused, record=record)
+        use = OwnTrainingUse(url=own.url, reused=reused, record=record)
+        setattr(log.manifest, own.stage, use)
         log.save()
     if reused:
-        progress.note(f"reference: made before, {reference.url}")
-    return with_adapter(config, reference.url), reference
+        progress.note(f"{own.stage}: made before, {own.url}")
+    return own.applied(config), own
 
 
 def train_here(job: FinetuneJob, config: Config, watcher: Watcher) -> TrainingRecord:
@@ -78,78 +70,78 @@ def train_here(job: FinetuneJob, config: Config, watcher: Watcher) -> TrainingRe
     if config.finetune.workers > 1:
         raise InputError(
             f"finetune.workers: {config.finetune.workers} workers need Ray; leave --in-process "
-            "out, or set reference.finetune.workers=1"
+            "out, or set it to 1"
         )
     device = choose_device(config.model.device, config.replicas.num_gpus)
     return train(job, device, watcher)
 
 
-def _begin(log: RunLog, reference: Reference) -> StageRecord:
-    found = reference.fingerprint
-    stage = StageRecord(fingerprint=found.hex, values=found.values, planned=[reference.key])
+def _begin(log: RunLog, own: OwnTraining) -> StageRecord:
+    found = own.fingerprint
+    stage = StageRecord(fingerprint=found.hex, values=found.values, planned=[own.key])
     stage.shards = 1
-    log.manifest.stages[STAGE] = stage
-    log.doing(STAGE)
+    log.manifest.stages[own.stage] = stage
+    log.doing(own.stage)
     log.save()
     return stage
 
 
 def _train_alone(
-    reference: Reference, progress: Progress, log: RunLog, train: Train
-) -> ReferenceRecord:
+    own: OwnTraining, progress: Progress, log: RunLog, train: Train
+) -> OwnTrainingRecord:
     """Train, as the only one that does; or take what another run makes in the meantime."""
     told = False
     while True:
         with ExitStack() as stack:
             try:
-                lease = stack.enter_context(driving(reference.url, progress.note))
+                lease = stack.enter_context(driving(own.url, progress.note))
             except RunBusyError as busy:
                 if not told:
-                    progress.note(f"reference: waiting for another run that makes it: {busy}")
+                    progress.note(f"{own.stage}: waiting for another run that makes it: {busy}")
                 told = True
             else:
-                made = reference.read()
-                return made or _train(reference, progress, log, lease, train)
+                made = own.read()
+                return made or _train(own, progress, log, lease, train)
         log.sign_of_life()
         time.sleep(_LOOK_EVERY_SECONDS)
-        made = reference.read()
+        made = own.read()
         if made is not None:
             return made
 
 
 def _train(
-    reference: Reference, progress: Progress, log: RunLog, lease: Lease, train: Train
-) -> ReferenceRecord:
-    config, stage = reference.training, log.manifest.stages[STAGE]
-    progress.note(f"reference: fine-tuning on the pool, into {reference.url}")
+    own: OwnTraining, progress: Progress, log: RunLog, lease: Lease, train: Train
+) -> OwnTrainingRecord:
+    config, stage = own.training, log.manifest.stages[own.stage]
+    progress.note(f"{own.stage}: fine-tuning on the pool, into {own.url}")
     shown = TrainingProgress(quiet=progress.console.quiet, console=progress.console)
-    watcher = _Recorded(shown, log, stage, lease, config.finetune.workers)
+    watcher = _Recorded(shown, log, own, lease)
     try:
-        job = prepare_finetune(config, watcher, reference.files)
+        job = prepare_finetune(config, watcher, own.files)
         stage.rows = len(job.rows.encoded)
-        _clear_damaged(reference, progress)
+        _clear_damaged(own, progress)
         found = claim(job, watcher, replace=True) or train(job, config, watcher)
     except InputError as error:
-        raise type(error)(own_keys(str(error))) from None
+        raise type(error)(own.kind.own_keys(str(error))) from None
     finally:
         shown.end()
     stage.devices, stage.computed = [found.device], 1
     part = stage.tokens / max(1, found.tokens)  # of a training that went on, what this run did
     stage.load = load_of_rows(job.rows.encoded).times(job.settings.epochs * part)
-    log.computed[STAGE] = {reference.key}
-    return _publish(reference, found)
+    log.computed[own.stage] = {own.key}
+    return _publish(own, found)
 
 
-def _clear_damaged(reference: Reference, progress: Progress) -> None:
+def _clear_damaged(own: OwnTraining, progress: Progress) -> None:
     """A result that is not whole is removed; one that only lacks its marker is as good as new."""
-    urls = [storage.join(reference.url, name) for name in (MARKER, *ADAPTER_FILES)]
+    urls = [storage.join(own.url, name) for name in (own.kind.marker, *own.kind.files)]
     marked, *files = [storage.head(url) is not None for url in urls]
-    done = read_record(reference.url)
+    done = read_record(own.url)
     if not marked and (done is None or not done.done or all(files)):
         return
-    progress.note(f"reference: damaged, made again: {reference.url}")
+    progress.note(f"{own.stage}: damaged, made again: {own.url}")
     storage.delete(urls[0])
-    remove_training(reference.url)
+    remove_training(own.url)
 
 
 def load_of_rows(rows: Sequence[Encoded]) -> Load:
@@ -162,14 +154,14 @@ def load_of_rows(rows: Sequence[Encoded]) -> Load:
     )
 
 
-def _publish(reference: Reference, found: TrainingRecord) -> ReferenceRecord:
+def _publish(own: OwnTraining, found: TrainingRecord) -> OwnTrainingRecord:
     files = {
-        name: digest_of_file(storage.read_bytes(storage.join(reference.url, name)))
-        for name in ADAPTER_FILES
+        name: digest_of_file(storage.read_bytes(storage.join(own.url, name)))
+        for name in own.kind.files
     }
-    record = ReferenceRecord(
-        fingerprint=reference.fingerprint.hex,
-        values=reference.fingerprint.values,
+    record = OwnTrainingRecord(
+        fingerprint=own.fingerprint.hex,
+        values=own.fingerprint.values,
         rows=found.rows.trained,
         left_out=found.rows.left_out,
         steps=found.total_steps,
@@ -181,7 +173,7 @@ def _publish(reference: Reference, found: TrainingRecord) -> ReferenceRecord:
         versions=versions(),
         files=files,
     )
-    storage.put(storage.join(reference.url, MARKER), to_json(record))
+    storage.put(storage.join(own.url, own.kind.marker), to_json(record))
     return record
 
 
@@ -196,11 +188,10 @@ def epoch_losses(record: TrainingRecord) -> list[float]:
 class _Recorded:
     """A watcher that also keeps the run's record up to date."""
 
-    def __init__(
-        self, shown: Watcher, log: RunLog, stage: StageRecord, lease: Lease, workers: int
-    ) -> None:
-        self._shown, self._log, self._stage, self._lease = shown, log, stage, lease
-        self._workers, self._total = workers, 0
+    def __init__(self, shown: Watcher, log: RunLog, own: OwnTraining, lease: Lease) -> None:
+        self._shown, self._log, self._lease, self._name = shown, log, lease, own.stage
+        self._stage = log.manifest.stages[own.stage]
+        self._workers, self._total = own.training.finetune.workers, 0
         self._since = time.monotonic()
 
     def begin(self, done: int, total: int, per_epoch: int) -> None:
@@ -230,5 +221,5 @@ class _Recorded:
         now = time.monotonic()
         self._stage.replica_seconds += (now - self._since) * self._workers
         self._since = now
-        self._log.doing(f"{STAGE}: step {done:,} of {self._total:,}")
+        self._log.doing(f"{self._name}: step {done:,} of {self._total:,}")
         self._log.save_sometimes()

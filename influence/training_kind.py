@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from influence.config import Config
 from influence.config_finetune import FinetuneConfig
+
+FINETUNE_KEY = re.compile(r"(?<![\w./])(?:reference\.)?finetune\.")
+"""Where an error names a key of a fine-tuning's section (no part of a path)."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,4 @@ class TrainingKind:
 
     def own_keys(self, text: str) -> str:
         """An error of the fine-tuning with the keys of this section."""
-        if not text.startswith("finetune."):
-            return text
-        return f"{self.key}.{text.removeprefix('finetune.')}"
+        return FINETUNE_KEY.sub(f"{self.key}.", text)

@@ -32,6 +32,7 @@ from influence.records import Interval, Transfer, TransferColumn, to_json
 from influence.replica import load_tokenizer
 from influence.run_log import RunLog
 from influence.sketch_noise import rank_correlation
+from influence.training_kind import FINETUNE_KEY
 
 FOLDER, PILOT = "transfer", "pilot.jsonl"
 
@@ -111,8 +112,10 @@ def check_target(config: Config) -> None:
 
 def _own_keys(text: str) -> str:
     """An error with the keys of this section."""
-    text = text.removeprefix("reference.")
-    return f"transfer.{text}" if text.startswith(("model.", "finetune.")) else f"transfer: {text}"
+    text = FINETUNE_KEY.sub("transfer.finetune.", text)
+    if text.startswith("transfer."):
+        return text
+    return f"transfer.{text}" if text.startswith("model.") else f"transfer: {text}"
 
 
 def pilot_config(config: Config, run: str) -> Config:

@@ -275,18 +275,18 @@ def test_the_cache_lists_it_and_keeps_it_for_whom_it_is(
 
 
 @pytest.mark.parametrize(
-    ("section", "expected"),
+    ("changes", "expected"),
     [
-        ({"target_modules": ["nowhere"]}, "warmup.target_modules: "),
-        ({"dtype": "float16"}, "warmup.dtype: .* set warmup.dtype"),
-        ({"workers": 2}, "warmup.workers: 2 workers need Ray"),
-        ({"adapter": "/nowhere"}, "warmup.adapter: "),
+        ({"warmup__target_modules": ["nowhere"]}, "^warmup.target_modules: "),
+        ({"model__dtype": "float16"}, "^warmup.dtype: .* set warmup.dtype"),
+        ({"warmup__workers": 2}, "^warmup.workers: 2 workers need Ray"),
+        ({"warmup__adapter": "/nowhere"}, "^warmup.adapter: "),
     ],
 )
 def test_what_cannot_be_trained_is_refused_with_its_keys(
-    setup: Setup, tmp_path: Path, section: dict[str, Any], expected: str
+    setup: Setup, tmp_path: Path, changes: dict[str, Any], expected: str
 ) -> None:
-    config = tiny_config(setup, tmp_path / "run", warmup={**SETTINGS, **section})
+    config = tiny_config(setup, tmp_path / "run", warmup={**SETTINGS}, **changes)
     with pytest.raises(InputError, match=expected):
         run_select(config, quiet=True)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from influence.optimizer_file import (
     SavedOptimizer,
     check_plain,
     check_trained,
+    local_state,
     parameter_names,
     read_optimizer,
 )
@@ -82,9 +85,9 @@ def moves_by_gradient_alone(path: str) -> bool:
 
     Raises InputError as `load_sgd_state` does of the file.
     """
-    saved = read_optimizer(path)
-    _check_sgd(saved)
-    return all(_factors(each).gradient == 1 for each in saved.flat)
+    file = local_state(path)
+    status = os.stat(file)
+    return _gradient_alone(file, status.st_size, status.st_mtime_ns)
 
 
 def sgd_scales(
@@ -127,6 +130,13 @@ def sgd_offsets(
             offset = offset + factors.buffer * buffer.to(offset)
         offsets[layer.name] = layer.shape.present(offset)
     return offsets
+
+
+@lru_cache(maxsize=16)
+def _gradient_alone(file: str, _size: int, _modified: int) -> bool:
+    saved = read_optimizer(file)
+    _check_sgd(saved)
+    return all(_factors(each).gradient == 1 for each in saved.flat)
 
 
 def _factors(entry: Entry) -> SgdFactors:

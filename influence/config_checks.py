@@ -9,14 +9,15 @@ from influence.errors import InputError
 
 LAYERED = ("layerwise", "none")
 """Projections that keep layers apart, which DataInf's curvature needs."""
-WARMED_UP = ("influence_distillation", "exact")
-"""Methods that may take their gradients after a warm-up."""
+
+STEPPING = ("influence_distillation", "exact")
+"""Methods whose scores are about an optimiser's step, and may be taken after a warm-up."""
 
 
 def check_together(config: Config, name: str = "config") -> None:
     """Raise `InputError`, naming the keys, for the first values that do not go together."""
-    in2core = config.method == "in2core"
-    problem = _of_warmup(config) or (_of_in2core(config) if in2core else _of_others(config))
+    of_method = _of_in2core if config.method == "in2core" else _of_others
+    problem = _of_optimizer(config) or _of_warmup(config) or of_method(config)
     if problem is not None:
         raise InputError(f"{name}: {problem}")
 
@@ -24,15 +25,32 @@ def check_together(config: Config, name: str = "config") -> None:
 def _of_warmup(config: Config) -> str | None:
     if config.warmup is None:
         return None
-    if config.method not in WARMED_UP:
+    if config.method not in STEPPING:
         instead = ""
         if config.method == "in2core":
             instead = "; its reference model is fine-tuned by reference.finetune"
         return (
-            f"warmup: it is for method: {' and '.join(WARMED_UP)}; with method: {config.method} "
+            f"warmup: it is for method: {' and '.join(STEPPING)}; with method: {config.method} "
             f"expected null (or warmup.fraction: 0){instead}"
         )
     return _of_own_training("warmup", config.warmup)
+
+
+def _of_optimizer(config: Config) -> str | None:
+    kind, state, method = config.optimizer.kind, config.optimizer.state, config.method
+    if method not in STEPPING and (kind != "sgd" or state is not None):
+        asked = f"kind: {kind}" if kind != "sgd" else f"state: {state!r}"
+        return (
+            f"optimizer.{asked} is for method influence_distillation or exact, whose scores are "
+            f"about an optimiser's step; with method: {method} leave the section out"
+        )
+    if kind != "sgd" and state is None and config.warmup is None:
+        return (
+            f"optimizer.state: null, and optimizer.kind: {kind} divides gradients by its moments; "
+            "expected a checkpoint with an optimizer.pt (of the Trainer, or the output of "
+            "`influence finetune`), or a warm-up that makes one: `warmup: {}`"
+        )
+    return None
 
 
 def _of_in2core(config: Config) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,7 @@ from influence.errors import InputError
 from influence.evaluations import EVALUATIONS
 from influence.exact_work import product_fingerprints, target_vector_units
 from influence.hub import resolve_revision
-from influence.own_training import planned_training
+from influence.own_training import OwnTraining, planned_training
 from influence.pipeline import NEED_GRADIENTS, Job, catalogue_units, prepare_targets
 from influence.progress import Progress
 from influence.records import Manifest
@@ -67,13 +68,14 @@ def use_of(named: str, cache: str) -> Use:
         _check_pool(config)
         own = config.model_copy(update={"cache": cache})
         places = _resolved(own) | _of_transfer(own)
-        evaluated = [
-            evaluation.settings(own)
-            for name, evaluation in EVALUATIONS.items()
-            if getattr(config.evaluation, name) is not None
-        ]
-        for settings in evaluated:
-            places |= _resolved(settings)
+        with _after_warmup(own) as (ready, _trained):
+            evaluated = [
+                evaluation.settings(ready)
+                for name, evaluation in EVALUATIONS.items()
+                if getattr(config.evaluation, name) is not None
+            ]
+            for settings in evaluated:
+                places |= _resolved(settings)
     except InputError as error:
         raise InputError(f"{named}: cannot tell what it uses: {error}") from None
     # Which layers `layers: auto` keeps, only the run's own record says.
@@ -137,6 +139,11 @@ def _resolved(config: Config) -> dict[Place, dict[str, Any]]:
     if trained is not None:
         places[trained.stage, trained.fingerprint.hex] = trained.fingerprint.values
     return places
+
+
+def _after_warmup(config: Config) -> AbstractContextManager[tuple[Config, OwnTraining | None]]:
+    """The config that its evaluations are of; see `influence.evaluate`."""
+    return nullcontext((config, None)) if config.warmup is None else planned_training(config)
 
 
 def _of_transfer(config: Config) -> dict[Place, dict[str, Any]]:

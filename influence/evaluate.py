@@ -21,6 +21,7 @@ from influence.evaluations import EVALUATIONS, Evaluation
 from influence.hub import resolve_revision
 from influence.job import Execute, Job
 from influence.lease import driving
+from influence.own_training import with_made_training
 from influence.own_training_run import Train, make_training
 from influence.pipeline import prepare
 from influence.progress import Progress
@@ -45,14 +46,18 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run every evaluation that the config names; returns the document of RUN/evaluation.json.
 
-    `train` makes a reference model that a config asks for (`reference.finetune`).
+    `train` makes a reference model that a config asks for (`reference.finetune`). A warm-up has to
+    be there, of `influence select`.
 
     Raises:
-        InputError: the config names none, or one is of other settings than an earlier attempt.
+        InputError: the config names none, one is of other settings than an earlier attempt, or its
+            warm-up is not made.
         ShardsFailedError: some shards failed for good; everything else is committed.
     """
     chosen = named(config)
-    own = {name: _settings(each, config) for name, each in chosen.items()}
+    # They have a method of their own, and are of the model that the run's scores are of.
+    ready = config if config.warmup is None else with_made_training(config)
+    own = {name: _settings(each, ready) for name, each in chosen.items()}
     progress = Progress(quiet=quiet)
     with driving(config.run, progress.note) as lease:
         jobs, inputs = {}, {}

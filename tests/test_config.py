@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from influence.config import Config
-from influence.config_finetune import FinetuneConfig
 from influence.config_loading import BUILT, UNUSED, dump_config, load_config, parse_config
 from influence.errors import InputError
 from influence.reference import with_reference
@@ -250,7 +249,7 @@ def test_a_warmup_is_none_or_a_fine_tuning_and_a_dump_keeps_it():
         assert config.gradients.parameters == "linear"
     given = parse_config(WARM)
     assert given.warmup is not None
-    assert (given.warmup.fraction, given.warmup.epochs) == (0.05, FinetuneConfig().epochs)
+    assert (given.warmup.fraction, given.warmup.epochs) == (0.05, given.finetune.epochs)
     assert given.gradients.parameters == "lora", "the optimiser has moments of nothing else"
     assert parse_config(yaml.safe_load(dump_config(given))) == given
     assert parse_config(SMALLEST, ["warmup.epochs=3"]).warmup is not None

@@ -57,6 +57,7 @@ def test_the_same_config_goes_on_and_its_file_is_complete(data):
         ("selection.budget=9%", "selection.budget", "'5%'", "'9%'", "nothing"),
         ("targets.bbh.path=b.jsonl", "targets.bbh.path", "None", "'b.jsonl'", "nothing"),
         ("seed=3", "seed", "0", "3", "landmarks, embeddings and gradients"),
+        ("warmup.rank=2", "warmup.rank", "None", "2", "the warm-up, and all embeddings"),
         ("method=random", "method", "'influence_distillation'", "'random'", "nothing"),
     ],
 )
@@ -183,3 +184,13 @@ def test_a_file_that_this_version_cannot_read_needs_replace(data, stored, messag
     assert "--replace" in str(caught.value)
     claim_run(config, replace=True)
     claim_run(config)
+
+
+def test_how_a_warmup_is_come_by_is_free_and_what_it_is_is_not(data):
+    data["warmup"] = {"epochs": 3}
+    _begin(parse_config(data))
+    claim_run(parse_config(data, ["warmup.workers=2", "warmup.token_budget=99"]))
+    with pytest.raises(InputError, match=r"warmup\.epochs: was 3\.0, now 4\.0"):
+        claim_run(parse_config(data, ["warmup.epochs=4"]))
+    with pytest.raises(InputError, match=r"warmup\.epochs: was 3\.0, now None"):
+        claim_run(parse_config(data, ["warmup.fraction=0"]))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from adam_states import compare
 from rich.console import Console
 from tiny_run import (
@@ -31,9 +32,10 @@ from influence.cache_prune import plan_prune
 from influence.cache_use import recorded_use, use_of
 from influence.checkpoints import ADAPTER_FILES, OPTIMIZER_FILE, Checkpoints
 from influence.config import Config, OptimizerConfig
+from influence.config_evaluation import GroupInfluenceConfig
 from influence.errors import InputError
 from influence.finetune_job import run_finetune
-from influence.one_process import run_select
+from influence.one_process import run_evaluate, run_select
 from influence.optimizer_state import load_adam_state
 from influence.own_training import OwnTraining, own_training, planned_training
 from influence.plan import make_plan
@@ -253,6 +255,27 @@ def test_it_goes_on_from_the_models_adapter_and_finetune_does_not_from_it(
     run_finetune(again, quiet=True)
     name = ADAPTER_FILES[1]
     assert (tmp_path / "tuned" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_evaluations_are_of_the_model_after_it(
+    warm: tuple[Config, StageBill], setup: Setup, tmp_path: Path
+) -> None:
+    config = warm[0]
+    asked = config.evaluation.model_copy(update={"group_influence": GroupInfluenceConfig()})
+    evaluated = config.model_copy(update={"evaluation": asked})
+    about = run_evaluate(evaluated, quiet=True)["group_influence"]["about"]
+    made = own_of(config)
+    assert about["adapter"] == made.url, "the selection is judged by another model's gradients"
+    assert manifest_of(f"{config.run}/evaluations/group_influence").stages["gradients"].computed
+    path = str(tmp_path / "job.yaml")
+    given = evaluated.model_dump(mode="json", exclude_unset=True)
+    Path(path).write_text(yaml.safe_dump(given))
+    contents = scan_cache(config.cache_url)
+    doomed = plan_prune(contents, use_of(path, config.cache_url).places, timedelta(0)).doomed
+    assert not doomed, "a prune loses gradients of the evaluation"
+    fresh = {"cache": str(tmp_path / "cache"), "evaluation": {"group_influence": {}}}
+    with pytest.raises(InputError, match="the warm-up is not in the cache yet"):
+        run_evaluate(tiny_config(setup, tmp_path / "fresh", **WARM, **fresh), quiet=True)
 
 
 def test_the_cache_lists_it_and_keeps_it_for_whom_it_is(

@@ -25,6 +25,10 @@ from scipy import linalg
 from influence.working_set import ActiveGram, FactorRows
 
 NEWTON_STEPS = 200
+EASY_LAMBDA = 1e-2
+DESCENT = 0.1
+SMALLEST_LAMBDA = 1e-13
+DESCENT_TOLERANCE = 1e-3
 LINE_STEPS = 40
 DENSE_ACTIVE = 256
 
@@ -52,7 +56,10 @@ def threshold(gains: Float[np.ndarray, " n"], amount: float) -> float:
     inside = gains
     while True:
         inside = inside[inside > tau]
-        if len(inside) == 0 or len(inside) == count:
+        if len(inside) == 0:
+            # The amount is below the rounding of the gains: the largest of them share it.
+            return float(np.nextafter(gains.max(), -np.inf))
+        if len(inside) == count:
             return tau
         count = len(inside)
         # The mean of differences: no cancellation of large sums.
@@ -130,8 +137,12 @@ def solve_rows(
     """The solution on these rows from the start z = F'w.
 
     Ends where the gradient of every row, |F (z - F'w)|, is below `tolerance` times the largest |c|,
-    or where rounding lets it fall no further.
+    or where rounding lets it fall no further. A lambda that float64 cannot tell from 0 beside the
+    gains and the curvature is raised to one that it can, which moves the gradient by rounding.
     """
+    asked = lam
+    lam = max(lam, SMALLEST_LAMBDA * rows.reach() ** 2)
+    lam = max(lam, SMALLEST_LAMBDA * float(np.ptp(rows.c)) / total)
     gram = ActiveGram(rows) if gram is None else gram
     aim = tolerance * max(float(np.abs(rows.c).max()), np.finfo(float).tiny)
     gains = rows.gains(z)
@@ -140,13 +151,15 @@ def solve_rows(
     while True:
         tau = threshold(gains, lam * total)
         active = np.flatnonzero(gains > tau)
-        weights = (gains[active] - tau) / lam
+        weights = gains[active] - tau
+        # The sum is lambda * total up to rounding, which is not small where lambda is.
+        weights *= total / weights.sum()
         image = rows.adjoint(active, weights)
         residual = image - z
         size = float(np.linalg.norm(residual))
         settled = full and np.array_equal(active, before)
         if size * rows.reach() <= aim or (settled and size >= 0.25 * last) or steps >= NEWTON_STEPS:
-            return _polished(rows, Point(active, weights, tau, image, lam, steps), total)
+            return _polished(rows, Point(active, weights, tau, image, asked, steps), total)
         matrix, ones = gram.of(active)
         direction = newton_direction(matrix, ones, len(active), lam, lam * residual)
         change = rows.times(direction)
@@ -155,6 +168,22 @@ def solve_rows(
         gains = gains - step * change if not settled else rows.gains(z)
         before, last, full = active, size, step == 1.0
         steps += 1
+
+
+def descend(
+    rows: FactorRows, z: Float[np.ndarray, " r"], *, lam: float, total: float
+) -> Float[np.ndarray, " r"]:
+    """A start for a small lambda: rough solutions for larger ones, down to it.
+
+    Newton's method takes few steps from anywhere while lambda is of the size of a row's own
+    curvature |f_i|^2; far below, the active rows change one by one along its line searches.
+    """
+    level = EASY_LAMBDA * rows.reach() ** 2
+    lam = max(lam, SMALLEST_LAMBDA * level)
+    while level > lam:
+        z = solve_rows(rows, z, lam=level, total=total, tolerance=DESCENT_TOLERANCE).image
+        level *= DESCENT
+    return z
 
 
 def _polished(rows: FactorRows, point: Point, total: float) -> Point:

@@ -24,7 +24,8 @@ from scipy import linalg
 
 from influence.working_set import ActiveGram, FactorRows
 
-NEWTON_STEPS = 200
+QUICK_STEPS = 40
+NEWTON_STEPS = 300
 EASY_LAMBDA = 1e-2
 DESCENT = 0.1
 SMALLEST_LAMBDA = 1e-13
@@ -113,16 +114,16 @@ def _line_search(
     for _ in range(LINE_STEPS):
         at, _, excess = _dual(z + step * direction, gains - step * change, lam, total)
         here = float((z + step * direction) @ direction) - float(change @ excess) / lam
-        if at <= value + 1e-4 * step * slope and here <= 0.5 * abs(slope):
+        if abs(here) <= 0.1 * abs(slope) and at <= value:
             return step
         if here > 0:
             high = step
+        elif step == 1.0:
+            return step
         else:
             low = step
-            if step == 1.0 or at <= value:
-                return step
         step = 0.5 * (low + high)
-    return step
+    return low if low > 0 else step
 
 
 def solve_rows(
@@ -140,15 +141,36 @@ def solve_rows(
     or where rounding lets it fall no further. A lambda that float64 cannot tell from 0 beside the
     gains and the curvature is raised to one that it can, which moves the gradient by rounding.
     """
-    asked = lam
-    lam = max(lam, SMALLEST_LAMBDA * rows.reach() ** 2)
-    lam = max(lam, SMALLEST_LAMBDA * float(np.ptp(rows.c)) / total)
     gram = ActiveGram(rows) if gram is None else gram
     aim = tolerance * max(float(np.abs(rows.c).max()), np.finfo(float).tiny)
+    least = SMALLEST_LAMBDA * max(rows.reach() ** 2, float(np.ptp(rows.c)) / total)
+    used = max(lam, least)
+    point, settled = _newton(rows, z, used, total, aim, gram, QUICK_STEPS)
+    if not settled:
+        # Far below the rows' own curvature the active rows change a few at a time: by stages.
+        nearer = z
+        if used < rows.reach() ** 2:
+            rough = max(tolerance, DESCENT_TOLERANCE)
+            nearer = solve_rows(
+                rows, z, lam=used / DESCENT, total=total, tolerance=rough, gram=gram
+            ).image
+        point, _ = _newton(rows, nearer, used, total, aim, gram, NEWTON_STEPS)
+    return _polished(rows, replace(point, lam=lam), total)
+
+
+def _newton(
+    rows: FactorRows,
+    z: np.ndarray,
+    lam: float,
+    total: float,
+    aim: float,
+    gram: ActiveGram,
+    limit: int,
+) -> tuple[Point, bool]:
+    """(the point after at most `limit` steps, whether the solution is reached)."""
     gains = rows.gains(z)
     before, last, full = np.zeros(0, dtype=np.int64), np.inf, False
-    steps = 0
-    while True:
+    for step in range(limit + 1):
         tau = threshold(gains, lam * total)
         active = np.flatnonzero(gains > tau)
         weights = gains[active] - tau
@@ -157,17 +179,20 @@ def solve_rows(
         image = rows.adjoint(active, weights)
         residual = image - z
         size = float(np.linalg.norm(residual))
-        settled = full and np.array_equal(active, before)
-        if size * rows.reach() <= aim or (settled and size >= 0.25 * last) or steps >= NEWTON_STEPS:
-            return _polished(rows, Point(active, weights, tau, image, asked, steps), total)
+        same = full and np.array_equal(active, before)
+        point = Point(active, weights, tau, image, lam, step)
+        if size * rows.reach() <= aim or (same and size >= 0.25 * last):
+            return point, True
+        if step == limit:
+            break
         matrix, ones = gram.of(active)
         direction = newton_direction(matrix, ones, len(active), lam, lam * residual)
         change = rows.times(direction)
-        step = _line_search(z, gains, direction, change, lam, total)
-        z = z + step * direction
-        gains = gains - step * change if not settled else rows.gains(z)
-        before, last, full = active, size, step == 1.0
-        steps += 1
+        length = _line_search(z, gains, direction, change, lam, total)
+        z = z + length * direction
+        gains = rows.gains(z) if same else gains - length * change
+        before, last, full = active, size, length == 1.0
+    return point, False
 
 
 def descend(

@@ -27,17 +27,28 @@ _RANK_TOLERANCE = 1e-6
 class Curvature:
     """Q and q of the robust objective over n rows.
 
-    factor: B with Q = B B'. drift: q = A H_T b; zeros where the step has no offset b.
+    factor: B with Q = B B' (Q's negative part left out, see `clipped`). negative: N, the part left
+    out: the whole of Q is B B' - N N'. drift: q = A H_T b; zeros where the step has no offset b.
     offset: b'H_T b. clipped: share of H_T's absolute eigenvalues along the directions that were
     negative and are taken as 0, so that the programme stays convex. asymmetry: of the measured
     V'H_T V, relative to its size, before it was made symmetric (rounding).
     """
 
     factor: Float[np.ndarray, "n r"]
+    negative: Float[np.ndarray, "n s"]
     drift: Float[np.ndarray, " n"]
     offset: float = 0.0
     clipped: float = 0.0
     asymmetry: float = 0.0
+
+    def quadratic(self, weights: Float[np.ndarray, " n"], *, clipped: bool = True) -> float:
+        """w'Qw; with the negative part of Q if not `clipped`."""
+        along = self.factor.T @ weights
+        value = float(along @ along)
+        if not clipped:
+            below = self.negative.T @ weights
+            value -= float(below @ below)
+        return value
 
 
 @dataclass(frozen=True)
@@ -89,11 +100,12 @@ def fisher_curvature(
         )
     n = len(products) if total is None else total
     factor = products * np.sqrt(weights / n).astype(products.dtype)
+    none = np.empty((len(products), 0))
     if offset_products is None:
-        return Curvature(factor, np.zeros(len(products)))
+        return Curvature(factor, none, np.zeros(len(products)))
     along = np.asarray(offset_products, np.float64)
     drift = products.astype(np.float64) @ (weights * along)
-    return Curvature(factor, drift, offset=float(weights @ along**2))
+    return Curvature(factor, none, drift, offset=float(weights @ along**2))
 
 
 def choose_directions(rows: Float[np.ndarray, "l d"], count: int) -> Directions:
@@ -157,9 +169,8 @@ def subspace_curvature(
     absolute = float(np.abs(values).sum())
     clipped = float(-values[values < 0].sum()) / absolute if absolute > 0 else 0.0
     n = len(coefficients) if total is None else total
-    positive = values > 0
-    into = vectors[:, positive] * np.sqrt(values[positive] / n)
+    into = coefficients @ (vectors * np.sqrt(np.abs(values) / n))
     drift = np.zeros(len(coefficients))
     if offset_products is not None:
         drift = coefficients @ np.asarray(offset_products, np.float64)
-    return Curvature(coefficients @ into, drift, offset, clipped, asymmetry)
+    return Curvature(into[:, values > 0], into[:, values < 0], drift, offset, clipped, asymmetry)

@@ -24,7 +24,7 @@ def predicted_change(
     p: Float[np.ndarray, " n"],
     *,
     eta: float,
-    image: Float[np.ndarray, " r"],
+    quadratic: float,
     drift: Float[np.ndarray, " n"] | None = None,
     offset_gradient: float = 0.0,
     offset_curvature: float = 0.0,
@@ -32,7 +32,7 @@ def predicted_change(
 ) -> PredictedChange:
     """Taylor expansion of the target loss along the step -eta (A'w / n + b).
 
-    With p = A g_T, q = A H_T b (`drift`; None: 0), Q = (1/n) A H_T A' = B B' and `image` = B'w:
+    With p = A g_T, q = A H_T b (`drift`; None: 0), Q = (1/n) A H_T A' and `quadratic` = w'Qw:
 
         first:    -eta (p'w / n + g_T'b)
         second:   first + eta^2 (b'H_T b / 2 + q'w / n + w'Qw / (2n))
@@ -45,6 +45,5 @@ def predicted_change(
     w = np.asarray(weights, np.float64)
     first = -eta * (float(np.asarray(p, np.float64) @ w) / n + offset_gradient)
     cross = 0.0 if drift is None else float(np.asarray(drift, np.float64) @ w) / n
-    along = np.asarray(image, np.float64)
-    curved = offset_curvature / 2 + cross + float(along @ along) / (2 * n)
+    curved = offset_curvature / 2 + cross + quadratic / (2 * n)
     return PredictedChange(first, first + eta**2 * curved)

@@ -138,6 +138,10 @@ def test_negative_curvature_is_clipped_and_counted():
         curved.clipped, -values[values < 0].sum() / np.abs(values).sum(), **EXACT
     )
     np.testing.assert_allclose(curved.asymmetry, 1.0, **EXACT)
+    w = np.arange(1.0, len(Z) + 1)
+    np.testing.assert_allclose(curved.quadratic(w), w @ expected @ w, **EXACT)
+    whole = w @ Z @ S @ Z.T @ w / len(Z)
+    np.testing.assert_allclose(curved.quadratic(w, clipped=False), whole, **EXACT)
 
 
 def test_a_hessian_without_positive_curvature_leaves_no_factor():

@@ -30,13 +30,10 @@ BUILT: dict[str, tuple[object, ...]] = {
     "landmarks.choose": ("certified", "uniform", "stratified"),
     "optimizer.kind": ("sgd",),
     "optimizer.state": (None,),
-    "weights.order": (1,),
 }
 # Sections and fields that no code reads yet: any value but the default would change nothing.
 UNUSED = (
     "warmup",
-    "weights.curvature",
-    "weights.eta",
     "evaluation.seeds",
 )
 

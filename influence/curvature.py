@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.linalg import eigh
 
 from influence.errors import InputError
 from influence.loss import Reduction
@@ -104,7 +105,7 @@ def fisher_curvature(
     if offset_products is None:
         return Curvature(factor, none, np.zeros(len(products)))
     along = np.asarray(offset_products, np.float64)
-    drift = products.astype(np.float64) @ (weights * along)
+    drift = (products @ (weights * along).astype(products.dtype)).astype(np.float64)
     return Curvature(factor, none, drift, offset=float(weights @ along**2))
 
 
@@ -118,16 +119,18 @@ def choose_directions(rows: Float[np.ndarray, "l d"], count: int) -> Directions:
     bits of it. Raises InputError if every row is zero.
     """
     wide = np.asarray(rows, np.float64)
-    # The smaller side's Gram matrix would square the condition number; rows are few.
-    left, sizes, _ = np.linalg.svd(wide, full_matrices=False)
-    if not len(sizes) or not sizes[0] > 0:
+    # In float64 the Gram matrix, which squares the condition, still holds what float32 rows say.
+    gram = wide @ wide.T
+    first = max(0, len(gram) - count)
+    values, left = eigh(gram, subset_by_index=[first, len(gram) - 1])
+    sizes, left = np.sqrt(values[::-1].clip(min=0.0)), left[:, ::-1]
+    if not sizes[0] > 0:
         raise InputError("curvature: the landmarks' gradients are all zero; there is no direction")
-    kept = min(count, int((sizes > _RANK_TOLERANCE * sizes[0]).sum()))
+    kept = int((sizes > _RANK_TOLERANCE * sizes[0]).sum())
     weights = left[:, :kept] / sizes[:kept]
     largest = np.abs(weights).argmax(axis=0)
     weights = weights * np.sign(weights[largest, np.arange(kept)])
-    total = float((sizes**2).sum())
-    uncovered = float((sizes[kept:] ** 2).sum()) / total
+    uncovered = max(0.0, 1.0 - float((sizes[:kept] ** 2).sum() / np.trace(gram)))
     return Directions(weights, wide.T @ weights, uncovered)
 
 

@@ -11,7 +11,14 @@ from influence.plan_schemas import COMPARED, Amounts, Bill, StageBill
 from influence.quantities import Quantities, StageWork
 from influence.speeds import Speed, Speeds, kind_of
 
-_MODEL_STAGES = ("embedding", "target_vectors", "gradients", "inner_products", "token_scores")
+_MODEL_STAGES = (
+    "embedding",
+    "target_vectors",
+    "target_gradients",
+    "gradients",
+    "inner_products",
+    "token_scores",
+)
 _COUNTS = ("shards", "rows", "tokens", "flops", "read_bytes", "written_bytes", "objects")
 _SUMMED = (*_COUNTS, "seconds", "gpu_hours", "node_hours", "money")
 

@@ -21,7 +21,15 @@ from influence.schemas import layout_of
 
 #: The stages whose fingerprints this version can compute. What is kept under any other name (of a
 #: later version, say) is no shard here, and so is never pruned.
-STAGES = ("catalogue", "embedding", "target_vectors", "gradients", "inner_products", REFERENCE)
+STAGES = (
+    "catalogue",
+    "embedding",
+    "target_vectors",
+    "target_gradients",
+    "gradients",
+    "inner_products",
+    REFERENCE,
+)
 
 # See `influence.units.Unit.key`: content, first and last row, the rows' digest, the group column's.
 _KEY = re.compile(

@@ -16,6 +16,7 @@ from influence.fingerprints import stage_fingerprints
 from influence.hub import resolve_revision
 from influence.model_shape import model_shape
 from influence.numerics import spread_rows
+from influence.optimizer_use import TARGET_GRADIENTS
 from influence.pipeline import NEED_GRADIENTS
 from influence.plan_schemas import Measured, MeasuredStage
 from influence.reference import planned_reference, with_reference
@@ -93,6 +94,10 @@ def stage_runners(config: Config, tools: Toolbox) -> dict[str, Compute]:
         return found
     if config.gradients.projection != "exact":
         found["gradients"] = lambda rows: stages.gradient_vectors(tools, batches(rows))
+        if tools.settings.scaled:
+            found[TARGET_GRADIENTS] = lambda rows: stages.gradient_vectors(
+                tools, batches(rows), TARGET_GRADIENTS
+            )
         return found
     kept: dict[str, list[Tensor]] = {}
 

@@ -163,8 +163,12 @@ class LayerEconomyConfig(Section):
 class OptimizerConfig(Section):
     """The optimiser whose step the scores are about."""
 
-    state: str | None = None
-    kind: Literal["sgd", "adamw"] = "sgd"
+    state: str | None = Field(
+        None, description="checkpoint with its optimizer.pt: folder, file or s3://; null: no state"
+    )
+    kind: Literal["sgd", "adamw"] = Field(
+        "sgd", description="influence_distillation, exact: whose step the scores are about"
+    )
 
 
 class WarmupConfig(Section):

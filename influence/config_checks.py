@@ -10,14 +10,34 @@ from influence.errors import InputError
 LAYERED = ("layerwise", "none")
 """Projections that keep layers apart, which DataInf's curvature needs."""
 
+STEPPING = ("influence_distillation", "exact")
+"""Methods whose scores are about an optimiser's step."""
+
 
 def check_together(config: Config, name: str = "config") -> None:
     """Raise `InputError`, naming the keys, for the first values that do not go together."""
-    problem = _of_in2core(config) if config.method == "in2core" else _of_others(config)
-    if problem is None:
-        problem = _of_second_order(config) if config.weights.order == 2 else _of_first(config)
+    of_method = _of_in2core if config.method == "in2core" else _of_others
+    of_order = _of_second_order if config.weights.order == 2 else _of_first_order
+    problem = _of_optimizer(config) or of_method(config) or of_order(config)
     if problem is not None:
         raise InputError(f"{name}: {problem}")
+
+
+def _of_optimizer(config: Config) -> str | None:
+    kind, state, method = config.optimizer.kind, config.optimizer.state, config.method
+    if method not in STEPPING and (kind != "sgd" or state is not None):
+        asked = f"kind: {kind}" if kind != "sgd" else f"state: {state!r}"
+        return (
+            f"optimizer.{asked} is for method influence_distillation or exact, whose scores are "
+            f"about an optimiser's step; with method: {method} leave the section out"
+        )
+    if kind != "sgd" and state is None and config.warmup.fraction == 0:
+        return (
+            f"optimizer.state: null, and optimizer.kind: {kind} divides gradients by its moments; "
+            "expected a checkpoint with an optimizer.pt (of the Trainer, or the output of "
+            "`influence finetune`), or a warm-up that makes one: warmup.fraction above 0"
+        )
+    return None
 
 
 def _of_in2core(config: Config) -> str | None:
@@ -112,7 +132,7 @@ def _of_others(config: Config) -> str | None:
     return None
 
 
-def _of_first(config: Config) -> str | None:
+def _of_first_order(config: Config) -> str | None:
     for key in ("curvature", "eta", "directions"):
         value, default = getattr(config.weights, key), getattr(WeightsConfig(), key)
         if value != default:

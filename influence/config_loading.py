@@ -28,8 +28,6 @@ BUILT: dict[str, tuple[object, ...]] = {
     "method": ("influence_distillation", "in2core", "exact", "rds", "random"),
     "embedding.kind": ("jvp", "hidden", "rds"),
     "landmarks.choose": ("certified", "uniform", "stratified"),
-    "optimizer.kind": ("sgd",),
-    "optimizer.state": (None,),
 }
 # Sections and fields that no code reads yet: any value but the default would change nothing.
 UNUSED = (

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from math import ceil
 
 from influence.config import Config
@@ -21,6 +22,7 @@ from influence.fingerprints import embedding_values
 from influence.gradients.contractions import TRANSIENT_BYTES
 from influence.load import Load
 from influence.model_shape import ModelShape
+from influence.optimizer_use import TARGET_GRADIENTS, scaled_stages
 from influence.token_products import AT_ONCE
 
 
@@ -83,9 +85,15 @@ def gradients(
     dim: int,
     *,
     exact_norms: bool = True,
+    scaled: bool = False,
 ) -> float:
-    """Forward, backward of activations, gradients (at most, for exact norms), projection."""
-    if projection == "kronecker":
+    """Forward, backward of activations, gradients (at most, for exact norms), projection.
+
+    scaled: entry by entry by an optimiser, for which every gradient is formed first.
+    """
+    if projection == "kronecker" and scaled:
+        projecting = 2.0 * side * shape.attributed * load.rows
+    elif projection == "kronecker":
         # A side takes one pass over its numbers; the products of two halves of side/2 remain.
         projecting = (4.0 * shape.sides + side**2 * shape.layers) * load.tokens
     elif projection == "countsketch":
@@ -100,7 +108,7 @@ def gradients(
     else:
         projecting = 0.0  # layerwise: little beside forming the layers
     formed = 0.0
-    if exact_norms or projection not in ("kronecker", "countsketch"):
+    if exact_norms or scaled or projection not in ("kronecker", "countsketch"):
         formed = forming(shape, load)
     return passes(shape, load) + formed + projecting
 
@@ -129,16 +137,18 @@ def _embedding(config: Config, shape: ModelShape, load: Load) -> float:
     return embedding(shape, load, kind, settings.blocks, settings.tangents)
 
 
-def _gradients(config: Config, shape: ModelShape, load: Load) -> float:
+def _gradients(stage: str, config: Config, shape: ModelShape, load: Load) -> float:
     settings = config.gradients
     exact, sizes = settings.norms == "exact", (settings.side, settings.dim)
-    return gradients(shape, load, settings.projection, *sizes, exact_norms=exact)
+    scaled = stage in scaled_stages(config)
+    return gradients(shape, load, settings.projection, *sizes, exact_norms=exact, scaled=scaled)
 
 
 #: Operations of a load, by the stage in which models compute it.
 STAGES: dict[str, Callable[[Config, ModelShape, Load], float]] = {
     "embedding": _embedding,
-    "gradients": _gradients,
+    "gradients": partial(_gradients, "gradients"),
+    TARGET_GRADIENTS: partial(_gradients, TARGET_GRADIENTS),
     "target_vectors": lambda _config, shape, load: target_vectors(shape, load),
     "inner_products": lambda _config, shape, load: inner_products(shape, load),
     "token_scores": lambda _config, shape, load: token_scores(shape, load),
@@ -199,10 +209,11 @@ class ReplicaMemory:
     logits: int
     projection: int
     layer: int
+    optimizer: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.logits + self.projection + self.layer
+        return sum(getattr(self, each.name) for each in fields(self))
 
 
 def replica_memory(
@@ -215,7 +226,8 @@ def replica_memory(
     eight times the residual stream (norms and residuals), until the backward pass comes by. logits:
     of the response tokens, with softmax and gradient in float32. projection: the signs and slots of
     the kronecker projection, or the targets' full gradients (`columns` of them). layer: what the
-    largest layer's contraction holds.
+    largest layer's contraction holds. optimizer: a number for every attributed one, in float32, if
+    gradients are scaled by its state's moments; SGD scales a layer as a whole.
     """
     size, tokens = _DTYPE_BYTES[dtype], config.replicas.token_budget
     per_token = 2 * shape.outputs + 8 * shape.hidden * shape.blocks
@@ -232,6 +244,7 @@ def replica_memory(
         logits=int(tokens * response_share) * shape.vocabulary * (size + 3 * wide),
         projection=projection,
         layer=2 * TRANSIENT_BYTES,
+        optimizer=4 * shape.attributed * (config.optimizer.kind != "sgd"),
     )
 
 

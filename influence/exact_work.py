@@ -8,9 +8,10 @@ from typing import Any
 
 from influence.candidates import SourceFile
 from influence.cost import check_target_bytes, check_vector_bytes
-from influence.fingerprints import Fingerprint, fingerprint
+from influence.fingerprints import Fingerprint, fingerprint, optimizer_values
 from influence.job import Job, run_units
 from influence.model_shape import model_shape
+from influence.optimizer_use import TARGET_GRADIENTS, scaled_stages
 from influence.row_reuse import list_shards, reuse_rows
 from influence.units import ExactUnits, Unit, range_units, sparse_units
 
@@ -77,8 +78,10 @@ def plan_exact(job: Job, reduce: Any, chosen: Chosen | None) -> ExactWork:
         digest = job.fingerprints["gradients"].hex
         rows = job.config.replicas.gradient_rows_per_shard
         needs = () if job.layers_key is None else (job.layers_key,)
+        # Those of the targets are apart where an optimiser's scale goes on one side only.
+        own = TARGET_GRADIENTS if TARGET_GRADIENTS in job.fingerprints else "gradients"
         targets = {
-            name: range_units("gradients", digest, files, rows, needs=needs)
+            name: range_units(own, job.fingerprints[own].hex, files, rows, needs=needs)
             for name, files in job.target_files.items()
         }
         pool = _Candidates(job, "gradients", chosen, set())
@@ -101,6 +104,8 @@ def product_fingerprints(job: Job, vectors: Mapping[str, list[Unit]]) -> dict[st
     `vectors` are the units of `target_vector_units`: their names make the fingerprint.
     """
     values = job.fingerprints["target_vectors"].values
+    if "inner_products" in scaled_stages(job.config):
+        values = {**values, **optimizer_values(job.config)}
     return {
         name: fingerprint({**values, "target_vectors": [unit.key for unit in members]})
         for name, members in vectors.items()

@@ -17,6 +17,8 @@ from influence.adapters import local_adapter
 from influence.config import Config, ModelConfig
 from influence.errors import ModelLoadError
 from influence.hub import hub_commit
+from influence.optimizer_file import local_state
+from influence.optimizer_use import TARGET_GRADIENTS, scaled_stages
 from influence.replica import check_adapter, load_description, resolve_dtype, resolve_name
 from influence.schemas import FORMAT_VERSION
 
@@ -54,12 +56,37 @@ def stage_fingerprints(config: Config, template: str) -> dict[str, Fingerprint]:
         return stages
     model = {**tokens, **model_values(config)}
     gradients = config.gradients
-    exact = _gradient_values(config)
+    exact, scaled = _gradient_values(config), scaled_stages(config)
+    step = optimizer_values(config) if scaled else {}
     stages["embedding"] = fingerprint({**model, **_values_that_count(config)})
     if config.gradients.projection != "exact":
-        stages["gradients"] = fingerprint({**model, **exact, **_projection_values(config)})
-    stages["target_vectors"] = fingerprint({**model, **exact, "normalize": gradients.normalize})
+        plain = {**model, **exact, **_projection_values(config)}
+        stages["gradients"] = fingerprint({**plain, **step} if "gradients" in scaled else plain)
+        if scaled:
+            of_targets = {**plain, **step} if TARGET_GRADIENTS in scaled else plain
+            stages[TARGET_GRADIENTS] = fingerprint(of_targets)
+    vectors = {**model, **exact, "normalize": gradients.normalize}
+    if "target_vectors" in scaled:
+        vectors |= step
+    stages["target_vectors"] = fingerprint(vectors)
     return stages
+
+
+def optimizer_values(config: Config) -> dict[str, Any]:
+    """The optimiser's kind and the content of its state.
+
+    Raises:
+        InputError: no such file.
+    """
+    kind, state = config.optimizer.kind, config.optimizer.state
+    return {"optimizer": kind, "optimizer_state": None if state is None else file_content(state)}
+
+
+def file_content(path: str) -> str:
+    """Digest of an optimizer's file: its bytes, by whatever path or URL they are found."""
+    file = local_state(path)
+    status = os.stat(file)
+    return _digest_file(file, status.st_size, status.st_mtime_ns).hex()
 
 
 def _gradient_values(config: Config) -> dict[str, Any]:

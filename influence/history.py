@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from influence import storage
 from influence.errors import InfluenceError
-from influence.fingerprints import fingerprint
+from influence.fingerprints import fingerprint, optimizer_values
 from influence.job import Job
+from influence.optimizer_use import scaled_stages
 from influence.plan_schemas import Measured
 from influence.quantities import Decided
 from influence.records import to_json
@@ -77,6 +78,10 @@ def decision_digest(job: Job) -> str:
         values["targets"][name]["path"] = [(f.content_hash, f.rows) for f in files]
     # Those of inner products come with the targets' gradients, which are decided by the rest.
     prints = {k: v.hex for k, v in job.fingerprints.items() if k != "inner_products"}
+    # Its path says nothing; its content is in the stages' fingerprints, but for those left out.
+    values["optimizer"] = {"state": None, "kind": "sgd"}
+    if scaled_stages(config):
+        values["optimizer"] = optimizer_values(config)
     values["stages"] = prints
     return fingerprint(values).hex
 

@@ -20,6 +20,8 @@ from influence.errors import InputError
 from influence.gradients.parameters import is_adapter
 
 KEY = "optimizer.state"
+# Moments of the shape of their parameter.
+_SHAPED = ("exp_avg", "momentum_buffer")
 # What the Trainer leaves without weight decay, besides the parameters of LayerNorm modules.
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|[._])norm(\.|$)")
 
@@ -34,7 +36,7 @@ class Entry:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.moments["exp_avg"].shape)
+        return tuple(next(self.moments[key] for key in _SHAPED if key in self.moments).shape)
 
     @property
     def second(self) -> Tensor:

@@ -7,12 +7,8 @@ numbered them is rebuilt (see `influence.optimizer_order`).
 
 from __future__ import annotations
 
-import os
-import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,10 +16,16 @@ from torch import Tensor, nn
 
 from influence.errors import InputError
 from influence.gradients.layers import Layer
-from influence.gradients.parameters import is_adapter
-from influence.optimizer_order import KEY, Entry, names_by_name, names_by_order
+from influence.optimizer_file import (
+    SavedOptimizer,
+    check_plain,
+    check_trained,
+    common,
+    parameter_names,
+    read_optimizer,
+)
+from influence.optimizer_order import KEY
 
-OPTIMIZER_FILE = "optimizer.pt"
 _OTHER_OPTIMIZERS = {
     "state1": "bitsandbytes; its quantised states are not supported",
     "exp_avg_sq_row": "Adafactor",
@@ -103,15 +105,7 @@ def layer_scales(state: AdamState, layers: Iterable[Layer]) -> dict[str, Float[T
     Raises InputError naming the layers that the state has no moments of.
     """
     layers = list(layers)
-    missing = [layer.name for layer in layers if layer.name not in state.exp_avg_sq]
-    if missing:
-        lora = any(map(is_adapter, state.exp_avg_sq))
-        advice = "lora" if lora else "patterns of the trained ones"
-        raise InputError(
-            f"{KEY}: no moments for {len(missing)} of {len(layers)} attributed parameters "
-            f"({_some(missing)}): they were frozen or never stepped; set gradients.parameters to "
-            f"{advice}"
-        )
+    check_trained(layers, state.exp_avg_sq)
     scales = {}
     for layer in layers:
         second = state.exp_avg_sq[layer.name]
@@ -131,6 +125,27 @@ def layer_scales(state: AdamState, layers: Iterable[Layer]) -> dict[str, Float[T
     return scales
 
 
+def layer_offsets(state: AdamState, layers: Iterable[Layer]) -> dict[str, Float[Tensor, "out in"]]:
+    """`adam_offset` of every layer, as `layer_scales`; raises the same InputError."""
+    layers = list(layers)
+    check_trained(layers, state.exp_avg_sq)
+    offsets = {}
+    for layer in layers:
+        device = layer.parameter.device
+        offset = adam_offset(
+            state.exp_avg[layer.name].to(device),
+            state.exp_avg_sq[layer.name].to(device),
+            layer.parameter,
+            step=state.steps[layer.name],
+            beta1=state.beta1,
+            beta2=state.beta2,
+            eps=state.eps,
+            weight_decay=state.weight_decay[layer.name],
+        )
+        offsets[layer.name] = layer.shape.present(offset)
+    return offsets
+
+
 def load_adam_state(path: str, model: nn.Module) -> AdamState:
     """The state of AdamW in a checkpoint folder of transformers' Trainer, or in an optimizer file.
 
@@ -143,25 +158,13 @@ def load_adam_state(path: str, model: nn.Module) -> AdamState:
     Raises InputError for a file that is missing, unsafe, not AdamW's, or of another model, and if
     the parameters could be assigned in several ways.
     """
-    file = _optimizer_file(path)
-    saved = _read(file)
-    groups = [group for group in saved["param_groups"] if group["params"]]
-    entries = [
-        [Entry(key, saved["state"].get(key) or {}, group) for key in group["params"]]
-        for group in groups
-    ]
-    _check_adam(file, list(chain(*entries)))
+    saved = read_optimizer(path)
+    _check_adam(saved)
     # Rates that differ may all have come down to 0.
-    _common(file, groups, "initial_lr", "lr")
-    rate, betas, eps = (_common(file, groups, key) for key in ("lr", "betas", "eps"))
-    names = _saved_names(groups)
-    if names is None:
-        found = names_by_order(file, model, entries)
-    else:
-        found = names_by_name(file, model, names, list(chain(*entries)))
-    stepped = {
-        name: each for name, each in zip(found, chain(*entries), strict=True) if each.moments
-    }
+    common(saved, "initial_lr", "lr")
+    rate, betas, eps = (common(saved, key) for key in ("lr", "betas", "eps"))
+    found = parameter_names(saved, model)
+    stepped = {name: each for name, each in zip(found, saved.flat, strict=True) if each.moments}
     return AdamState(
         steps={name: each.step for name, each in stepped.items()},
         beta1=float(betas[0]),
@@ -182,49 +185,9 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _optimizer_file(path: str) -> str:
-    file = os.path.join(path, OPTIMIZER_FILE) if os.path.isdir(path) else path
-    if os.path.isfile(file):
-        return file
-    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
-    there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    raise InputError(
-        f"{KEY}: {file} does not exist (in its folder: {_some(there) or 'nothing'}); give a "
-        f"checkpoint folder of the Trainer with {OPTIMIZER_FILE} in it, or the file itself. States "
-        "that FSDP or DeepSpeed wrote in pieces must be gathered into one file first"
-    )
-
-
-def _read(file: str) -> dict[str, Any]:
-    advice = "save the optimizer's state again with torch.save(optimizer.state_dict(), FILE)"
-    try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{KEY}: {file} holds more than tensors and plain values, or is no file of torch.save; "
-            f"pickled objects are never loaded: {advice} ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise InputError(
-            f"{KEY}: {file} cannot be read, it may be cut off: {str(error).splitlines()[0]}; "
-            f"{advice}"
-        ) from error
-    if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
-        keys = _some([str(key) for key in saved]) if isinstance(saved, dict) else type(saved)
-        raise InputError(
-            f"{KEY}: {file} is no optimizer's state: expected the keys state and param_groups, "
-            f"found {keys}; give the {OPTIMIZER_FILE} of a checkpoint"
-        )
-    return saved
-
-
-def _check_adam(file: str, entries: Sequence[Entry]) -> None:
+def _check_adam(saved: SavedOptimizer) -> None:
     """Whether all moments are those of Adam or AdamW, in plain floating-point tensors."""
-    stepped = [each for each in entries if each.moments]
+    file, stepped = saved.file, [each for each in saved.flat if each.moments]
     if not stepped:
         raise InputError(
             f"{KEY}: {file} has no moments of any parameter; give a checkpoint that was saved "
@@ -244,13 +207,8 @@ def _check_adam(file: str, entries: Sequence[Entry]) -> None:
             f"{', '.join(keys)}{known}; train with optim='adamw_torch', or set optimizer.kind to "
             "sgd"
         )
+    check_plain(saved)
     for each in stepped:
-        tensors = [value for key, value in each.moments.items() if key != "step"]
-        if any(type(x) is not Tensor or not x.is_floating_point() for x in tensors):
-            raise InputError(
-                f"{KEY}: the moments of parameter {each.key} in {file} are not plain "
-                "floating-point tensors; quantised or distributed states are not supported"
-            )
         if "step" not in each.moments and "step" not in each.group:
             raise InputError(f"{KEY}: {file} has no step for parameter {each.key}; save it again")
         # Adam adds its decay to the gradient, which then passes through the moments.
@@ -260,25 +218,3 @@ def _check_adam(file: str, entries: Sequence[Entry]) -> None:
                 f"{KEY}: {file} was written by an Adam with maximize or with a weight decay inside "
                 "its gradients; only AdamW's step is known: train with optim='adamw_torch'"
             )
-
-
-def _common(file: str, groups: Sequence[dict[str, Any]], key: str, otherwise: str = "") -> Any:
-    """The value that all groups share."""
-    values = [group.get(key, group.get(otherwise)) for group in groups]
-    if any(value != values[0] for value in values):
-        raise InputError(
-            f"{KEY}: expected one {key} for all parameters, but the groups in {file} have "
-            f"{values}; only a step with the same one everywhere is known, so train with one"
-        )
-    return values[0]
-
-
-def _saved_names(groups: Sequence[dict[str, Any]]) -> list[str] | None:
-    """The names in the state dict, if all parameters have one."""
-    names: list[str] = []
-    for group in groups:
-        own = group.get("param_names", group["params"])
-        if len(own) != len(group["params"]) or not all(isinstance(name, str) for name in own):
-            return None
-        names += own
-    return names

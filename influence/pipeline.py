@@ -27,6 +27,7 @@ from influence.pool_units import catalogue_units, embedding_units, rds_target_un
 from influence.progress import Progress
 from influence.reference import Reference
 from influence.replica import load_tokenizer
+from influence.report_format import step_phrase
 from influence.run_log import RunLog
 from influence.score_map import map_scores
 from influence.score_shards import remove_scoring
@@ -66,6 +67,8 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
     if config.method in NEED_GRADIENTS:
         job.shape = model_shape(config)
         log.manifest.coverage = job.shape.coverage
+        if step := step_phrase(config.optimizer.kind, config.optimizer.state):
+            job.progress.note(f"optimizer: scores are about {step}")
     log.save()
     with log.telling_the_end():
         before = catalogue_work(job, replicas_of(job))

@@ -75,6 +75,6 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         old, new = before[name], now[name]
         if name in _UNSAID or old == new:
             continue
-        digest = name in ("template", "model", "adapter", "pool")
+        digest = name in ("template", "model", "adapter", "optimizer_state", "pool")
         found.append(f"another {name}" if digest else f"{name} was {old}, is now {new}")
     return sorted(found)

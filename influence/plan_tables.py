@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from rich.console import Console
@@ -48,7 +49,8 @@ def memory_line(memory: ReplicaMemory, token_budget: int) -> str:
     """What a replica needs, and for what."""
     parts = ", ".join(
         f"{name} {getattr(memory, name) / 1e9:.1f}"
-        for name in ("weights", "activations", "logits", "projection", "layer")
+        for name in (each.name for each in fields(memory))
+        if name != "optimizer" or memory.optimizer
     )
     return (
         f"memory of a replica, estimated for batches of {token_budget:,} tokens: "

@@ -22,6 +22,7 @@ from influence.membership import DRAWS
 from influence.memory_budget import parse_memory
 from influence.missing_work import PREDICTOR_BYTES, MissingWork
 from influence.model_shape import ModelShape
+from influence.optimizer_use import TARGET_GRADIENTS
 from influence.pool_units import embedding_units, rds_target_units
 from influence.quantities import Decided, Quantities, StageWork, driver_seconds
 from influence.reference_work import reference_work
@@ -71,6 +72,7 @@ class _Planner:
     decided: Decided | None
     work: Work = field(default_factory=Work)
     kept: float = 1.0  # of the numbers of a row's gradient
+    beside: int = 0  # bytes of the targets' gradients, where they are a stage of their own
 
     def influence_distillation(self) -> None:
         job, config = self.job, self.job.config
@@ -100,7 +102,8 @@ class _Planner:
         gradients = self.gradients(None)
         self.add(gradients)
         numbers = float(self.counts["rows"] * (self.columns + 8))
-        scoring = Quantities(read=gradients.whole, effort=driver_seconds(1, 0.0, numbers))
+        read = gradients.whole + self.beside
+        scoring = Quantities(read=read, effort=driver_seconds(1, 0.0, numbers))
         self.add(StageWork("scores", scoring, replicas=False))
         self.selection(0)
 
@@ -185,7 +188,13 @@ class _Planner:
         if self.job.config.gradients.projection == "exact":
             vectors = [unit for members in work.vectors.values() for unit in members]
             self.add(self.missing.stage("target_vectors", vectors))
-        stage = self.missing.stage(work.stage, work.units.all)
+        units = work.units.all
+        if work.units.targets and TARGET_GRADIENTS in self.job.fingerprints:
+            of_targets = [unit for members in work.units.targets.values() for unit in members]
+            apart = self.missing.stage(TARGET_GRADIENTS, of_targets)
+            self.add(apart)
+            self.beside, units = apart.whole, work.units.candidates
+        stage = self.missing.stage(work.stage, units)
         lent = sum(self.missing.stored.sizes(list(work.lenders)).values())
         return replace(stage, least=replace(stage.least, read=stage.least.read + lent))
 
@@ -276,7 +285,7 @@ class _Planner:
             known = min(exact, MAX_INDUCING) if certified else exact
             operations = cost.regression(known, self.missing.width, self.columns)
             effort = driver_seconds(times, operations, self.round_scores if certified else 0.0)
-            read = gradients.held + written + round(part * embedding.whole)
+            read = gradients.held + self.beside + written + round(part * embedding.whole)
             return Quantities(effort=effort, read=read)
 
         first = of(landmarks, gradients.least.written or 0, maps)

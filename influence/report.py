@@ -25,7 +25,7 @@ from influence.report_data import (
     read_run,
     source_table,
 )
-from influence.report_format import FILTERS, decimal
+from influence.report_format import FILTERS, decimal, step_phrase
 
 TOP_SOURCES = 30
 GRADIENT_METHODS = ("influence_distillation", "in2core", "less", "exact")
@@ -144,6 +144,7 @@ def context(run: RunData) -> dict[str, Any]:
         "weights": weight_summary(run.scores) if run.scores else None,
         "length": counts.get("length_spearman") or {},
         "gradients": _gradient_settings(run),
+        "optimizer": _optimizer(run),
         "layers": layer_report(run.manifest.layers),
         "evaluations": evaluations(run),
         "covered": coverage_report(run.coverage),
@@ -308,6 +309,12 @@ def _gradient_settings(run: RunData) -> dict[str, Any] | None:
     if run.manifest.method not in GRADIENT_METHODS:
         return None
     return run.config.get("gradients")
+
+
+def _optimizer(run: RunData) -> str:
+    """Whose step the scores are about; nothing for plain gradient descent."""
+    section = run.config.get("optimizer") or {}
+    return step_phrase(section.get("kind"), section.get("state"))
 
 
 def stage_row(name: str, record: StageRecord) -> StageRow:

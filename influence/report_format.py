@@ -125,6 +125,14 @@ def short_size(value: float) -> str:
     return f"{whole_part if len(whole_part) > 2 or not decimals else number} {unit}"
 
 
+def step_phrase(kind: str | None, state: str | None) -> str:
+    """Whose step the scores are about, in a phrase; nothing for plain gradient descent."""
+    if state is None and kind in (None, "sgd"):
+        return ""
+    name = {"sgd": "SGD", "adamw": "AdamW"}.get(kind or "", kind)
+    return f"the next step of {name}, with the state of {state or 'the warm-up'}"
+
+
 FILTERS: dict[str, Callable[..., str]] = {
     "whole": whole,
     "decimal": decimal,

@@ -57,6 +57,7 @@ _RECOMPUTES = {
     "layers": "the gradients",
     "layer_economy": "the pilot's gradients, and those of other layers",
     "gradients.reduction": "the gradients",
+    "optimizer": "the gradients (without gradients.normalize those of the targets alone)",
     "seed": "landmarks, embeddings and gradients",
 }
 

@@ -25,13 +25,15 @@ from influence.gradients import (
 )
 from influence.loss import Reduction
 from influence.memory import TokenLimit, computed, out_of_memory
+from influence.optimizer_step import OptimizerStep, load_step
+from influence.optimizer_use import TARGET_GRADIENTS
 from influence.projection import layer_shapes, make_layerwise, make_projection
 from influence.replica import Replica
 
 
 @dataclass(frozen=True)
 class StageSettings:
-    """Plain values that the stages read."""
+    """Plain values that the stages read; the optimiser scales the gradients of those in `scaled`."""
 
     embedding: Mapping[str, Any]
     parameters: Choice
@@ -46,14 +48,13 @@ class StageSettings:
     layers: tuple[str, ...] | None = None
     layer_dim: int = 0
     layer_sketch: str = ""
+    optimizer: str = "sgd"
+    optimizer_state: str | None = None
+    scaled: frozenset[str] = frozenset()
 
 
-_NEEDS = {
-    "embedding": "embedder",
-    "gradients": "vector_engine",
-    "inner_products": "layers",
-    "target_vectors": "layers",
-}
+VECTOR_STAGES = ("gradients", TARGET_GRADIENTS)
+"""The stages that make vectors of gradients: of candidates, and of targets where they differ."""
 
 
 @dataclass
@@ -121,49 +122,82 @@ class Toolbox:
         )
 
     @property
-    def vector_engine(self) -> Any:
-        """Per-sample gradients, projected or (`projection: none`) whole."""
+    def step(self) -> OptimizerStep:
+        """The optimiser's next step, without b, which the first order does not ask for."""
+        kind, state = self.settings.optimizer, self.settings.optimizer_state
+        return self._once(
+            "step",
+            lambda: load_step(kind, state, self.replica.model, self.layers, with_offset=False),
+        )
+
+    def scale(self, stage: str) -> dict[str, Tensor] | None:
+        """What a stage's gradients are multiplied with, by layer; None: nothing."""
+        return self.step.scale if stage in self.settings.scaled else None
+
+    def stage_notes(self, stage: str) -> list[str]:
+        """What is to be said of a stage's numbers."""
+        of_step = [self.step.note] if stage in self.settings.scaled else []
+        return [*self.replica.notes, *self.notes, *of_step]
+
+    @property
+    def projection(self) -> Any:
+        """The projection of all layers' gradients, the same for candidates and targets."""
         settings = self.settings
+        dtype = torch.float64 if self.replica.dtype == torch.float64 else torch.float32
+        where: dict[str, Any] = {"dtype": dtype, "device": self.replica.device}
 
         def build() -> Any:
-            model, layers, reduction = self.replica.model, self.layers, settings.reduction
-            if settings.projection == "none":
-                return make_engine(model, layers, reduction=reduction, full=True, layer_norms=True)
-            dtype = torch.float64 if self.replica.dtype == torch.float64 else torch.float32
-            where: dict[str, Any] = {"dtype": dtype, "device": self.replica.device}
-            by_layer = settings.projection == "layerwise"
-            if by_layer:
-                projection = make_layerwise(
-                    layer_shapes(layers),
+            if settings.projection == "layerwise":
+                return make_layerwise(
+                    layer_shapes(self.layers),
                     sketch=settings.layer_sketch,
                     layer_dim=settings.layer_dim,
                     seed=settings.seed,
                     **where,
                 )
-            else:
-                projection = make_projection(
-                    settings.projection,
-                    layer_shapes(layers),
-                    side=settings.side,
-                    dim=settings.dim,
-                    seed=settings.seed,
-                    **where,
+            return make_projection(
+                settings.projection,
+                layer_shapes(self.layers),
+                side=settings.side,
+                dim=settings.dim,
+                seed=settings.seed,
+                **where,
+            )
+
+        return self._once("projection", build)
+
+    def vector_engine(self, stage: str = "gradients") -> Any:
+        """Per-sample gradients, projected or (`projection: none`) whole."""
+        settings, scale = self.settings, self.scale(stage)
+
+        def build() -> Any:
+            model, layers, reduction = self.replica.model, self.layers, settings.reduction
+            if settings.projection == "none":
+                return make_engine(
+                    model, layers, reduction=reduction, scale=scale, full=True, layer_norms=True
                 )
+            by_layer = settings.projection == "layerwise"
             return make_engine(
                 model,
                 layers,
                 reduction=reduction,
-                projection=projection,
+                projection=self.projection,
+                scale=scale,
                 exact_norms=settings.exact_norms or by_layer,
                 layer_norms=by_layer,
             )
 
-        return self._once("vectors", build)
+        return self._once("vectors" if scale is None else "scaled vectors", build)
 
     def set_up(self, stage: str) -> None:
         """Build what a stage needs, unless it is there: no work on rows, and timed apart."""
-        if stage in _NEEDS:
-            getattr(self, _NEEDS[stage])
+        if stage == "embedding":
+            assert self.embedder is not None
+        elif stage in VECTOR_STAGES:
+            self.vector_engine(stage)
+        elif stage in ("inner_products", "target_vectors"):
+            self.scale(stage)
+            assert self.layers
 
     def product_engine(
         self, keys: tuple[tuple[str, ...], ...], read: Callable[[], dict[str, list[Tensor]]]
@@ -180,6 +214,7 @@ class Toolbox:
                 self.layers,
                 reduction=self.settings.reduction,
                 targets=read(),
+                scale=self.scale("inner_products"),
             )
             self._products = (keys, engine)
         return self._products[1]
@@ -203,9 +238,12 @@ def embed(tools: Toolbox, batches: Sequence[Batch]) -> Vectors:
     return Vectors(np.asarray(positions), unit, norm, np.full(len(norm), np.nan))
 
 
-def gradient_vectors(tools: Toolbox, batches: Sequence[Batch]) -> Vectors:
-    """Projected or whole per-sample gradients (unnormalised), their norms and losses."""
-    found = _gradients(tools.vector_engine, tools, batches, "vectors")
+def gradient_vectors(tools: Toolbox, batches: Sequence[Batch], stage: str = "gradients") -> Vectors:
+    """Projected or whole per-sample gradients (unnormalised), their norms and losses.
+
+    Where the optimiser scales the stage, the gradients are a * g_i, and so are the norms.
+    """
+    found = _gradients(tools.vector_engine(stage), tools, batches, "vectors")
     if found.norms is not None:
         found.sizes = [layer.size for layer in tools.layers]
         lengths = found.sizes
@@ -238,6 +276,7 @@ def target_vector(
 ) -> tuple[dict[str, Tensor], int]:
     """Mean over the rows of the (unit) gradients: {layer: (out, in)}, and the number of rows.
 
+    Where the optimiser scales the stage, it is multiplied with a, and of unnormalised gradients.
     `names` are those of the rows that the batches' positions index. Raises InputError for a row
     without a usable gradient.
     """
@@ -257,6 +296,9 @@ def target_vector(
             if not out_of_memory(error):
                 raise
         else:
+            scale = tools.scale("target_vectors") or {}
+            for name, a in scale.items():
+                total[name] *= a
             return {name: value / count for name, value in total.items()}, count
         # A sum that broke off in the middle of a batch is of no use: once more from the start.
         tools.limit.lower(tried.last)

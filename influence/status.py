@@ -22,7 +22,7 @@ from influence.errors import InputError
 from influence.meter import Left
 from influence.progress import left_text, speed_text
 from influence.records import Manifest, Pace, StageRecord
-from influence.report_format import percent
+from influence.report_format import percent, step_phrase
 from influence.report_format import seconds as duration
 from influence.run_log import SIGN_OF_LIFE_SECONDS, read_manifest
 
@@ -31,12 +31,16 @@ _RESULTS = ("fidelity.json", "selection.jsonl", "report.html")
 
 @dataclass(frozen=True)
 class Status:
-    """A run as its files tell it. `committed` counts each stage's shards in the cache at `now`."""
+    """A run as its files tell it. `committed` counts each stage's shards in the cache at `now`.
+
+    optimizer: whose step the scores are about; "" for plain gradient descent.
+    """
 
     run: str
     manifest: Manifest
     committed: dict[str, int]
     results: dict[str, bool]
+    optimizer: str = ""
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @property
@@ -98,7 +102,8 @@ def read_status(run: str) -> Status:
         if record.planned
     }
     results = {name: storage.head(storage.join(run, name)) is not None for name in _RESULTS}
-    return Status(run, manifest, committed, results)
+    step = step_phrase(config.optimizer.kind, config.optimizer.state)
+    return Status(run, manifest, committed, results, step)
 
 
 def _cache_url(run: str, config: Config, manifest: Manifest) -> str:
@@ -130,6 +135,7 @@ def status_document(status: Status) -> dict[str, Any]:
         "method": manifest.method,
         "state": manifest.state,
         "doing": manifest.doing or None,
+        "optimizer": status.optimizer or None,
         "started": _iso(manifest.started),
         "written": _iso(manifest.written),
         "written_seconds_ago": status.age,
@@ -189,6 +195,8 @@ def print_status(status: Status, console: Console) -> None:
     state = manifest.state + (f" ({manifest.doing})" if manifest.doing else "")
     # As Text, in which rich looks for neither markup nor emoji codes: names come out of the data.
     console.print(Text(f"{status.run}: {manifest.method}, {state}"), soft_wrap=True)
+    if status.optimizer:
+        console.print(Text(f"scores are about {status.optimizer}"), soft_wrap=True)
     for line in _lines_of_time(status):
         console.print(Text(line), soft_wrap=True)
     console.print(_stages(status))

@@ -24,6 +24,7 @@ from influence.errors import InputError
 from influence.exact_work import plan_exact
 from influence.hub import resolve_revision
 from influence.in2core import keep_layers
+from influence.optimizer_use import TARGET_GRADIENTS
 from influence.pipeline import Job, embedding_units, prepare, rds_target_units
 from influence.progress import Progress
 from influence.reference import made_reference, with_reference
@@ -198,7 +199,9 @@ def _of_run(job: Job, stage: str, command: str, partial: bool) -> list[Source]:
         for file in files:
             targets.setdefault(file.content_hash, []).append((f"targets/{name}", file))
     sources, unknown = [], 0
-    for key in dict.fromkeys(record.planned):
+    apart = manifest.stages.get(TARGET_GRADIENTS) if stage == "gradients" else None
+    planned = record.planned + ([] if apart is None else apart.planned)
+    for key in dict.fromkeys(planned):
         content, _, rest = key.rsplit("/", 1)[1].partition("-")
         # Chosen rows of the pool are in shards that are named by them, a target's in whole ranges.
         if content in targets and (rest.count("-") == 1 or content not in pool):
@@ -240,7 +243,7 @@ class _Writer:
     """Puts one file for each shard that has a vector, and counts."""
 
     def __init__(self, job: Job, stage: str, out: str, done: Exported) -> None:
-        self._stage, self._print, self._out, self._done = stage, job.fingerprints[stage], out, done
+        self._stage, self._prints, self._out, self._done = stage, job.fingerprints, out, done
         # Rows without an id are called as in the results: by names within the pool, or the target.
         self._names = {"candidates": short_names([file.url for file in job.files])}
         for name, files in job.target_files.items():
@@ -284,12 +287,13 @@ class _Writer:
         return kept
 
     def _table(self, source: Source, shard: Shard, kept: np.ndarray) -> pa.Table:
-        layout = shard.layout
+        # The targets' gradients are a stage of their own where an optimiser scales one side.
+        layout, print_ = shard.layout, self._prints[source.key.split("/")[0]]
         schema = export_schema(
             ExportLayout(
                 stage=self._stage,
-                fingerprint=self._print.hex,
-                values=self._print.values,
+                fingerprint=print_.hex,
+                values=print_.values,
                 dtype=layout.dtype,
                 dim=layout.dim,
                 blocks=layout.blocks,

@@ -26,6 +26,7 @@ from influence.errors import InputError, ModelLoadError
 from influence.fingerprints import embedding_values
 from influence.layer_choice import read_names
 from influence.load import Load
+from influence.optimizer_use import scaled_stages
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
 from influence.score_shards import scoring_url
 from influence.scoring_units import SCORING_STAGES, ScoringUnits
@@ -232,8 +233,7 @@ class Worker:
                 columns = compute(batches)
                 model = lap()
             tables = [vector_table(encoded, first_of, part) for part in columns]
-        notes = (*tools.replica.notes, *tools.notes)
-        notes += (tools.limit.note,) if tools.limit.note else ()
+        notes = (*tools.stage_notes(unit.stage), *([tools.limit.note] if tools.limit.note else []))
         columns_each = sum(len(unit.needs) for unit in bundle.units)
         load = load_of(batches, columns_each)
         return _Computed(tables, set_up, model, tools.replica.device_name, notes, load)
@@ -244,8 +244,8 @@ class Worker:
         tools.set_up(stage)
         if stage == "embedding":
             return lambda batches: [stages.embed(tools, batches)]
-        if stage == "gradients":
-            return lambda batches: [stages.gradient_vectors(tools, batches)]
+        if stage in stages.VECTOR_STAGES:
+            return lambda batches: [stages.gradient_vectors(tools, batches, stage)]
         if stage == "inner_products":
             keys = tuple(unit.needs for unit in bundle.units)
             widths = [len(unit.needs) for unit in bundle.units]
@@ -316,6 +316,9 @@ def stage_settings(config: Config) -> StageSettings:
         layers=config.layer_patterns,
         layer_dim=gradients.layer_dim,
         layer_sketch=gradients.layer_sketch,
+        optimizer=config.optimizer.kind,
+        optimizer_state=config.optimizer.state,
+        scaled=scaled_stages(config),
     )
 
 

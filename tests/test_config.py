@@ -133,8 +133,6 @@ UNBUILT: dict[str, list[Any]] = {
     "method": ["less", "perplexity", "semantic", "length"],
     "embedding.kind": ["auto"],
     "landmarks.choose": ["kmeans++"],
-    "optimizer.kind": ["adamw"],
-    "optimizer.state": ["state.pt"],
     "weights.order": [2],
 }
 

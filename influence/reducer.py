@@ -41,6 +41,7 @@ from influence.schemas import REASON_DUPLICATE
 from influence.score_shards import ShardTable, scoring_url
 from influence.score_table import ArrayTable, OverlaidTable, scored_rows
 from influence.scores import Scores
+from influence.second_order_plan import Along, DirectionPlan, MadeVectors
 from influence.selection import Rule
 from influence.shard_reader import (
     NO_EMBEDDING,
@@ -114,7 +115,11 @@ class Reducer:
     def loads_of(self, units: Sequence[Unit]) -> list[UnitLoad]:
         """What computing each unit takes."""
         of = {(f.url, f.rows): c for c in (*self.targets.values(), self._pool) for f in c.files}
-        return [unit_load(of[unit.file.url, unit.file.rows], unit) for unit in units]
+        loads = []
+        for unit in units:
+            parts = [unit_load(of[part.file.url, part.file.rows], part) for part in unit.parts]
+            loads.append(UnitLoad(*(sum(v[1:], v[0]) for v in zip(*parts, strict=True))))
+        return loads
 
     def pool_load(self) -> Load:
         """The load of all candidates that can be scored."""
@@ -249,10 +254,15 @@ class Reducer:
         keys = landmarks.row_keys(seed, pool.digests, purpose=b"audit")
         return Certified(self._rule, self.columns.named(), keys, settings)
 
-    def begin_second_order(self, exact: ExactUnits) -> None:
-        """After the gradients' shards are there, before they are scored."""
+    def begin_second_order(self, exact: ExactUnits) -> DirectionPlan | None:
+        """After the gradients' shards are there, before they are scored: the directions, if any."""
         self._robust = RobustReduce(self.config, self.cache, self._pool, self.targets, self.columns)
-        self._robust.begin(exact)
+        return self._robust.begin(exact)
+
+    def take_second_order(self, made: MadeVectors | None, along: Along | None) -> None:
+        """The shards of what `begin_second_order` asked for."""
+        assert self._robust is not None
+        self._robust.take(made, along)
 
     def score_exact(self, exact: ExactUnits) -> None:
         """Exact scores for every candidate."""

@@ -85,3 +85,34 @@ def test_the_selection_is_ordered_by_weight_and_the_path_is_told(run: Runner):
     assert path[-1]["effective_rows"] == pytest.approx(N_SCORED)
     gains = [point["predicted_first"] for point in path]
     assert gains == sorted(gains), "more rows are expected to do less in first order"
+
+
+HVP: dict[str, Any] = {
+    "weights": {"order": 2, "eta": ETA, "curvature": "hvp", "directions": N_SCORED},
+    "landmarks": {"count": 500, "choose": "uniform"},
+}
+
+
+@pytest.fixture(scope="module")
+def curved(dense: Dense) -> np.ndarray:
+    """A H A' without its negative part, which the programme leaves out."""
+    AHA = dense.A @ dense.hessian(dense.A).T
+    # The nearest positive semidefinite H in the span of A's rows, not of A H A' itself.
+    left, sizes, right = np.linalg.svd(dense.A, full_matrices=False)
+    S = (left / sizes).T @ ((AHA + AHA.T) / 2) @ (left / sizes)
+    values, vectors = np.linalg.eigh(S)
+    root = (left * sizes) @ vectors * np.sqrt(values.clip(min=0))
+    return root @ root.T
+
+
+@pytest.mark.parametrize("method", ["exact", "influence_distillation"])
+def test_hessian_products_along_all_directions_are_the_dense_programme(
+    method: str, run: Runner, dense: Dense, curved: np.ndarray
+):
+    found = run(method=method, **HVP, **WHOLE)
+    told = objective_of(found)
+    weights = weights_of(found)
+    expected = solved(dense.p, curved / N_SCORED, ETA, told["lam"])
+    np.testing.assert_allclose(weights, expected, rtol=2e-3, atol=2e-3)
+    assert told["uncovered"] < 1e-6
+    assert told["asymmetry"] < 1e-4

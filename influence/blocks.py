@@ -114,6 +114,18 @@ def eval_mode(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> I
             module.training = True
 
 
+@contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """Experts one by one inside: grouped matrix products have neither
+    forward-mode nor second derivatives."""
+    before = model.get_experts_implementation()  # pyright: ignore[reportCallIssue]
+    model.set_experts_implementation("eager")  # pyright: ignore[reportCallIssue]
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)  # pyright: ignore[reportCallIssue]
+
+
 def check_count(decoder: Decoder, count: int) -> None:
     """Raise InputError unless the decoder has a block number `count` (counted from 1)."""
     if not 1 <= count <= len(decoder.blocks):

@@ -7,7 +7,7 @@ modules; the mathematics takes tensors and plain numbers.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -177,8 +177,22 @@ class WeightsConfig(Section):
     """First or second order in the step size."""
 
     order: Literal[1, 2] = 1
-    curvature: Literal["fisher", "hvp"] = "fisher"
-    eta: PositiveFloat = 1e-4
+    curvature: Literal["fisher", "hvp"] = Field(
+        "fisher",
+        description="order 2: the targets' own gradients, or exact Hessian-vector products",
+    )
+    eta: PositiveFloat = Field(1e-4, description="order 2: the step size")
+    directions: PositiveInt = Field(
+        16, description="hvp: directions that span the landmarks' gradients"
+    )
+
+
+#: (section, key, value) that the second order asks for.
+SECOND_ORDER = (
+    ("gradients", "normalize", False),
+    ("selection", "combine", "mean"),
+    ("landmarks", "choose", "uniform"),
+)
 
 
 class TransferConfig(Section):
@@ -325,11 +339,19 @@ class Config(Section):
         if self.method == "in2core":
             own = {"parameters": "lora", "projection": "layerwise", "normalize": False}
         given = self.gradients.model_fields_set
-        left = {name: value for name, value in own.items() if name not in given}
-        if left:
-            gradients = self.gradients.model_copy(update=left)
-            object.__setattr__(self, "gradients", gradients)
+        self._fill("gradients", {name: own[name] for name in own if name not in given})
+        if self.weights.order == 2:
+            # The objective is a Taylor expansion of one number, the mean target loss.
+            for section, name, value in SECOND_ORDER:
+                if name not in getattr(self, section).model_fields_set:
+                    self._fill(section, {name: value})
         return self
+
+    def _fill(self, section: str, values: dict[str, Any]) -> None:
+        """Values that the rest of the config decides, where none are given."""
+        if values:
+            filled = getattr(self, section).model_copy(update=values)
+            object.__setattr__(self, section, filled)
 
     @property
     def layer_patterns(self) -> tuple[str, ...] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from influence.budget import parse_budget
-from influence.config import Config
+from influence.config import Config, WeightsConfig
 from influence.config_finetune import POOL, FinetuneConfig
 from influence.errors import InputError
 
@@ -17,7 +17,9 @@ STEPPING = ("influence_distillation", "exact")
 def check_together(config: Config, name: str = "config") -> None:
     """Raise `InputError`, naming the keys, for the first values that do not go together."""
     of_method = _of_in2core if config.method == "in2core" else _of_others
-    problem = _of_optimizer(config) or _of_warmup(config) or of_method(config)
+    of_order = _of_second_order if config.weights.order == 2 else _of_first_order
+    together = _of_optimizer(config) or _of_warmup(config)
+    problem = together or of_method(config) or of_order(config)
     if problem is not None:
         raise InputError(f"{name}: {problem}")
 
@@ -144,5 +146,78 @@ def _of_others(config: Config) -> str | None:
         return (
             f"reference.finetune: it is for method: in2core, which takes gradients with a "
             f"fine-tuned reference model; with method: {method} expected null"
+        )
+    return None
+
+
+def _of_first_order(config: Config) -> str | None:
+    for key in ("curvature", "eta", "directions"):
+        value, default = getattr(config.weights, key), getattr(WeightsConfig(), key)
+        if value != default:
+            return (
+                f"weights.{key}: {value!r} is for weights.order: 2; with weights.order: 1 the step "
+                "size goes to zero and curvature plays no part: leave it out"
+            )
+    return None
+
+
+def _of_second_order(config: Config) -> str | None:
+    """What the Taylor expansion of the mean target loss does not go with."""
+    given = {
+        "gradients.normalize": (config.gradients.normalize, False, "gradients of unit length"),
+        "selection.combine": (config.selection.combine, "mean", "several losses taken in turn"),
+    }
+    if config.method not in ("influence_distillation", "exact"):
+        return (
+            f"weights.order: 2 is for method: influence_distillation or exact, not {config.method}"
+        )
+    for key, (value, expected, why) in given.items():
+        if value != expected:
+            return (
+                f"{key}: {value!r}, and weights.order: 2 minimises a Taylor expansion of the mean "
+                f"target loss, which does not hold for {why}; expected {str(expected).lower()}"
+            )
+    budget = parse_budget(config.selection.budget)
+    if budget.tokens is not None:
+        return (
+            f"selection.budget: {config.selection.budget!r}, and with weights.order: 2 lambda is "
+            "found for a number of rows; expected rows or a percentage"
+        )
+    if config.selection.per_source:
+        return (
+            "selection.per_source: the programme of weights.order: 2 has no quotas; drop them or "
+            "use weights.order: 1"
+        )
+    if config.method != "exact" and config.landmarks.choose not in ("uniform", "stratified"):
+        return (
+            f"landmarks.choose: {config.landmarks.choose!r}, and with weights.order: 2 it is not "
+            "a score alone that decides on a row; expected uniform or stratified"
+        )
+    return _of_curvature(config)
+
+
+def _of_curvature(config: Config) -> str | None:
+    weights, exact = config.weights, config.gradients.projection == "exact"
+    if weights.curvature == "hvp" and exact:
+        return (
+            "gradients.projection: exact keeps no gradients of candidates, whose coefficients "
+            "weights.curvature: hvp needs; expected kronecker, none or another projection, or "
+            "weights.curvature: fisher"
+        )
+    if weights.curvature == "hvp" and weights.directions > config.landmarks.count:
+        return (
+            f"weights.directions: {weights.directions} directions cannot be spanned by "
+            f"landmarks.count: {config.landmarks.count} rows; expected fewer"
+        )
+    means = [
+        name
+        for name, each in config.targets.items()
+        if each.per == "group" or each.group_by is not None
+    ]
+    if exact and means:
+        return (
+            f"targets.{means[0]}.per: with gradients.projection: exact only products with a "
+            "group's mean gradient are kept, and weights.curvature: fisher needs those with every "
+            "target row; expected per: row without group_by, or another projection"
         )
     return None

@@ -28,14 +28,9 @@ BUILT: dict[str, tuple[object, ...]] = {
     "method": ("influence_distillation", "in2core", "exact", "rds", "random"),
     "embedding.kind": ("jvp", "hidden", "rds"),
     "landmarks.choose": ("certified", "uniform", "stratified"),
-    "weights.order": (1,),
 }
 # Sections and fields that no code reads yet: any value but the default would change nothing.
-UNUSED = (
-    "weights.curvature",
-    "weights.eta",
-    "evaluation.seeds",
-)
+UNUSED = ("evaluation.seeds",)
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:

@@ -269,6 +269,21 @@ def check_vector_bytes(config: Config, shape: ModelShape) -> None:
         )
 
 
+def check_direction_bytes(config: Config, shape: ModelShape, directions: int) -> None:
+    """Refuse more directions than a replica can add up at once; from counts.
+
+    Raises:
+        InputError: states the bytes that are needed and those that there are.
+    """
+    needed, (limit, why) = target_bytes(shape, directions), target_bytes_limit(config)
+    if needed > limit:
+        raise InputError(
+            f"weights.directions: {directions} directions x {shape.attributed:,} parameters x 4 "
+            f"bytes = {needed:,} bytes in a replica; expected at most {limit:,} ({why}): use fewer "
+            "directions, gradients.parameters: lora or fewer of them, or weights.curvature: fisher"
+        )
+
+
 def check_target_bytes(config: Config, shape: ModelShape, columns: int) -> None:
     """Refuse full target gradients that do not fit; from counts, before a model runs.
 

@@ -28,6 +28,7 @@ from influence.blocks import (
     Decoder,
     check_count,
     check_lengths,
+    eager_experts,
     find_decoder,
     run_blocks_last,
 )
@@ -133,7 +134,7 @@ def make_jvp_embedder(
 
         check_lengths(input_ids, lengths)
         # Fused attention kernels have no forward-mode derivative.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _eager_experts(model):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), eager_experts(model):
             derivative = torch.vmap(lambda *tensors: directional(rebuild(tensors)))(*flat)  # pyright: ignore[reportArgumentType]
         embedding = derivative.transpose(0, 1).flatten(1)
         return embedding if embedding.dtype == torch.float64 else embedding.float()
@@ -162,17 +163,6 @@ def _directional(
 
     values = {name: parameters[name].detach() for name in tangents.dense}
     return torch.func.jvp(last_hidden, (zero, values), (zero, tangents.dense))[1]
-
-
-@contextmanager
-def _eager_experts(model: nn.Module) -> Iterator[None]:
-    """Experts one by one inside: grouped matrix products have no forward-mode derivative."""
-    before = model.get_experts_implementation()  # pyright: ignore[reportCallIssue]
-    model.set_experts_implementation("eager")  # pyright: ignore[reportCallIssue]
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)  # pyright: ignore[reportCallIssue]
 
 
 @contextmanager

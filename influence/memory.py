@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -91,6 +91,38 @@ def computed(
             queue.appendleft(first)
         else:
             yield first, result
+
+
+def restarted(
+    batches: Sequence[Batch],
+    limit: TokenLimit,
+    device: torch.device | str,
+    compute: Callable[[Sequence[Batch], Iterable[Batch]], T],
+) -> T:
+    """What `compute` makes of all batches at once: of a list of them, and of them on a device.
+
+    Where one does not fit, all are cut and it begins anew: a sum that broke off in the middle of a
+    batch is of no use. `compute` takes the second argument's batches one by one, in order.
+    """
+    while True:
+        parts = [part for batch in batches for part in limit.cut(batch)]
+        last = [parts[0]]
+        try:
+            return compute(parts, _moved(parts, device, last))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        # Out of the handler: the error's traceback would keep the failed pass's tensors alive.
+        limit.lower(last[0])
+
+
+def _moved(
+    batches: Sequence[Batch], device: torch.device | str, last: list[Batch]
+) -> Iterator[Batch]:
+    """Each batch on the device as it is asked for; `last[0]` is the one that was."""
+    for batch in batches:
+        last[0] = batch
+        yield batch.to(device)
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -2,7 +2,8 @@
 
 First order asks for <a * g_i, g_T> (Influence Distillation, arXiv 2505.19051), and the scale a goes
 on one side. Rows that are brought to unit length carry it themselves (their length is |a * g_i|);
-where lengths stay, it moves to the few targets, and the candidates' shards suit every optimiser.
+where lengths stay, it moves to the few targets, and the candidates' shards suit every optimiser;
+but where directions have to span the candidates' steps a * g_i themselves (weights.curvature: hvp).
 """
 
 from __future__ import annotations
@@ -25,4 +26,6 @@ def scaled_stages(config: Config) -> frozenset[str]:
     optimizer = config.optimizer
     if config.method not in STEPPING or not has_scale(optimizer.kind, optimizer.state):
         return frozenset()
-    return CANDIDATES if config.gradients.normalize else TARGETS
+    weights = config.weights
+    spanned = weights.order == 2 and weights.curvature == "hvp"
+    return CANDIDATES if config.gradients.normalize or spanned else TARGETS

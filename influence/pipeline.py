@@ -15,6 +15,7 @@ from influence.bill_record import begin_bill, end_bill, replicas_of
 from influence.cache import Cache
 from influence.candidates import SourceFile, scan_files
 from influence.config import Config
+from influence.curvature_stages import second_order
 from influence.errors import InputError
 from influence.exact_work import exact_units, further_units
 from influence.fingerprints import stage_fingerprints
@@ -156,6 +157,8 @@ def influence_distillation(job: Job, reduce: Any) -> None:
     if job.config.landmarks.choose == "certified":
         _rounds(job, reduce, embedding, exact)
         return
+    if job.config.weights.order == 2:
+        second_order(job, reduce, exact)
     with timed(job, "regression"):
         predictor = reduce.fit_landmarks(embedding, exact)
     scores = map_scores(job, embedding, predictor)
@@ -182,6 +185,8 @@ def exact(job: Job, reduce: Any) -> None:
     """First order with every row's gradient: the truth that approximations are judged by."""
     units = exact_units(job, reduce, None)
     run_units(job, units.all)
+    if job.config.weights.order == 2:
+        second_order(job, reduce, units)
     with timed(job, "scores"):
         reduce.score_exact(units)
 

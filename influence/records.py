@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from influence.load import Load
+from influence.objective import Objective
 from influence.plan_schemas import Bill
 from influence.schemas import FORMAT_VERSION
 
@@ -75,6 +76,7 @@ class Fidelity(BaseModel):
     estimated: int = Field(default=0, description="selected rows whose score is no exact one")
     rounds: list[Round] = Field(default_factory=list)
     reliability: list[ReliabilityBin] = Field(default_factory=list)
+    objective: Objective | None = Field(default=None, description="weights.order: 2")
 
 
 class FailedShard(BaseModel):

@@ -36,10 +36,12 @@ from influence.predictor import (
 from influence.quotas import Quota
 from influence.records import LayerChoice
 from influence.results import write_results
+from influence.robust_reduce import RobustReduce
 from influence.schemas import REASON_DUPLICATE
 from influence.score_shards import ShardTable, scoring_url
 from influence.score_table import ArrayTable, OverlaidTable, scored_rows
 from influence.scores import Scores
+from influence.second_order_plan import Along, DirectionPlan, MadeVectors
 from influence.selection import Rule
 from influence.shard_reader import (
     NO_EMBEDDING,
@@ -74,6 +76,7 @@ class Reducer:
         self.pool: Catalogue | None = None
         self.certified: Certified | None = None
         self._likeness: Likeness | None = None
+        self._robust: RobustReduce | None = None
 
     def load_catalogue(
         self, pool: Sequence[Unit], targets: Mapping[str, Sequence[Unit]]
@@ -112,7 +115,11 @@ class Reducer:
     def loads_of(self, units: Sequence[Unit]) -> list[UnitLoad]:
         """What computing each unit takes."""
         of = {(f.url, f.rows): c for c in (*self.targets.values(), self._pool) for f in c.files}
-        return [unit_load(of[unit.file.url, unit.file.rows], unit) for unit in units]
+        loads = []
+        for unit in units:
+            parts = [unit_load(of[part.file.url, part.file.rows], part) for part in unit.parts]
+            loads.append(UnitLoad(*(sum(v[1:], v[0]) for v in zip(*parts, strict=True))))
+        return loads
 
     def pool_load(self) -> Load:
         """The load of all candidates that can be scored."""
@@ -166,15 +173,15 @@ class Reducer:
         positions, scores = self._exact_scores(exact)
         X = read_embeddings(self.cache, embedding, self._pool, positions, lengths=lengths)
         usable = np.isfinite(X).all(axis=1)
-        positions, Y = positions[usable], scores.P[usable]
-        halves = None if scores.halves is None else scores.halves[:, usable]
+        positions, Y, first = positions[usable], scores.P[usable], len(self.columns.columns)
+        halves = None if scores.halves is None else scores.halves[:, usable, :first]
         solve = partial(landmarks.fit, X[usable], kernel=config.kernel, damping=config.damping)
         model, loo_halves = solve(Y), None
         if halves is not None:
             # For the certificate: what the regression would say had it seen one half alone.
             both = solve(np.concatenate([*halves], axis=1)).loo_predictions
             loo_halves = np.stack(np.split(both, 2, axis=1))
-        self._landmarks = (positions, Y, model.loo_predictions, halves, loo_halves)
+        self._landmarks = (positions, Y, model.loo_predictions[:, :first], halves, loo_halves)
         predictor = regression_predictor(model, lengths=lengths)
         return write_predictor(scoring_url(self.config.run), predictor)
 
@@ -184,7 +191,7 @@ class Reducer:
         table = OverlaidTable(self._shard_table(units), positions, Y, np.empty(0, np.int64))
         exact = np.zeros(len(self._pool), dtype=bool)
         exact[positions] = True
-        self.scores = Scores(table, exact, positions, Y, loo, halves, loo_halves)
+        self._take(Scores(table, exact, positions, Y, loo, halves, loo_halves))
 
     def fit_round(self, embedding: Sequence[Unit], exact: ExactUnits) -> str:
         """Take in the exact scores of the last rows asked for, and fit again.
@@ -225,7 +232,7 @@ class Reducer:
             units,
             pool,
             pool.scorable,
-            len(self.columns.columns),
+            self._robust.width if self._robust is not None else len(self.columns.columns),
         )
         missing = pool.scorable & ~scored_rows(table)
         if missing.any():
@@ -246,6 +253,16 @@ class Reducer:
         )
         keys = landmarks.row_keys(seed, pool.digests, purpose=b"audit")
         return Certified(self._rule, self.columns.named(), keys, settings)
+
+    def begin_second_order(self, exact: ExactUnits) -> DirectionPlan | None:
+        """After the gradients' shards are there, before they are scored: the directions, if any."""
+        self._robust = RobustReduce(self.config, self.cache, self._pool, self.targets, self.columns)
+        return self._robust.begin(exact)
+
+    def take_second_order(self, made: MadeVectors | None, along: Along | None) -> None:
+        """The shards of what `begin_second_order` asked for."""
+        assert self._robust is not None
+        self._robust.take(made, along)
 
     def score_exact(self, exact: ExactUnits) -> None:
         """Exact scores for every candidate."""
@@ -347,7 +364,10 @@ class Reducer:
         pool, config, table = self._pool, self.config.selection, self.scores.table
         certified = self.certified
         selected = certified.selected if certified is not None else None
-        if selected is None:
+        objective = None
+        if self._robust is not None:
+            selected, objective = self._robust.select(self._rule, self._whole)
+        elif selected is None:
             selected = select_table(self._rule, table)
         selection = selected.selection
         if self.config.method in ("random", "rds", "in2core"):
@@ -364,6 +384,7 @@ class Reducer:
             landmark_choice=landmarks.CHOICES[self.config.landmarks.choose],
             recall=None if certified is None else recall_certificate(certified),
         )
+        fidelity.objective = objective
         coverage = None
         if self.config.method == "in2core":
             coverage = coverage_of(table, pool, self.columns, self._likeness)
@@ -412,6 +433,20 @@ class Reducer:
             self.columns,
             self.config.gradients.normalize,
             needed=needed,
+            further=None if self._robust is None else self._robust.further,
+        )
+
+    def _take(self, scores: Scores) -> None:
+        """Keep the scores; with what else the second order has made of rows beside them."""
+        if self._robust is None:
+            self.scores = scores
+            return
+        self._whole, first = scores.table, len(self.columns.columns)
+        self.scores = replace(
+            scores,
+            table=self._robust.scores(scores.table),
+            exact_scores=scores.exact_scores[:, :first],
+            halves=None if scores.halves is None else scores.halves[..., :first],
         )
 
     def _all_exact(
@@ -420,4 +455,4 @@ class Reducer:
         P = np.full((len(self._pool), values.shape[1]), np.nan)
         P[positions] = values
         exact = ~np.isnan(P[:, 0])
-        self.scores = Scores(ArrayTable(P), exact, positions, values, None, halves)
+        self._take(Scores(ArrayTable(P), exact, positions, values, None, halves))

@@ -101,6 +101,24 @@ class OverlaidTable:
             yield ScoreBlock(block.positions, P, variance)
 
 
+@dataclass(frozen=True)
+class FirstColumns:
+    """The first columns of another table."""
+
+    base: ScoreTable
+    columns: int
+
+    @property
+    def size(self) -> int:
+        """Rows of the pool."""
+        return self.base.size
+
+    def blocks(self) -> Iterator[ScoreBlock]:
+        """The base's blocks, cut."""
+        for block in self.base.blocks():
+            yield block._replace(P=block.P[:, : self.columns])
+
+
 def _found(
     wanted: Int[np.ndarray, " l"], positions: Int[np.ndarray, " b"]
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -150,11 +150,13 @@ def read_exact_scores(
     normalize: bool,
     *,
     needed: bool = True,
+    further: Float[np.ndarray, "e d"] | None = None,
 ) -> tuple[Int[np.ndarray, "r"], scoring.ExactScores]:
     """(positions, scores) of the rows with a usable gradient that can be scored, in pool order.
 
     Rows without one get their reason in the catalogue. Of a row that several shards hold, the
-    first one counts. `needed`: there has to be one.
+    first one counts. `needed`: there has to be one. `further`: vectors beside the targets' means
+    that sketches are multiplied with; their columns follow those of the targets.
 
     Raises:
         InputError: not one candidate (if needed), or a target row, has a usable gradient.
@@ -169,7 +171,10 @@ def read_exact_scores(
         )
         halves = None
     else:
-        means = _target_sketches(cache, exact.targets, targets, columns, normalize)
+        rows = read_target_rows(cache, exact.targets, targets, normalize)
+        means = mean_vectors(columns, rows)
+        if further is not None:
+            means = np.concatenate([means, further])
         positions, P, halves = _read_sketches(cache, exact, pool, means, normalize)
     # A row may be a duplicate of one in another shard; it is scored through that one.
     kept = np.isin(positions, pool.eligible)
@@ -277,14 +282,17 @@ def _usable_rows(
             yield where[new & usable], new[usable], vectors[usable], norm[usable], shard.layout
 
 
-def _target_sketches(
+def read_target_rows(
     cache: Cache,
     units: Mapping[str, Sequence[Unit]],
     targets: Mapping[str, Catalogue],
-    columns: TargetColumns,
     normalize: bool,
-) -> Float[np.ndarray, "m d"]:
-    """Mean sketched (unit) gradient of every column."""
+) -> dict[str, Float[np.ndarray, "t d"]]:
+    """Sketched (unit) gradients of every target's rows by catalogue position.
+
+    Raises:
+        InputError: a target row that can be scored has no usable gradient.
+    """
     rows = {}
     for name, members in units.items():
         catalogue = targets[name]
@@ -304,4 +312,23 @@ def _target_sketches(
             raise InputError(f"targets.{name}: not one row has a usable gradient")
         check_target_rows(name, catalogue, whole)
         rows[name] = whole
-    return mean_vectors(columns, rows)
+    return rows
+
+
+def read_sketches(
+    cache: Cache, exact: ExactUnits, pool: Catalogue, positions: Int[np.ndarray, " r"]
+) -> Float[np.ndarray, "r d"]:
+    """Projected (or whole) gradients of a few candidates, not normalised, in this order."""
+    found: np.ndarray | None = None
+    slot = np.full(len(pool), -1)
+    slot[positions] = np.arange(len(positions))
+    for where, kept, vectors, _norm, _layout in _usable_rows(
+        cache, exact.sketches, pool, exact.wanted
+    ):
+        if found is None:
+            found = np.zeros((len(positions), vectors.shape[1]), dtype=vectors.dtype)
+        wanted = slot[where] >= 0
+        found[slot[where[wanted]]] = vectors[kept][wanted]
+    if found is None:
+        raise InputError(f"not one candidate has a usable gradient; reasons: {pool.reasons()}")
+    return found

@@ -6,7 +6,7 @@ row. What it needs of the config arrives as plain values in `StageSettings`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from influence.gradients import (
     settled_layers,
 )
 from influence.loss import Reduction
-from influence.memory import TokenLimit, computed, out_of_memory
+from influence.memory import TokenLimit, computed, restarted
 from influence.optimizer_step import OptimizerStep, load_step
 from influence.optimizer_use import TARGET_GRADIENTS
 from influence.projection import layer_shapes, make_layerwise, make_projection
@@ -33,7 +33,7 @@ from influence.replica import Replica
 
 @dataclass(frozen=True)
 class StageSettings:
-    """Plain values that the stages read; the optimiser scales gradients of those in `scaled`."""
+    """Plain values that the stages read; `scaled`: those whose gradients the optimiser scales."""
 
     embedding: Mapping[str, Any]
     parameters: Choice
@@ -134,6 +134,20 @@ class Toolbox:
         """What a stage's gradients are multiplied with, by layer; None: nothing."""
         return self.step.scale if stage in self.settings.scaled else None
 
+    @property
+    def offset(self) -> dict[str, Tensor]:
+        """b of the optimiser's next step, by layer; zeros where it has none."""
+        kind, state = self.settings.optimizer, self.settings.optimizer_state
+
+        def build() -> dict[str, Tensor]:
+            found = load_step(kind, state, self.replica.model, self.layers).offset
+            if found is not None:
+                return found
+            shapes = {each.name: (each.out_features, each.in_features) for each in self.layers}
+            return {n: torch.zeros(s, device=self.replica.device) for n, s in shapes.items()}
+
+        return self._once("offset", build)
+
     def stage_notes(self, stage: str) -> list[str]:
         """What is to be said of a stage's numbers."""
         of_step = [self.step.note] if stage in self.settings.scaled else []
@@ -195,7 +209,7 @@ class Toolbox:
             assert self.embedder is not None
         elif stage in VECTOR_STAGES:
             self.vector_engine(stage)
-        elif stage in ("inner_products", "target_vectors"):
+        else:
             self.scale(stage)
             assert self.layers
 
@@ -280,41 +294,21 @@ def target_vector(
     `names` are those of the rows that the batches' positions index. Raises InputError for a row
     without a usable gradient.
     """
-    while True:
-        cut = [part for batch in batches for part in tools.limit.cut(batch)]
-        tried = _Tried(cut, tools.replica.device)
-        try:
-            total, count = mean_gradient(
-                tools.replica.model,
-                tools.layers,
-                tried,
-                reduction=tools.settings.reduction,
-                normalize=tools.settings.normalize,
-                names=[[names[position] for position in batch.positions] for batch in cut],
-            )
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        else:
-            scale = tools.scale("target_vectors") or {}
-            for name, a in scale.items():
-                total[name] *= a
-            return {name: value / count for name, value in total.items()}, count
-        # A sum that broke off in the middle of a batch is of no use: once more from the start.
-        tools.limit.lower(tried.last)
 
+    def compute(parts: Sequence[Batch], moved: Iterable[Batch]) -> tuple[dict[str, Tensor], int]:
+        return mean_gradient(
+            tools.replica.model,
+            tools.layers,
+            moved,
+            reduction=tools.settings.reduction,
+            normalize=tools.settings.normalize,
+            names=[[names[position] for position in batch.positions] for batch in parts],
+        )
 
-class _Tried:
-    """Batches on a device, one at a time; `last` is the one that was handed out last."""
-
-    def __init__(self, batches: Sequence[Batch], device: torch.device) -> None:
-        self._batches, self._device = batches, device
-        self.last = batches[0]
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self._batches:
-            self.last = batch
-            yield batch.to(self._device)
+    total, count = restarted(batches, tools.limit, tools.replica.device, compute)
+    for name, a in (tools.scale("target_vectors") or {}).items():
+        total[name] *= a
+    return {name: value / count for name, value in total.items()}, count
 
 
 def _gradients(engine: Any, tools: Toolbox, batches: Sequence[Batch], column: str) -> Vectors:

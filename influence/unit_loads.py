@@ -10,7 +10,7 @@ from jaxtyping import Int
 from influence.catalogue import Catalogue
 from influence.load import Load
 from influence.schemas import REASON_DUPLICATE
-from influence.units import Unit
+from influence.units import FULL_VECTORS, Unit
 
 
 class UnitLoad(NamedTuple):
@@ -32,7 +32,7 @@ def unit_load(catalogue: Catalogue, unit: Unit) -> UnitLoad:
     seen = np.asarray([text in (None, REASON_DUPLICATE) for text in catalogue.reason.values])
     where = where[seen[catalogue.reason.codes[where]]]
     computed = where
-    if unit.stage != "target_vectors":
+    if unit.stage not in FULL_VECTORS:
         computed = where[~catalogue.digests.repeats(where)]
     tokens = int(catalogue.n_tokens[where].sum())
     return UnitLoad(unit.count, len(where), tokens, load_of(catalogue, computed))

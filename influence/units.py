@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from influence.candidates import SourceFile
+
+FULL_VECTORS = frozenset({"target_vectors", "directions", "hessian_products", "offset_vector"})
+"""Stages whose shards are one vector of the size of the attributed parameters each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class Unit:
         rows: the rows, when not the whole range; increasing.
         group_by: the column that holds a target row's group.
         needs: keys of shards that this unit reads (target vectors).
+        beside: rows of further files that count with it; only the fingerprint tells of them.
     """
 
     stage: str
@@ -35,6 +39,7 @@ class Unit:
     rows: tuple[int, ...] | None = None
     group_by: str | None = None
     needs: tuple[str, ...] = ()
+    beside: tuple[tuple[SourceFile, tuple[int, ...]], ...] = ()
 
     @property
     def key(self) -> str:
@@ -54,7 +59,17 @@ class Unit:
     @property
     def count(self) -> int:
         """Number of rows."""
-        return len(self.rows) if self.rows is not None else self.last - self.first + 1
+        own = len(self.rows) if self.rows is not None else self.last - self.first + 1
+        return own + sum(len(rows) for _file, rows in self.beside)
+
+    @property
+    def parts(self) -> list[Unit]:
+        """Units of one file each that have its rows, in their order."""
+        rest = [
+            replace(self, file=file, first=rows[0], last=rows[-1], rows=rows, beside=())
+            for file, rows in self.beside
+        ]
+        return [replace(self, beside=()), *rest]
 
 
 # The end of such a key: FIRST-LAST, a digest of chosen rows, a digest of the group's column.
@@ -65,8 +80,9 @@ _RANGE = re.compile(r"-(\d+)-(\d+)(?:-([0-9a-f]{16}))?(?:-[0-9a-f]{8})?\.parquet
 class Bundle:
     """Units over the same rows that are computed in one pass, each with a shard of its own.
 
-    Inner products with several targets share the forward and the backward pass; every other stage
-    has bundles of one. Every target keeps its own shards, so that a new one costs only its own.
+    Inner products with several targets share the forward and the backward pass, and so do several
+    directions of the same rows; every other stage has bundles of one. Every target keeps its own
+    shards, so that a new one costs only its own.
     """
 
     units: tuple[Unit, ...]
@@ -108,7 +124,7 @@ def bundled(units: Iterable[Unit]) -> list[Bundle]:
     groups: dict[tuple[object, ...], list[Unit]] = {}
     for unit in units:
         same = (unit.stage, unit.file, unit.first, unit.last, unit.rows, unit.group_by)
-        alone = () if unit.stage == "inner_products" else (unit.fingerprint,)
+        alone = () if unit.stage in ("inner_products", "directions") else (unit.fingerprint,)
         groups.setdefault((*same, *alone), []).append(unit)
     return [Bundle(tuple(members)) for members in groups.values()]
 

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -24,6 +23,7 @@ from influence.candidates import read_examples, read_rows
 from influence.config import Config
 from influence.errors import InputError, ModelLoadError
 from influence.fingerprints import embedding_values
+from influence.full_vectors import full_vectors, offset_products, read_vectors
 from influence.layer_choice import read_names
 from influence.load import Load
 from influence.optimizer_use import scaled_stages
@@ -33,7 +33,7 @@ from influence.scoring_units import SCORING_STAGES, ScoringUnits
 from influence.stages import StageSettings, Toolbox, Vectors
 from influence.tokenization import Encoded, make_encoder
 from influence.unit_tables import row_table, target_vector_table, unique_rows, vector_table
-from influence.units import Bundle, Unit
+from influence.units import FULL_VECTORS, Bundle, Unit
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ class Worker:
             tokenizer, data = load_tokenizer(self.config.model), self.config.data
             self._encode = make_encoder(tokenizer, data.max_length, data.loss_on)
         if unit.rows is not None:
-            return self._encode(read_rows(unit.file, unit.rows, unit.group_by))
+            parts = [self._encode(read_rows(p.file, p.rows, p.group_by)) for p in unit.parts]
+            return [row for part in parts for row in part]
         return self._encode(read_examples(unit.file, unit.first, unit.last, unit.group_by))
 
     def _token_scores(self, unit: Unit) -> UnitResult:
@@ -215,16 +216,18 @@ class Worker:
         set_up = lap()
         first_of, unique = unique_rows(encoded)
         # A target row that is there twice counts twice in the mean, as it does in a sketch.
-        rows = encoded if unit.stage == "target_vectors" else unique
+        full = unit.stage in FULL_VECTORS
+        rows = encoded if full else unique
         batches = make_batches(rows, self.config.replicas.token_budget)
         lap()
         model = 0.0
-        if unit.stage == "target_vectors":
+        if full:
             tools.set_up(unit.stage)
             set_up += lap()
-            vector = self._target_vector(unit, tools, batches, encoded)
+            url = scoring_url(self.config.run)
+            found = full_vectors(bundle, tools, batches, encoded, self.cache, url)
             model = lap()
-            tables = [target_vector_table(vector)]
+            tables = [target_vector_table(vector) for vector in found]
         else:
             columns: list[Vectors] | list[None] = [None] * len(bundle.units)
             if batches:
@@ -249,46 +252,14 @@ class Worker:
         if stage == "inner_products":
             keys = tuple(unit.needs for unit in bundle.units)
             widths = [len(unit.needs) for unit in bundle.units]
-            engine = tools.product_engine(keys, lambda: self._target_vectors(keys, tools))
+            device = tools.replica.device
+            engine = tools.product_engine(keys, lambda: read_vectors(self.cache, keys, device))
             return lambda batches: stages.split_columns(
                 stages.inner_products(tools, batches, engine), widths
             )
+        if stage == "offset_products":
+            return lambda batches: [offset_products(tools, batches)]
         raise InputError(f"no such stage: {stage!r}")
-
-    def _target_vector(
-        self, unit: Unit, tools: Toolbox, batches: list[Any], encoded: Sequence[Encoded]
-    ) -> dict[str, torch.Tensor]:
-        """The target's mean gradient, on the CPU: {layer: (out, in) in float32}."""
-        if not batches:
-            raise InputError(
-                f"{unit.file.url}: none of the rows {unit.first}..{unit.last} of this target can "
-                "be scored; see the reasons in the catalogue or drop the group"
-            )
-        names = [f"{unit.file.url} row {each.row}" for each in encoded]
-        vector, _count = stages.target_vector(tools, batches, names)
-        return {name: value.float().cpu() for name, value in vector.items()}
-
-    def _target_vectors(
-        self, targets: Sequence[Sequence[str]], tools: Toolbox
-    ) -> dict[str, list[torch.Tensor]]:
-        """Read target vectors {layer: (m, out, in) for each target} from the cache."""
-        found: dict[str, list[torch.Tensor]] = {}
-        for index, keys in enumerate(targets):
-            for column, key in enumerate(keys):
-                table = self.cache.read(key).table
-                for position, name in enumerate(table.column("layer").to_pylist()):
-                    shape = tuple(
-                        table.column(size)[position].as_py()
-                        for size in ("out_features", "in_features")
-                    )
-                    data = np.frombuffer(table.column("vector")[position].as_buffer(), np.float32)
-                    blocks = found.setdefault(name, [])
-                    if index == len(blocks):
-                        device = tools.replica.device
-                        empty = torch.empty((len(keys), *shape), dtype=torch.float32, device=device)
-                        blocks.append(empty)
-                    blocks[index][column] = torch.from_numpy(data.copy()).view(shape)
-        return found
 
 
 def stage_settings(config: Config) -> StageSettings:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from tiny_models import tiny_model, with_lora
+from tiny_models import tiny_model, wide_norms, with_lora
 
 from influence.gradients import attributed_layers
 
 POWER = {"mean": 1.0, "sum": 0.0, "sqrt": 0.5}
 
 
-def setup(architecture: str, kind: str, dtype: torch.dtype = torch.float64):
-    """A tiny model and its layers; kind: all, linear, lora, or one of the first "under lora"."""
+def setup(architecture: str, kind: str, dtype: torch.dtype = torch.float64, *, wide: bool = False):
+    """A tiny model and its layers; kind: all, linear, lora, or one of the first "under lora".
+
+    wide: with norms in the model's own precision.
+    """
     model = tiny_model(architecture, dtype)
+    if wide:
+        model = wide_norms(model)
     if "lora" in kind:
         model = with_lora(model)
     return model, attributed_layers(model, kind.split()[0])

@@ -185,6 +185,25 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float64, seed: int 
     return model.eval()
 
 
+def wide_norms(model: Any) -> Any:
+    """`model` with its RMS norms in its own precision: transformers computes them in float32.
+
+    Differences of a float64 model's gradients are then good for second derivatives, too.
+    """
+    for module in model.modules():
+        if not type(module).__name__.endswith("RMSNorm"):
+            continue
+        gemma = type(module).__name__.startswith("Gemma")
+
+        def forward(x: Tensor, module: Any = module, gemma: bool = gemma) -> Tensor:
+            eps = module.eps if gemma else module.variance_epsilon
+            weight = 1 + module.weight if gemma else module.weight
+            return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+        module.forward = forward
+    return model
+
+
 def with_lora(model: nn.Module, r: int = 3, seed: int = 1) -> Any:
     """`model` with LoRA factors at every linear layer of its blocks; B is random, not zero."""
     from peft import LoraConfig, get_peft_model

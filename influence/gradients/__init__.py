@@ -12,6 +12,7 @@ from influence.gradients.per_sample import (
     make_engine,
 )
 from influence.gradients.settle import settled_layers
+from influence.gradients.weighted import weighted_gradients
 
 __all__ = [
     "Block",
@@ -26,4 +27,5 @@ __all__ = [
     "make_engine",
     "mean_gradient",
     "settled_layers",
+    "weighted_gradients",
 ]

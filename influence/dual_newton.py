@@ -15,6 +15,7 @@ Newton's method with a line search ends at the exact solution once the active ro
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 
@@ -111,18 +112,23 @@ def _line_search(
     if slope >= 0:
         return 1.0  # within rounding of the minimum
     low, high, step = 0.0, 1.0, 1.0
+    below, above, last = slope, math.inf, 0.0
     for _ in range(LINE_STEPS):
         at, _, excess = _dual(z + step * direction, gains - step * change, lam, total)
         here = float((z + step * direction) @ direction) - float(change @ excess) / lam
         if abs(here) <= 0.1 * abs(slope) and at <= value:
             return step
         if here > 0:
-            high = step
+            # Regula falsi by Illinois: an end that stays has its derivative halved.
+            below = 0.5 * below if last > 0 else below
+            high, above = step, here
         elif step == 1.0:
             return step
         else:
-            low = step
-        step = 0.5 * (low + high)
+            above = 0.5 * above if last < 0 else above
+            low, below = step, here
+        last = here
+        step = low + (high - low) * below / (below - above)
     return low if low > 0 else step
 
 

@@ -328,10 +328,11 @@ class Config(Section):
                 raise ValueError(f"target name {name!r}: use letters, digits, '-', '_' and '.'")
         return value
 
-    @field_validator("warmup")
+    @field_validator("warmup", mode="before")
     @classmethod
-    def _nothing_is_none(cls, value: WarmupConfig | None) -> WarmupConfig | None:
-        return None if value is None or value.fraction == 0 else value
+    def _nothing_is_none(cls, value: object) -> object:
+        # Before its fields are looked at: earlier versions wrote others beside `fraction: 0.0`.
+        return None if isinstance(value, dict) and value.get("fraction", 1) == 0 else value
 
     @model_validator(mode="after")
     def _defaults_of_the_method(self) -> Config:

@@ -98,7 +98,7 @@ def curved(dense: Dense) -> np.ndarray:
     """A H A' without its negative part, which the programme leaves out."""
     AHA = dense.A @ dense.hessian(dense.A).T
     # The nearest positive semidefinite H in the span of A's rows, not of A H A' itself.
-    left, sizes, right = np.linalg.svd(dense.A, full_matrices=False)
+    left, sizes, _right = np.linalg.svd(dense.A, full_matrices=False)
     S = (left / sizes).T @ ((AHA + AHA.T) / 2) @ (left / sizes)
     values, vectors = np.linalg.eigh(S)
     root = (left * sizes) @ vectors * np.sqrt(values.clip(min=0))

@@ -33,7 +33,7 @@ from influence.replica import Replica
 
 @dataclass(frozen=True)
 class StageSettings:
-    """Plain values that the stages read; the optimiser scales the gradients of those in `scaled`."""
+    """Plain values that the stages read; `scaled`: those whose gradients the optimiser scales."""
 
     embedding: Mapping[str, Any]
     parameters: Choice
@@ -134,10 +134,9 @@ class Toolbox:
         """What a stage's gradients are multiplied with, by layer; None: nothing."""
         return self.step.scale if stage in self.settings.scaled else None
 
-    def stage_notes(self, stage: str) -> list[str]:
-        """What is to be said of a stage's numbers."""
-        of_step = [self.step.note] if stage in self.settings.scaled else []
-        return [*self.replica.notes, *self.notes, *of_step]
+    def step_notes(self, stage: str) -> tuple[str, ...]:
+        """What is to be said of the step that a stage's gradients are scaled by."""
+        return (f"optimizer: {self.step.note}",) if stage in self.settings.scaled else ()
 
     @property
     def projection(self) -> Any:

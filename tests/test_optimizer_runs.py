@@ -142,7 +142,6 @@ def test_landmarks_have_the_scores_of_the_step(
     normalize: bool, run: Runner, lora: Trained, of_lora: Gradients
 ) -> None:
     """With every row a landmark, every score is an exact one."""
-    directory = run_of(
-        run, lora, landmarks__count=64, gradients__normalize=normalize, **WHOLE_SKETCH
-    )
+    own: dict[str, Any] = {**WHOLE_SKETCH, "gradients__normalize": normalize}
+    directory = run_of(run, lora, landmarks__count=64, **own)
     assert_scores(directory, of_lora, of_lora.scores(normalize=normalize))

@@ -300,7 +300,7 @@ class Config(Section):
     embedding: EmbeddingConfig = EmbeddingConfig()  # pyright: ignore[reportCallIssue]
     gradients: GradientsConfig = GradientsConfig()  # pyright: ignore[reportCallIssue]
     landmarks: LandmarksConfig = LandmarksConfig()  # pyright: ignore[reportCallIssue]
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()  # pyright: ignore[reportCallIssue]
     warmup: WarmupConfig | None = Field(
         None, description="fine-tuning before gradients are taken; {}: with the defaults"
     )

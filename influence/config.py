@@ -307,7 +307,7 @@ class Config(Section):
     embedding: EmbeddingConfig = EmbeddingConfig()  # pyright: ignore[reportCallIssue]
     gradients: GradientsConfig = GradientsConfig()  # pyright: ignore[reportCallIssue]
     landmarks: LandmarksConfig = LandmarksConfig()  # pyright: ignore[reportCallIssue]
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()  # pyright: ignore[reportCallIssue]
     warmup: WarmupConfig = WarmupConfig()
     weights: WeightsConfig = WeightsConfig()
     reference: ReferenceConfig = ReferenceConfig()  # pyright: ignore[reportCallIssue]

@@ -148,10 +148,9 @@ class Toolbox:
 
         return self._once("offset", build)
 
-    def stage_notes(self, stage: str) -> list[str]:
-        """What is to be said of a stage's numbers."""
-        of_step = [self.step.note] if stage in self.settings.scaled else []
-        return [*self.replica.notes, *self.notes, *of_step]
+    def step_notes(self, stage: str) -> tuple[str, ...]:
+        """What is to be said of the step that a stage's gradients are scaled by."""
+        return (f"optimizer: {self.step.note}",) if stage in self.settings.scaled else ()
 
     @property
     def projection(self) -> Any:

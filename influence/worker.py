@@ -66,6 +66,7 @@ class _Computed:
     device: str
     notes: tuple[str, ...]
     load: Load = field(default=Load())
+    step: tuple[str, ...] = ()  # of the optimiser's step: the same for every shard of the stage
 
 
 class Worker:
@@ -128,7 +129,7 @@ class Worker:
                 outcome,
                 *(whole if member is unit else (0, 0, 0.0, 0.0)),
                 computed.device,
-                computed.notes,
+                computed.notes + computed.step,
                 computed.load if member is unit else Load(),
             )
             for member, outcome in zip(bundle.units, outcomes, strict=True)
@@ -236,10 +237,12 @@ class Worker:
                 columns = compute(batches)
                 model = lap()
             tables = [vector_table(encoded, first_of, part) for part in columns]
-        notes = (*tools.stage_notes(unit.stage), *([tools.limit.note] if tools.limit.note else []))
+        notes = (*tools.replica.notes, *tools.notes)
+        notes += (tools.limit.note,) if tools.limit.note else ()
+        step = tools.step_notes(unit.stage)
         columns_each = sum(len(unit.needs) for unit in bundle.units)
         load = load_of(batches, columns_each)
-        return _Computed(tables, set_up, model, tools.replica.device_name, notes, load)
+        return _Computed(tables, set_up, model, tools.replica.device_name, notes, load, step)
 
     def _stage(self, bundle: Bundle, tools: Toolbox) -> Callable[[list[Any]], list[Vectors]]:
         """What computes the columns of every unit from batches; all that it needs is set up."""

@@ -23,6 +23,7 @@ from cache_runs import copied, shared
 from gcs import gcs_endpoint, gs_url
 from hub import data_hub
 from in2core_runs import adapter, in2core
+from optimizer_training import lora
 from s3 import s3_server, s3_url
 from tiny_run import Runner, Setup, save_model, tiny_config, write_pool, write_targets
 
@@ -33,6 +34,7 @@ __all__ = [
     "gcs_endpoint",
     "gs_url",
     "in2core",
+    "lora",
     "s3_server",
     "s3_url",
     "shared",

@@ -116,6 +116,7 @@ def test_adamw_moves_by_a_g_plus_b(architecture, kind, amsgrad, tmp_path):
     step = load_step("adamw", str(tmp_path), model, layers)
     for layer in [] if amsgrad else layers:
         v, g = optimizer.state[layer.parameter]["exp_avg_sq"], layer.parameter.grad
+        assert g is not None
         optimizer.state[layer.parameter]["exp_avg_sq"] = (v - 0.05 * g.square()) / 0.95
     assert has_scale("adamw", str(tmp_path))
     _compare(step, layers, optimizer, "a or b is of another step, group, layout or maximum")
@@ -127,6 +128,8 @@ def test_b_is_made_only_where_it_is_asked_for(tmp_path):
     both, alone = (load_step("adamw", file, model, layers, with_offset=w) for w in (True, False))
     assert alone.offset is None, "b is as large as the parameters: the first order goes without"
     for layer in layers:
+        assert alone.scale is not None
+        assert both.scale is not None
         close(alone.scale[layer.name], both.scale[layer.name], "a depends on whether b is made")
 
 

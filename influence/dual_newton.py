@@ -15,6 +15,7 @@ Newton's method with a line search ends at the exact solution once the active ro
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,12 @@ from scipy import linalg
 
 from influence.working_set import ActiveGram, FactorRows
 
-NEWTON_STEPS = 200
+QUICK_STEPS = 40
+NEWTON_STEPS = 300
+EASY_LAMBDA = 1e-2
+DESCENT = 0.1
+SMALLEST_LAMBDA = 1e-13
+DESCENT_TOLERANCE = 1e-3
 LINE_STEPS = 40
 DENSE_ACTIVE = 256
 
@@ -52,7 +58,10 @@ def threshold(gains: Float[np.ndarray, " n"], amount: float) -> float:
     inside = gains
     while True:
         inside = inside[inside > tau]
-        if len(inside) == 0 or len(inside) == count:
+        if len(inside) == 0:
+            # The amount is below the rounding of the gains: the largest of them share it.
+            return float(np.nextafter(gains.max(), -np.inf))
+        if len(inside) == count:
             return tau
         count = len(inside)
         # The mean of differences: no cancellation of large sums.
@@ -103,19 +112,24 @@ def _line_search(
     if slope >= 0:
         return 1.0  # within rounding of the minimum
     low, high, step = 0.0, 1.0, 1.0
+    below, above, last = slope, math.inf, 0.0
     for _ in range(LINE_STEPS):
         at, _, excess = _dual(z + step * direction, gains - step * change, lam, total)
         here = float((z + step * direction) @ direction) - float(change @ excess) / lam
-        if at <= value + 1e-4 * step * slope and here <= 0.5 * abs(slope):
+        if abs(here) <= 0.1 * abs(slope) and at <= value:
             return step
         if here > 0:
-            high = step
+            # Regula falsi by Illinois: an end that stays has its derivative halved.
+            below = 0.5 * below if last > 0 else below
+            high, above = step, here
+        elif step == 1.0:
+            return step
         else:
-            low = step
-            if step == 1.0 or at <= value:
-                return step
-        step = 0.5 * (low + high)
-    return step
+            above = 0.5 * above if last < 0 else above
+            low, below = step, here
+        last = here
+        step = low + (high - low) * below / (below - above)
+    return low if low > 0 else step
 
 
 def solve_rows(
@@ -130,31 +144,77 @@ def solve_rows(
     """The solution on these rows from the start z = F'w.
 
     Ends where the gradient of every row, |F (z - F'w)|, is below `tolerance` times the largest |c|,
-    or where rounding lets it fall no further.
+    or where rounding lets it fall no further. A lambda that float64 cannot tell from 0 beside the
+    gains and the curvature is raised to one that it can, which moves the gradient by rounding.
     """
     gram = ActiveGram(rows) if gram is None else gram
     aim = tolerance * max(float(np.abs(rows.c).max()), np.finfo(float).tiny)
+    least = SMALLEST_LAMBDA * max(rows.reach() ** 2, float(np.ptp(rows.c)) / total)
+    used = max(lam, least)
+    point, settled = _newton(rows, z, used, total, aim, gram, QUICK_STEPS)
+    if not settled:
+        # Far below the rows' own curvature the active rows change a few at a time: by stages.
+        nearer = z
+        if used < rows.reach() ** 2:
+            rough = max(tolerance, DESCENT_TOLERANCE)
+            nearer = solve_rows(
+                rows, z, lam=used / DESCENT, total=total, tolerance=rough, gram=gram
+            ).image
+        point, _ = _newton(rows, nearer, used, total, aim, gram, NEWTON_STEPS)
+    return _polished(rows, replace(point, lam=lam), total)
+
+
+def _newton(
+    rows: FactorRows,
+    z: np.ndarray,
+    lam: float,
+    total: float,
+    aim: float,
+    gram: ActiveGram,
+    limit: int,
+) -> tuple[Point, bool]:
+    """(the point after at most `limit` steps, whether the solution is reached)."""
     gains = rows.gains(z)
     before, last, full = np.zeros(0, dtype=np.int64), np.inf, False
-    steps = 0
-    while True:
+    for step in range(limit + 1):
         tau = threshold(gains, lam * total)
         active = np.flatnonzero(gains > tau)
-        weights = (gains[active] - tau) / lam
+        weights = gains[active] - tau
+        # The sum is lambda * total up to rounding, which is not small where lambda is.
+        weights *= total / weights.sum()
         image = rows.adjoint(active, weights)
         residual = image - z
         size = float(np.linalg.norm(residual))
-        settled = full and np.array_equal(active, before)
-        if size * rows.reach() <= aim or (settled and size >= 0.25 * last) or steps >= NEWTON_STEPS:
-            return _polished(rows, Point(active, weights, tau, image, lam, steps), total)
+        same = full and np.array_equal(active, before)
+        point = Point(active, weights, tau, image, lam, step)
+        if size * rows.reach() <= aim or (same and size >= 0.25 * last):
+            return point, True
+        if step == limit:
+            break
         matrix, ones = gram.of(active)
         direction = newton_direction(matrix, ones, len(active), lam, lam * residual)
         change = rows.times(direction)
-        step = _line_search(z, gains, direction, change, lam, total)
-        z = z + step * direction
-        gains = gains - step * change if not settled else rows.gains(z)
-        before, last, full = active, size, step == 1.0
-        steps += 1
+        length = _line_search(z, gains, direction, change, lam, total)
+        z = z + length * direction
+        gains = rows.gains(z) if same else gains - length * change
+        before, last, full = active, size, length == 1.0
+    return point, False
+
+
+def descend(
+    rows: FactorRows, z: Float[np.ndarray, " r"], *, lam: float, total: float
+) -> Float[np.ndarray, " r"]:
+    """A start for a small lambda: rough solutions for larger ones, down to it.
+
+    Newton's method takes few steps from anywhere while lambda is of the size of a row's own
+    curvature |f_i|^2; far below, the active rows change one by one along its line searches.
+    """
+    level = EASY_LAMBDA * rows.reach() ** 2
+    lam = max(lam, SMALLEST_LAMBDA * level)
+    while level > lam:
+        z = solve_rows(rows, z, lam=level, total=total, tolerance=DESCENT_TOLERANCE).image
+        level *= DESCENT
+    return z
 
 
 def _polished(rows: FactorRows, point: Point, total: float) -> Point:

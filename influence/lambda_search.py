@@ -12,6 +12,7 @@ holds a lambda that meets it, however often the path crosses it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -61,22 +62,25 @@ def search(
     """
     kept = np.arange(len(rows))
     left: list[np.ndarray] = []
+    steps = 0
     while True:
         here = rows if len(kept) == len(rows) else rows.only(kept)
         if len(kept) == budget:
             point = equal_weights(here, total)
-            return _on_all(Found(point, True, np.zeros(0, dtype=np.int64)), kept, left)
-        point, attainable, surplus = _search_once(here, ranks[kept], z, budget, total)
+            return _on_all(replace(point, steps=steps), True, kept, left)
+        gram = ActiveGram(here)
+        point, attainable, surplus = _search_once(here, ranks[kept], z, budget, total, gram)
+        steps += gram.steps
         if not len(surplus):
-            return _on_all(Found(point, attainable, surplus), kept, left)
+            return _on_all(replace(point, steps=steps), attainable, kept, left)
         left.append(kept[surplus])
         kept = np.delete(kept, surplus)
         z = point.image
 
 
-def _on_all(found: Found, kept: np.ndarray, left: list[np.ndarray]) -> Found:
-    point = replace(found.point, active=kept[found.point.active])
-    return Found(point, found.attainable, np.concatenate([np.zeros(0, dtype=np.int64), *left]))
+def _on_all(point: Point, attainable: bool, kept: np.ndarray, left: list[np.ndarray]) -> Found:
+    point = replace(point, active=kept[point.active])
+    return Found(point, attainable, np.concatenate([np.zeros(0, dtype=np.int64), *left]))
 
 
 def equal_weights(rows: FactorRows, total: float) -> Point:
@@ -87,11 +91,15 @@ def equal_weights(rows: FactorRows, total: float) -> Point:
 
 
 def _search_once(
-    rows: FactorRows, ranks: np.ndarray, z: np.ndarray, budget: int, total: float
+    rows: FactorRows,
+    ranks: np.ndarray,
+    z: np.ndarray,
+    budget: int,
+    total: float,
+    gram: ActiveGram,
 ) -> tuple[Point, bool, np.ndarray]:
     """(point, attainable, tied rows to leave out before another search)."""
     none = np.zeros(0, dtype=np.int64)
-    gram = ActiveGram(rows)
     edge = _edge(rows, z, budget, total, gram)
     if edge is None:
         return _bracketed(rows, ranks, z, budget, total, gram)
@@ -209,7 +217,7 @@ def _bracketed(
 
     low, high, smallest = _bracket(rows, z, budget, total, at)
     if low is None:
-        return smallest, False, none
+        return smallest, False, _surplus_twins(rows, smallest, ranks, budget)
     for _ in range(BRACKET_STEPS):
         for end in (low, high):
             if len(end.active) == budget:
@@ -250,6 +258,27 @@ def _alike(rows: FactorRows, entering: np.ndarray, low: Point, high: Point) -> b
     return bool(np.all(factor == factor[0]))
 
 
+def _surplus_twins(rows: FactorRows, point: Point, ranks: np.ndarray, budget: int) -> np.ndarray:
+    """Active rows equal to another active one (same c, same row of B), as many as are too many.
+
+    Every lambda gives equal rows equal weights; one of a group does for all as far as curvature
+    goes. The smallest weights go first, among equals the largest rank; each group keeps a row.
+    """
+    _, group, members = np.unique(rows.c[point.active], return_inverse=True, return_counts=True)
+    shared = members[group] > 1
+    candidates, weights = point.active[shared], point.weights[shared]
+    if not len(candidates):
+        return candidates
+    full = np.column_stack([rows.c[candidates], rows.rows(candidates)])
+    _, first, group = np.unique(full, axis=0, return_index=True, return_inverse=True)
+    weights = weights[first][group.ravel()]
+    order = np.lexsort((-ranks[candidates], group.ravel(), weights))
+    # The last of a group in this order has its smallest rank, and stays.
+    in_order = group.ravel()[order]
+    spare = order[np.append(in_order[1:] == in_order[:-1], False)]
+    return np.sort(candidates[spare[: len(point.active) - budget]])
+
+
 def _to_the_edge(
     rows: FactorRows, point: Point, budget: int, total: float, gram: ActiveGram
 ) -> tuple[Point, bool, np.ndarray]:
@@ -260,14 +289,22 @@ def _to_the_edge(
     return point, True, np.zeros(0, dtype=np.int64)
 
 
-def _bracket(rows, z, budget, total, at) -> tuple[Point | None, Point, Point]:
+def _bracket(
+    rows: FactorRows,
+    z: np.ndarray,
+    budget: int,
+    total: float,
+    at: Callable[[float, np.ndarray], Point],
+) -> tuple[Point | None, Point, Point]:
     """(point at or below the budget or None, point at or above it, the smallest support seen)."""
     gains = rows.gains(z)
     active, following = _top(gains, budget)
     lam = float((gains[active] - gains[following]).sum()) / total
-    spread = max(float(np.ptp(gains)), rows.reach() * _norm(z) * 1e-3, np.finfo(float).tiny)
-    lam = lam if lam > 0 else 1e-3 * spread / total
-    lowest = min(LOWEST_LAMBDA * rows.reach() ** 2, 1e-3 * lam)
+    # Below the rounding of the gains no lambda is told from another.
+    rounding = 1e-13 * float(np.abs(gains).max()) / total
+    if lam <= 1e3 * rounding:
+        lam = max(1e-3 * rows.reach() ** 2, 1e-3 * float(np.ptp(gains)) / total, 1e3 * rounding)
+    lowest = max(min(LOWEST_LAMBDA * rows.reach() ** 2, 1e-3 * lam), rounding)
     here = smallest = high = low = at(lam, z)
     factor = 1.5
     while len(here.active) > budget:

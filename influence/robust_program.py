@@ -129,20 +129,22 @@ def kkt_residual(
     tau: float,
     lam: float,
     total: float,
-    scale: float,
+    size: float,
 ) -> float:
     """How far weights are from the optimum: 0 there, and relative to the gradient's scale.
 
     With g = gains - lambda w - tau and gains = c - eta B B'w of these very weights, the largest of
-    |g_i| over rows with weight and max(0, g_i) over the others, both divided by `scale` (the
-    largest |c|), and |sum(w) - total| / total. For lambda = inf only the sum is left to check.
+    |g_i| over rows with weight and max(0, g_i) over the others, divided by `size` (the largest |c|)
+    or by the largest lambda w_i where that is more; and |sum(w) - total| / total. For lambda = inf
+    only the sum is left to check.
     """
     error = abs(float(weights.sum()) - total) / total
     if np.isinf(lam):
         return error
     g = gains - lam * weights - tau
     violation = np.where(weights > 0, np.abs(g), np.maximum(g, 0.0))
-    return max(error, float(violation.max()) / max(scale, np.finfo(float).tiny))
+    scale = max(size, lam * float(weights.max()), np.finfo(float).tiny)
+    return max(error, float(violation.max()) / scale)
 
 
 def _solution(found: Verified, rows: FactorRows, total: float) -> Solution:
@@ -155,11 +157,11 @@ def _solution(found: Verified, rows: FactorRows, total: float) -> Solution:
         tau=point.tau,
         lam=point.lam,
         total=total,
-        scale=float(np.abs(rows.c).max()),
+        size=float(np.abs(rows.c).max()),
     )
     # Not z / sqrt(eta): with eta = 0 the image is no part of the solve, and still B'w.
     image = rows.adjoint(found.chosen[point.active], point.weights, scaled=False)
-    return Solution(weights, point.tau, image, point.lam, kkt, found.steps)
+    return Solution(weights, point.tau, image, point.lam, kkt, point.steps)
 
 
 def _budget_solution(

@@ -9,12 +9,12 @@ that pass is the proof. Otherwise the rows that would enter join the working set
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from influence.dual_newton import Point, solve_rows, threshold
+from influence.dual_newton import Point, descend, solve_rows, threshold
 from influence.lambda_search import equal_weights, search
 from influence.weights import ranked
 from influence.working_set import FactorRows
@@ -31,13 +31,12 @@ class Verified:
     """A point that is optimal on the whole pool without `left_out`.
 
     chosen: pool positions of the working set, which the point's positions refer to.
-    gains: c - F z of every row at the point; steps: Newton steps in all.
+    gains: c - F z of every row at the point, -inf for those of no part in the problem.
     """
 
     point: Point
     chosen: Int[np.ndarray, " w"]
     gains: Float[np.ndarray, " n"]
-    steps: int
     left_out: Int[np.ndarray, " t"]
     attainable: bool
 
@@ -45,7 +44,7 @@ class Verified:
     def of_all(cls, point: Point, rows: FactorRows) -> Verified:
         """A point on all rows of the pool."""
         everyone, none = np.arange(len(rows)), np.zeros(0, dtype=np.int64)
-        return cls(point, everyone, rows.gains(point.image), point.steps, none, True)
+        return cls(point, everyone, rows.gains(point.image), none, True)
 
 
 def first_order(
@@ -65,32 +64,33 @@ def first_order(
     everyone, gains = np.arange(len(rows)), _without(rows.c, left)
     if not others.any():
         point = equal_weights(rows.only(best), total)
-        return Verified(point, best, gains, 0, left, True)
+        return Verified(point, best, gains, left, True)
     tau = float(rows.c[others].max())
     excess = rows.c[best] - tau
     lam = float(excess.sum()) / total
     point = Point(best, excess / lam, tau, np.zeros(rows.rank), lam, 0)
-    return Verified(point, everyone, gains, 0, left, True)
+    return Verified(point, everyone, gains, left, True)
 
 
 def solve_pool(
     rows: FactorRows, z: Float[np.ndarray, " r"], *, lam: float, total: float, tolerance: float
 ) -> Verified:
     """The solution for one lambda from the start z."""
-    gains = rows.gains(z)
+    gains, cold = rows.gains(z), not z.any()
     chosen, steps = np.zeros(0, dtype=np.int64), 0
     tau = threshold(gains, lam * total)
     wanted = 2 * int(np.count_nonzero(gains > tau)) + 4 * rows.rank + MARGIN_ROWS
     while True:
         chosen = np.sort(_grown(chosen, gains, tau, wanted))
         subset = rows if len(chosen) == len(rows) else rows.only(chosen)
+        z, cold = (descend(subset, z, lam=lam, total=total) if cold else z), False
         point = solve_rows(subset, z, lam=lam, total=total, tolerance=tolerance / 4)
         z, tau, wanted = point.image, point.tau, 0
         steps += point.steps
         gains = rows.gains(z)
         if not _would_enter(gains, chosen, tau):
             none = np.zeros(0, dtype=np.int64)
-            return Verified(point, chosen, gains, steps, none, True)
+            return Verified(replace(point, steps=steps), chosen, gains, none, True)
 
 
 def search_pool(
@@ -114,10 +114,14 @@ def search_pool(
         left = np.concatenate([left, chosen[found.left_out]])
         z, tau, wanted = found.point.image, found.point.tau, 0
         steps += found.point.steps
-        gains = _without(rows.gains(z), left)
+        gains = rows.gains(z)
         near = tau - _rounding(rows.c, gains)
+        # A row left out earlier on, whose equals are not selected in the end, is no tie.
+        tied = left[gains[left] > near]
+        gains = _without(gains, left)
         if not _would_enter(gains, chosen, near):
-            return Verified(found.point, chosen, gains, steps, left, found.attainable)
+            point = replace(found.point, steps=steps)
+            return Verified(point, chosen, gains, tied, found.attainable)
         tau = near
         keep = np.isin(chosen, left, invert=True)
         chosen = chosen[keep]
@@ -133,8 +137,7 @@ def _without(gains: Float[np.ndarray, " n"], left: Int[np.ndarray, " t"]) -> np.
 
 def _rounding(c: np.ndarray, gains: np.ndarray) -> float:
     """How far two gains that are equal may lie apart in float64."""
-    there = np.isfinite(gains)
-    size = float(np.abs(c).max()) + float(np.abs(c[there] - gains[there]).max())
+    size = float(np.abs(c).max()) + float(np.abs(c - gains).max())
     return 64 * np.finfo(float).eps * size
 
 

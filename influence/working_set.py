@@ -56,14 +56,14 @@ class FactorRows:
     def _hold(self) -> None:
         small = self.index is not None and len(self.index) * self.rank <= HELD_ELEMENTS
         if small and self._held is None:
-            self._held = self._factor[self.index].astype(np.float64)
+            self._held = self._factor[self.index].astype(np.float64, copy=False)
 
     def rows(self, positions: Int[np.ndarray, " k"]) -> Float[np.ndarray, "k r"]:
         """Unscaled rows of the factor in float64."""
         if self._held is not None:
             return self._held[positions]
         where = positions if self.index is None else self.index[positions]
-        return self._factor[where].astype(np.float64)
+        return self._factor[where].astype(np.float64, copy=False)
 
     def _blocks(
         self, positions: Int[np.ndarray, " k"] | None
@@ -131,7 +131,7 @@ class ActiveGram:
     """The Gram matrix of the active rows, kept up by the rows that come and go.
 
     Only the direction of a Newton step rests on it, so the rounding of some updates does no harm;
-    it is made anew where the changes would cost as much.
+    it is made anew where the changes would cost as much. `steps` counts the Newton steps it served.
     """
 
     RENEW_AFTER = 25
@@ -142,11 +142,13 @@ class ActiveGram:
         self._gram = np.zeros((rows.rank, rows.rank))
         self._ones = np.zeros(rows.rank)
         self._updates = 0
+        self.steps = 0
 
     def of(
         self, active: Int[np.ndarray, " k"]
     ) -> tuple[Float[np.ndarray, "r r"], Float[np.ndarray, " r"]]:
         """(F_A'F_A, F_A'1) of the active rows A (sorted positions)."""
+        self.steps += 1
         entering = np.setdiff1d(active, self._active, assume_unique=True)
         leaving = np.setdiff1d(self._active, active, assume_unique=True)
         changes = len(entering) + len(leaving)

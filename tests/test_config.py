@@ -133,7 +133,6 @@ UNBUILT: dict[str, list[Any]] = {
     "method": ["less", "perplexity", "semantic", "length"],
     "embedding.kind": ["auto"],
     "landmarks.choose": ["kmeans++"],
-    "weights.order": [2],
 }
 
 
@@ -164,8 +163,6 @@ UNREAD: dict[str, Any] = {
     "warmup.epochs": 2,
     "warmup.learning_rate": 1e-3,
     "warmup.checkpoints": 4,
-    "weights.curvature": "hvp",
-    "weights.eta": 1e-5,
     "evaluation.seeds": 5,
 }
 

@@ -31,7 +31,6 @@ from influence.reducer import Reducer
 from influence.report import build_report
 from influence.resume import claim_run
 
-
 ROWS, BUDGET = 20, 6
 ALL = {"count": 100, "choose": "uniform"}
 # Unprojected gradients: nothing is sketched, so everything is exact but for float32.

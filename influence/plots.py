@@ -179,6 +179,34 @@ def layer_curves(
         return _plot(figure, alt)
 
 
+def budget_path(
+    rows: Float[np.ndarray, "b"],
+    effective: Float[np.ndarray, "b"],
+    change: Float[np.ndarray, "b"],
+    chosen: int,
+    alt: str,
+) -> Plot | None:
+    """Effective rows, and the predicted change of the target loss, against the rows with weight.
+
+    The dashed line is the run's own number of rows.
+    """
+    if len(rows) < 2:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(height=3.0)
+        axes.plot(rows, effective, color=_POOL, linewidth=1.3, marker="o", markersize=3)
+        axes.axvline(chosen, color=_INK, linewidth=0.7, linestyle=(0, (4, 3)))
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("rows with weight")
+        axes.set_ylabel("effective rows")
+        beside = axes.twinx()
+        beside.plot(rows, change, color=_CHOSEN, linewidth=1.3, marker="o", markersize=3)
+        beside.set_ylabel("predicted change of the target loss")
+        beside.spines["right"].set_visible(True)
+        return _plot(figure, alt)
+
+
 def weight_histogram(weights: Float[np.ndarray, "k"], alt: str) -> Plot | None:
     """Counts of the selected rows' weights, scaled to a mean of 1."""
     if not len(weights):

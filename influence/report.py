@@ -26,6 +26,7 @@ from influence.report_data import (
     source_table,
 )
 from influence.report_format import FILTERS, decimal, step_phrase
+from influence.report_objective import objective_report
 
 TOP_SOURCES = 30
 GRADIENT_METHODS = ("influence_distillation", "in2core", "less", "exact")
@@ -142,6 +143,7 @@ def context(run: RunData) -> dict[str, Any]:
         "reliability": reliability_figure(run),
         "wanted_recall": (run.config.get("landmarks") or {}).get("recall"),
         "weights": weight_summary(run.scores) if run.scores else None,
+        "objective": objective_report(run.fidelity.objective if run.fidelity else None),
         "length": counts.get("length_spearman") or {},
         "gradients": _gradient_settings(run),
         "optimizer": _optimizer(run),

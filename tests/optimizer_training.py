@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from tiny_run import Setup
 class Trained:
     """A training's checkpoint, and the model in float64 as it was when it was saved.
 
-    scale: a of the optimiser's next step by parameter, as torch itself moves it. changes: what the
-    model's runs have in their configs.
+    scale, offset: a and b of the optimiser's next step by parameter, as torch itself moves it.
+    changes: what the model's runs have in their configs.
     """
 
     setup: Setup
@@ -24,6 +24,25 @@ class Trained:
     model: Any
     scale: dict[str, torch.Tensor]
     changes: dict[str, Any]
+    offset: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def torch_offset(
+    state: dict[str, Any], group: dict[str, Any], parameter: torch.Tensor
+) -> torch.Tensor:
+    """b: how far AdamW steps with a gradient of 0 (at a rate of 1), v being the same."""
+    moved = torch.nn.Parameter(parameter.detach().double().clone())
+    options = {"betas": group["betas"], "eps": group["eps"], "weight_decay": group["weight_decay"]}
+    # At a rate of 1 the decay would come first: the parts of a small step are taken apart.
+    optimizer = torch.optim.AdamW([moved], lr=1e-6, **options)
+    optimizer.state[moved] = {
+        "step": state["step"].clone(),
+        "exp_avg": state["exp_avg"].double(),
+        "exp_avg_sq": state["exp_avg_sq"].double() / group["betas"][1],
+    }
+    moved.grad = torch.zeros_like(moved)
+    optimizer.step()
+    return (parameter.detach().double() - moved.detach()) / 1e-6
 
 
 def torch_scale(state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
@@ -47,6 +66,16 @@ def torch_scale(state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
         optimizer.step()
         moved.append(-parameter.detach())
     return moved[1] - moved[0]
+
+
+def _offsets(trainer: Any) -> dict[str, torch.Tensor]:
+    live = trainer.optimizer.optimizer
+    groups = {id(p): group for group in live.param_groups for p in group["params"]}
+    return {
+        name: torch_offset(live.state[p], groups[id(p)], p)
+        for name, p in trainer.model.named_parameters()
+        if p in live.state
+    }
 
 
 def _scales(trainer: Any) -> dict[str, torch.Tensor]:
@@ -74,7 +103,7 @@ def lora(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     model = AutoModelForCausalLM.from_pretrained(setup.model, dtype=torch.float64)
     adapted: Any = PeftModel.from_pretrained(model, checkpoint).double().eval()
     changes = {"model__adapter": checkpoint, "gradients__parameters": "lora"}
-    return Trained(setup, checkpoint, adapted, _scales(trainer), changes)
+    return Trained(setup, checkpoint, adapted, _scales(trainer), changes, _offsets(trainer))
 
 
 def train_whole(setup: Setup, folder: str) -> Trained:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
+from optimizer_training import Trained
 from test_scores_of_runs import tokens_and_labels
 from tiny_models import wide_norms
 from tiny_run import Setup, messages_of
@@ -24,17 +25,16 @@ class Dense:
     shares: each target row's part of the mean loss, where `mean` is over targets, then groups.
     """
 
-    def __init__(
-        self, setup: Setup, ids: Sequence[str], adapter: str | None = None, wanted: str = "_proj"
-    ) -> None:
+    def __init__(self, setup: Setup, ids: Sequence[str], trained: Trained | None = None) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(setup.model)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            setup.model, dtype=torch.float64, attn_implementation="eager"
-        )
-        if adapter is not None:
-            from peft import PeftModel
-
-            model, wanted = PeftModel.from_pretrained(model, adapter).double(), "lora_"
+        if trained is None:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                setup.model, dtype=torch.float64, attn_implementation="eager"
+            )
+            wanted = "_proj"
+        else:
+            model, wanted = trained.model, "lora_"
+            model.set_attn_implementation("eager")  # fused attention has no second derivative
         self.model = wide_norms(model.eval())
         named = self.model.named_parameters()
         self.weights = {name: w.requires_grad_(True) for name, w in named if wanted in name}
@@ -55,7 +55,13 @@ class Dense:
                 shares.append(1 / (len(setup.targets) * len(set(groups)) * groups.count(group)))
                 self.targets.append(line)
         self.shares = np.asarray(shares)
-        self.A = np.stack([self.gradient(row) for row in self.rows])
+        a, self.b = np.ones(1), np.zeros(sum(w.numel() for w in self.weights.values()))
+        if trained is not None:
+            a, self.b = (
+                torch.cat([of[name].flatten() for name in self.weights]).numpy()
+                for of in (trained.scale, trained.offset)
+            )
+        self.A = np.stack([a * self.gradient(row) for row in self.rows])
         self.G = np.stack([self.gradient(row) for row in self.targets])
 
     def loss(self, row: dict[str, Any]) -> torch.Tensor:
@@ -66,13 +72,13 @@ class Dense:
         found = torch.autograd.grad(self.loss(row), list(self.weights.values()))
         return torch.cat([g.flatten() for g in found]).numpy()
 
-    def fisher(self) -> np.ndarray:
-        """A H A' with H the weighted sum of T_t g_t g_t' (one outer product after the other)."""
-        total = np.zeros((len(self.A), len(self.A)))
+    def fisher(self, directions: np.ndarray) -> np.ndarray:
+        """V H V' with H the weighted sum of T_t g_t g_t' (one outer product after the other)."""
+        total = np.zeros((len(directions), len(directions)))
         for row, share, g in zip(self.targets, self.shares, self.G, strict=True):
             _, labels = tokens_and_labels(messages_of(row), self.tokenizer)
             tokens = int((labels[0, 1:] != -100).sum())
-            total += share * tokens * np.outer(self.A @ g, self.A @ g)
+            total += share * tokens * np.outer(directions @ g, directions @ g)
         return total
 
     def hessian(self, directions: np.ndarray) -> np.ndarray:

@@ -133,7 +133,6 @@ UNBUILT: dict[str, list[Any]] = {
     "method": ["less", "perplexity", "semantic", "length"],
     "embedding.kind": ["auto"],
     "landmarks.choose": ["kmeans++"],
-    "weights.order": [2],
 }
 
 
@@ -160,8 +159,6 @@ def test_what_is_not_built_is_refused_by_name(key: str):
 
 #: A value other than the default for every field that no code reads.
 UNREAD: dict[str, Any] = {
-    "weights.curvature": "hvp",
-    "weights.eta": 1e-5,
     "evaluation.seeds": 5,
 }
 

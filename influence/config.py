@@ -304,7 +304,7 @@ class Config(Section):
     warmup: WarmupConfig | None = Field(
         None, description="fine-tuning before gradients are taken; {}: with the defaults"
     )
-    weights: WeightsConfig = WeightsConfig()
+    weights: WeightsConfig = WeightsConfig()  # pyright: ignore[reportCallIssue]
     reference: ReferenceConfig = ReferenceConfig()  # pyright: ignore[reportCallIssue]
     layers: str | list[str] = Field(
         "all", description="in2core: all, auto, or patterns of the names of those that count"

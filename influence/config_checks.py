@@ -152,7 +152,7 @@ def _of_others(config: Config) -> str | None:
 
 def _of_first_order(config: Config) -> str | None:
     for key in ("curvature", "eta", "directions"):
-        value, default = getattr(config.weights, key), getattr(WeightsConfig(), key)
+        value, default = getattr(config.weights, key), WeightsConfig.model_fields[key].default
         if value != default:
             return (
                 f"weights.{key}: {value!r} is for weights.order: 2; with weights.order: 1 the step "

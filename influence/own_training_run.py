@@ -16,6 +16,7 @@ from influence.errors import InputError, RunBusyError
 from influence.finetune_job import FinetuneJob, claim, prepare_finetune, train
 from influence.lease import Lease, driving
 from influence.load import Load
+from influence.memory import give_back_memory
 from influence.own_training import OwnTraining, digest_of_file, own_training
 from influence.progress import Progress
 from influence.records import OwnTrainingRecord, OwnTrainingUse, StageRecord, to_json
@@ -73,7 +74,10 @@ def train_here(job: FinetuneJob, config: Config, watcher: Watcher) -> TrainingRe
             "out, or set it to 1"
         )
     device = choose_device(config.model.device, config.replicas.num_gpus)
-    return train(job, device, watcher)
+    try:
+        return train(job, device, watcher)
+    finally:
+        give_back_memory()
 
 
 def _begin(log: RunLog, own: OwnTraining) -> StageRecord:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,11 +115,13 @@ class Reducer:
     def loads_of(self, units: Sequence[Unit]) -> list[UnitLoad]:
         """What computing each unit takes."""
         of = {(f.url, f.rows): c for c in (*self.targets.values(), self._pool) for f in c.files}
-        loads = []
-        for unit in units:
-            parts = [unit_load(of[part.file.url, part.file.rows], part) for part in unit.parts]
-            loads.append(UnitLoad(*(sum(v[1:], v[0]) for v in zip(*parts, strict=True))))
-        return loads
+        return [
+            reduce(
+                UnitLoad.plus,
+                (unit_load(of[part.file.url, part.file.rows], part) for part in unit.parts),
+            )
+            for unit in units
+        ]
 
     def pool_load(self) -> Load:
         """The load of all candidates that can be scored."""

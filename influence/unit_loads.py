@@ -25,6 +25,15 @@ class UnitLoad(NamedTuple):
     tokens: int
     load: Load
 
+    def plus(self, other: UnitLoad) -> UnitLoad:
+        """Of both together."""
+        return UnitLoad(
+            self.rows + other.rows,
+            self.vectors + other.vectors,
+            self.tokens + other.tokens,
+            self.load + other.load,
+        )
+
 
 def unit_load(catalogue: Catalogue, unit: Unit) -> UnitLoad:
     """Count as `influence.worker` computes: equal rows of a shard once, but not of a target."""

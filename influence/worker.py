@@ -145,7 +145,10 @@ class Worker:
             tokenizer, data = load_tokenizer(self.config.model), self.config.data
             self._encode = make_encoder(tokenizer, data.max_length, data.loss_on)
         if unit.rows is not None:
-            parts = [self._encode(read_rows(p.file, p.rows, p.group_by)) for p in unit.parts]
+            parts = [
+                self._encode(read_rows(part.file, part.row_numbers, part.group_by))
+                for part in unit.parts
+            ]
             return [row for part in parts for row in part]
         return self._encode(read_examples(unit.file, unit.first, unit.last, unit.group_by))
 

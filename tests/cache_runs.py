@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "narrow": {"gradients__side": 4, "gradients__dim": 32},
     "products": {"gradients__projection": "exact"},
     "row products": {"method": "exact", "gradients__projection": "exact", "seed": 1},
+    "adamw": {"optimizer__kind": "adamw"},
     "rds": {"method": "rds"},
     "random": {"method": "random", "data__max_length": 100},
 }
@@ -52,10 +53,19 @@ def shared(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Shared:
         changes = dict(changes)
         if kind == "row products":  # one target of the two: the other one's products are not its
             changes["targets"] = {"sums": setup.targets["sums"]}
+        if kind == "adamw":
+            changes["optimizer__state"] = _adam_state(setup, folder)
         run = folder / kind.replace(" ", "-")
         configs[kind] = tiny_config(setup, run, cache=str(folder / "cache"), **changes)
         run_select(configs[kind], quiet=True)
     return Shared(folder, configs)
+
+
+def _adam_state(setup: Setup, folder: Path) -> str:
+    from adam_states import saved_state
+    from transformers import AutoModelForCausalLM
+
+    return saved_state(AutoModelForCausalLM.from_pretrained(setup.model), folder)[0]
 
 
 @pytest.fixture

@@ -124,6 +124,16 @@ def target_vectors(shape: ModelShape, load: Load) -> float:
     return 2 * (passes(shape, load) + forming(shape, load))
 
 
+def directions(shape: ModelShape, load: Load) -> float:
+    """Forward, backward, every row's gradient, and its part of each sum."""
+    return passes(shape, load) + forming(shape, load) + 2.0 * shape.attributed * load.products
+
+
+def hessian_products(shape: ModelShape, load: Load) -> float:
+    """A training pass, and a backward pass through both of its own."""
+    return 3.0 * training(shape, load)
+
+
 def token_scores(shape: ModelShape, load: Load) -> float:
     """Derivatives of all tokens' losses along every column: tangents, and some share a pass."""
     columns = load.products / max(1, load.rows)
@@ -151,6 +161,10 @@ STAGES: dict[str, Callable[[Config, ModelShape, Load], float]] = {
     TARGET_GRADIENTS: partial(_gradients, TARGET_GRADIENTS),
     "target_vectors": lambda _config, shape, load: target_vectors(shape, load),
     "inner_products": lambda _config, shape, load: inner_products(shape, load),
+    "offset_products": lambda _config, shape, load: inner_products(shape, load),
+    "directions": lambda _config, shape, load: directions(shape, load),
+    "offset_vector": lambda _config, _shape, _load: 0.0,
+    "hessian_products": lambda _config, shape, load: hessian_products(shape, load),
     "token_scores": lambda _config, shape, load: token_scores(shape, load),
 }
 

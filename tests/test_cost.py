@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adam_states import saved_state
 from tiny_run import Setup, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from influence import cost
 from influence.batching import make_batches
@@ -21,6 +23,7 @@ from influence.stages import Toolbox
 from influence.worker import load_of, stage_settings
 
 EXACT = {"gradients__projection": "exact"}
+ADAMW = {"optimizer__kind": "adamw"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "jvp": ("embedding", {}),
     "jvp of one tangent through all blocks": (
@@ -34,12 +37,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "whole gradients": ("gradients", {"gradients__projection": "none"}),
     "targets' gradients": ("target_vectors", EXACT),
     "inner products": ("inner_products", EXACT),
+    "sketched gradients, scaled": ("gradients", ADAMW),
+    "sketched gradients of the targets, scaled": (
+        "target_gradients",
+        {**ADAMW, "gradients__normalize": False},
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_operations_are_those_that_torch_counts(setup: Setup, tmp_path: Path, case: str) -> None:
     stage, changes = CASES[case]
+    if "optimizer__kind" in changes:
+        file, _ = saved_state(AutoModelForCausalLM.from_pretrained(setup.model), tmp_path)
+        changes = {**changes, "optimizer__state": file}
     # One row a batch: padding is not in the formulas. Eager attention: its products are counted.
     config = tiny_config(
         setup,

@@ -72,6 +72,7 @@ def search(
         point, attainable, surplus = _search_once(here, ranks[kept], z, budget, total, gram)
         steps += gram.steps
         if not len(surplus):
+            attainable = attainable and len(point.active) == budget
             return _on_all(replace(point, steps=steps), attainable, kept, left)
         left.append(kept[surplus])
         kept = np.delete(kept, surplus)
@@ -217,7 +218,11 @@ def _bracketed(
 
     low, high, smallest = _bracket(rows, z, budget, total, at)
     if low is None:
-        return smallest, False, _surplus_twins(rows, smallest, ranks, budget)
+        surplus = _surplus_twins(rows, smallest, ranks, budget)
+        support = len(smallest.active)
+        if not len(surplus) and support < len(rows):
+            smallest, _, _ = _to_the_edge(rows, smallest, support, total, gram)
+        return smallest, False, surplus
     for _ in range(BRACKET_STEPS):
         for end in (low, high):
             if len(end.active) == budget:

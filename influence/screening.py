@@ -103,7 +103,7 @@ def search_pool(
     """The solution for a budget below the number of rows, from z or from a sample of the pool."""
     z = _sampled_start(rows, ranks, budget, total) if z is None else z
     gains = rows.gains(z)
-    chosen = left = np.zeros(0, dtype=np.int64)
+    chosen = np.zeros(0, dtype=np.int64)
     tau, steps = math.inf, 0
     wanted = 2 * budget + 4 * rows.rank + MARGIN_ROWS
     while True:
@@ -111,20 +111,19 @@ def search_pool(
         # In the order of ranks: the same numbers however the pool is ordered.
         chosen = chosen[np.argsort(ranks[chosen], kind="stable")]
         found = search(rows.only(chosen), ranks[chosen], z, budget=budget, total=total)
-        left = np.concatenate([left, chosen[found.left_out]])
+        # Of this working set alone: with more rows the cut may lie elsewhere.
+        left = chosen[found.left_out]
         z, tau, wanted = found.point.image, found.point.tau, 0
         steps += found.point.steps
         gains = rows.gains(z)
         near = tau - _rounding(rows.c, gains)
-        # A row left out earlier on, whose equals are not selected in the end, is no tie.
+        # A row left out on the way, whose equals are not selected in the end, is no tie.
         tied = left[gains[left] > near]
         gains = _without(gains, left)
         if not _would_enter(gains, chosen, near):
             point = replace(found.point, steps=steps)
             return Verified(point, chosen, gains, tied, found.attainable)
         tau = near
-        keep = np.isin(chosen, left, invert=True)
-        chosen = chosen[keep]
 
 
 def _without(gains: Float[np.ndarray, " n"], left: Int[np.ndarray, " t"]) -> np.ndarray:

@@ -93,6 +93,15 @@ def test_rows_that_the_first_working_set_lacks_are_found(monkeypatch):
         atol=1e-8,
         err_msg="a row that would enter was screened out",
     )
+    lam = whole.solution.lam
+    again = solve(c, factor, eta=1.0, lam=lam)
+    np.testing.assert_allclose(
+        again.weights,
+        whole.solution.weights,
+        rtol=0,
+        atol=1e-8,
+        err_msg="for one lambda a row that would enter was screened out",
+    )
 
 
 @pytest.mark.parametrize("eta", [0.0, 1e-3, 0.5])

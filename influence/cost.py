@@ -239,9 +239,11 @@ def replica_memory(
     matrices give a token (what autograd saves of them, and the inputs that the gradients need) and
     eight times the residual stream (norms and residuals), until the backward pass comes by. logits:
     of the response tokens, with softmax and gradient in float32. projection: the signs and slots of
-    the kronecker projection, or the targets' full gradients (`columns` of them). layer: what the
+    the kronecker projection, or the targets' full gradients (`columns` of them), or the directions
+    of weights.curvature: hvp. layer: what the
     largest layer's contraction holds. optimizer: a number for every attributed one, in float32, if
-    gradients are scaled by its state's moments; SGD scales a layer as a whole.
+    gradients are scaled by its state's moments; SGD scales a layer as a whole. In second order as
+    many for its offset.
     """
     size, tokens = _DTYPE_BYTES[dtype], config.replicas.token_budget
     per_token = 2 * shape.outputs + 8 * shape.hidden * shape.blocks
@@ -252,13 +254,18 @@ def replica_memory(
         projection = 8 * shape.sides + 12 * slots
     elif config.gradients.projection == "exact":
         projection = target_bytes(shape, columns)
+    second = config.weights.order == 2
+    offset = second and config.optimizer.state is not None
+    if second and config.weights.curvature == "hvp":
+        # Made in one pass, when the projection is not at work.
+        projection = max(projection, target_bytes(shape, config.weights.directions))
     return ReplicaMemory(
         weights=size * shape.parameters,
         activations=size * per_token * tokens,
         logits=int(tokens * response_share) * shape.vocabulary * (size + 3 * wide),
         projection=projection,
         layer=2 * TRANSIENT_BYTES,
-        optimizer=4 * shape.attributed * (config.optimizer.kind != "sgd"),
+        optimizer=4 * shape.attributed * ((config.optimizer.kind != "sgd") + offset),
     )
 
 

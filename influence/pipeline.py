@@ -25,6 +25,7 @@ from influence.missing_work import catalogue_work
 from influence.model_shape import model_shape
 from influence.pool_units import catalogue_units, embedding_units, rds_target_units
 from influence.progress import Progress
+from influence.records import Fidelity
 from influence.reference import Reference
 from influence.replica import load_tokenizer
 from influence.report_format import step_phrase
@@ -85,6 +86,7 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
         end_bill(job, summary["fidelity"]["recall"]["exact_gradients"])
         remove_scoring(config.run)
         log.manifest.counts = summary["counts"]
+        log.manifest.objective = Fidelity.model_validate(summary["fidelity"]).objective
     log.finish("done")
     return summary
 

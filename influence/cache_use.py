@@ -78,8 +78,9 @@ def use_of(named: str, cache: str) -> Use:
                 places |= _resolved(settings)
     except InputError as error:
         raise InputError(f"{named}: cannot tell what it uses: {error}") from None
-    # Which layers `layers: auto` keeps, only the run's own record says.
-    by_record = config.layers == "auto"
+    # Which layers `layers: auto` keeps, and which directions there are, only the run's own record
+    # says.
+    by_record = config.layers == "auto" or config.weights.order == 2
     runs = [named] if is_run else [config.run] * by_record
     for run in [*runs, *(settings.run for settings in evaluated if by_record)]:
         recorded = read_manifest(run)

@@ -124,6 +124,16 @@ def target_vectors(shape: ModelShape, load: Load) -> float:
     return 2 * (passes(shape, load) + forming(shape, load))
 
 
+def directions(shape: ModelShape, load: Load) -> float:
+    """Forward, backward, every row's gradient, and its part of each sum."""
+    return passes(shape, load) + forming(shape, load) + 2.0 * shape.attributed * load.products
+
+
+def hessian_products(shape: ModelShape, load: Load) -> float:
+    """A training pass, and a backward pass through both of its own."""
+    return 3.0 * training(shape, load)
+
+
 def token_scores(shape: ModelShape, load: Load) -> float:
     """Derivatives of all tokens' losses along every column: tangents, and some share a pass."""
     columns = load.products / max(1, load.rows)
@@ -151,6 +161,10 @@ STAGES: dict[str, Callable[[Config, ModelShape, Load], float]] = {
     TARGET_GRADIENTS: partial(_gradients, TARGET_GRADIENTS),
     "target_vectors": lambda _config, shape, load: target_vectors(shape, load),
     "inner_products": lambda _config, shape, load: inner_products(shape, load),
+    "offset_products": lambda _config, shape, load: inner_products(shape, load),
+    "directions": lambda _config, shape, load: directions(shape, load),
+    "offset_vector": lambda _config, _shape, _load: 0.0,
+    "hessian_products": lambda _config, shape, load: hessian_products(shape, load),
     "token_scores": lambda _config, shape, load: token_scores(shape, load),
 }
 
@@ -225,9 +239,11 @@ def replica_memory(
     matrices give a token (what autograd saves of them, and the inputs that the gradients need) and
     eight times the residual stream (norms and residuals), until the backward pass comes by. logits:
     of the response tokens, with softmax and gradient in float32. projection: the signs and slots of
-    the kronecker projection, or the targets' full gradients (`columns` of them). layer: what the
+    the kronecker projection, or the targets' full gradients (`columns` of them), or the directions
+    of weights.curvature: hvp. layer: what the
     largest layer's contraction holds. optimizer: a number for every attributed one, in float32, if
-    gradients are scaled by its state's moments; SGD scales a layer as a whole.
+    gradients are scaled by its state's moments; SGD scales a layer as a whole. In second order as
+    many for its offset.
     """
     size, tokens = _DTYPE_BYTES[dtype], config.replicas.token_budget
     per_token = 2 * shape.outputs + 8 * shape.hidden * shape.blocks
@@ -238,13 +254,18 @@ def replica_memory(
         projection = 8 * shape.sides + 12 * slots
     elif config.gradients.projection == "exact":
         projection = target_bytes(shape, columns)
+    second = config.weights.order == 2
+    offset = second and config.optimizer.state is not None
+    if second and config.weights.curvature == "hvp":
+        # Made in one pass, when the projection is not at work.
+        projection = max(projection, target_bytes(shape, config.weights.directions))
     return ReplicaMemory(
         weights=size * shape.parameters,
         activations=size * per_token * tokens,
         logits=int(tokens * response_share) * shape.vocabulary * (size + 3 * wide),
         projection=projection,
         layer=2 * TRANSIENT_BYTES,
-        optimizer=4 * shape.attributed * (config.optimizer.kind != "sgd"),
+        optimizer=4 * shape.attributed * ((config.optimizer.kind != "sgd") + offset),
     )
 
 

@@ -91,13 +91,16 @@ def offset_unit(job: Job) -> Unit:
     return Unit("offset_vector", print_.hex, file, 0, 0)
 
 
+def hessian_fingerprint(job: Job, vectors: Sequence[Unit]) -> Fingerprint:
+    """Of the stage as a whole; each product's own has its direction alone."""
+    return _of_gradients(job, {"directions": [unit.key for unit in vectors]})
+
+
 def product_units(
     job: Job, plan: DirectionPlan, vectors: Sequence[Unit]
 ) -> list[list[tuple[Unit, float]]]:
     """For each vector the units of the Hessian's products with it, with their shares."""
-    job.fingerprints["hessian_products"] = _of_gradients(
-        job, {"directions": [unit.key for unit in vectors]}
-    )
+    job.fingerprints["hessian_products"] = hessian_fingerprint(job, vectors)
     found = []
     for vector in vectors:
         digest = _of_gradients(job, {"direction": vector.key}).hex

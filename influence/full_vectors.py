@@ -42,6 +42,9 @@ def full_vectors(
         InputError: none of the rows can be scored, or a target row has no usable gradient.
     """
     unit = bundle.units[0]
+    if unit.stage == "offset_vector":
+        # Of the model and the optimiser alone: the unit's row is a name for it.
+        return [{name: value.float().cpu() for name, value in tools.offset.items()}]
     if not batches:
         raise InputError(
             f"{unit.file.url}: none of the rows {unit.first}..{unit.last} can be scored; see the "
@@ -52,11 +55,9 @@ def full_vectors(
         found = [target_vector(tools, batches, names)[0]]
     elif unit.stage == "directions":
         found = _directions(bundle, tools, batches, scoring)
-    elif unit.stage == "hessian_products":
+    else:
         along = read_vectors(cache, [unit.needs], tools.replica.device)
         found = [_hessian_product(tools, batches, {name: v[0] for name, v in along.items()})]
-    else:
-        found = [tools.offset]
     return [{name: value.float().cpu() for name, value in each.items()} for each in found]
 
 

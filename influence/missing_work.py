@@ -20,7 +20,7 @@ from influence.quantities import Quantities, StageWork
 from influence.schemas import VectorLayout
 from influence.stored import Stored
 from influence.unit_loads import UnitLoad
-from influence.units import Bundle, Unit, bundled
+from influence.units import FULL_VECTORS, Bundle, Unit, bundled
 
 # What the file of a predictor takes beside its numbers.
 PREDICTOR_BYTES = 2_000
@@ -128,8 +128,8 @@ class MissingWork:
 
     def bundle_bytes(self, bundle: Bundle, load: UnitLoad) -> int:
         """What a bundle's shards will have."""
-        if bundle.units[0].stage == "target_vectors":
-            return shard_bytes.target_vector(self.shape.sizes)
+        if bundle.units[0].stage in FULL_VECTORS:
+            return len(bundle.units) * shard_bytes.target_vector(self.shape.sizes)
         return sum(
             shard_bytes.vector_shard(
                 unit.stage,
@@ -147,8 +147,8 @@ class MissingWork:
         config = self.job.config.gradients
         if stage == "embedding":
             return VectorLayout(dtype="float16", dim=self.width)
-        if stage == "inner_products":
-            return VectorLayout(dtype="float32", dim=columns)
+        if stage in ("inner_products", "offset_products"):
+            return VectorLayout(dtype="float32", dim=max(1, columns))
         if config.projection not in LAYERED:
             return VectorLayout(dtype="float32", dim=config.dim)
         blocks, offset, sizes = [], 0, self.shape.sizes

@@ -26,6 +26,7 @@ from influence.model_shape import model_shape
 from influence.own_training import OwnTraining
 from influence.pool_units import catalogue_units, embedding_units, rds_target_units
 from influence.progress import Progress
+from influence.records import Fidelity
 from influence.replica import load_tokenizer
 from influence.report_format import step_phrase
 from influence.run_log import RunLog
@@ -85,6 +86,7 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
         end_bill(job, summary["fidelity"]["recall"]["exact_gradients"])
         remove_scoring(config.run)
         log.manifest.counts = summary["counts"]
+        log.manifest.objective = Fidelity.model_validate(summary["fidelity"]).objective
     log.finish("done")
     return summary
 

@@ -27,6 +27,7 @@ from influence.own_training_work import training_work
 from influence.pool_units import embedding_units, rds_target_units
 from influence.quantities import Decided, Quantities, StageWork, driver_seconds
 from influence.result_bytes import WALKS, of_results, selected_rows
+from influence.second_order_work import NOTE, further_columns, second_order_work
 from influence.sentence_encoder import TEXTS_PER_SECOND
 from influence.units import Unit
 
@@ -105,6 +106,7 @@ class _Planner:
             gradients, most = replace(gradients, most=extra), (limit, rounds + 1)
         self.add(gradients)
         self.add(embedding)
+        self.second_order(gradients, chosen)
         self.fit(embedding, gradients, landmarks, maps, most)
         self.scores(embedding, self.missing.width, centres, maps, most, variance=certified)
         self.selection(landmarks)
@@ -112,11 +114,22 @@ class _Planner:
     def exact(self) -> None:
         gradients = self.gradients(None)
         self.add(gradients)
+        self.second_order(gradients, None)
         numbers = float(self.counts["rows"] * (self.columns + 8))
         read = gradients.whole + self.beside
         scoring = Quantities(read=read, effort=driver_seconds(1, 0.0, numbers))
         self.add(StageWork("scores", scoring, replicas=False))
         self.selection(0)
+
+    def second_order(self, gradients: StageWork, chosen: Chosen | None) -> None:
+        """What comes between the gradients and the scores."""
+        weights = self.job.config.weights
+        if weights.order == 1:
+            return
+        for stage in second_order_work(self.missing, self.counts, gradients, chosen):
+            self.add(stage)
+        if weights.curvature == "hvp":
+            self.work.notes.append(NOTE)
 
     def rds(self) -> None:
         units = embedding_units(self.job)
@@ -354,8 +367,9 @@ class _Planner:
 
     @cached_property
     def columns(self) -> int:
-        """Score columns of all targets."""
-        return sum(target["columns"] for target in self.counts["targets"].values())
+        """Score columns of all targets, and what the second order puts beside them."""
+        own = sum(target["columns"] for target in self.counts["targets"].values())
+        return own + further_columns(self.job.config, self.counts)
 
     @cached_property
     def scored_units(self) -> list[Unit]:

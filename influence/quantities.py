@@ -9,7 +9,7 @@ from influence.fingerprints import Fingerprint
 #: Stages whose shards lie beside a run's results, and go when it is done.
 OF_RUN = ("curvature", "scores", "token_scores")
 #: Steps of the driver, which no replica takes part in.
-DRIVER = ("layers", "regression", "coverage", "selection")
+DRIVER = ("layers", "second_order", "regression", "coverage", "selection")
 # Of the driver: operations and scores that it gets through in a second, and what a step takes
 # whatever there is to do. From the runs in docs/results.md, on two cores.
 _OPERATIONS, _SCORES, _STEP = 5e10, 5e6, 0.05

@@ -261,6 +261,7 @@ class Manifest(BaseModel):
     layers: LayerChoice | None = Field(default=None, description="of `layers: auto`")
     stages: dict[str, StageRecord] = Field(default_factory=dict)
     bill: Bill | None = Field(default=None, description="what was planned, and what it took")
+    objective: Objective | None = Field(default=None, description="of `weights.order: 2`")
 
     @property
     def model_share(self) -> float | None:

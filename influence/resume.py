@@ -58,6 +58,8 @@ _RECOMPUTES = {
     "layers": "the gradients",
     "layer_economy": "the pilot's gradients, and those of other layers",
     "gradients.reduction": "the gradients",
+    "weights.curvature": "the directions (with an optimiser's state the gradients)",
+    "weights.directions": "the directions and the Hessian's products with them",
     "optimizer": "the gradients (without gradients.normalize those of the targets alone)",
     "seed": "landmarks, embeddings and gradients",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,12 +55,12 @@ def row_shares(columns: TargetColumns) -> list[TargetRow]:
     The combined score is the mean over targets of the mean over a target's columns, each the mean
     over its rows.
     """
-    every = [column.target for column in columns.columns]
+    counts = Counter(column.target for column in columns.columns)
     return [
         TargetRow(
             column.target,
             position,
-            1.0 / (len(set(every)) * every.count(column.target) * len(column.rows)),
+            1.0 / (len(counts) * counts[column.target] * len(column.rows)),
         )
         for column in columns.columns
         for position in column.rows

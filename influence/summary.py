@@ -48,6 +48,19 @@ def proponents_line(counts: dict[str, Any]) -> str | None:
     return text
 
 
+def objective_line(fidelity: dict[str, Any]) -> str | None:
+    """What one step on the weighted selection is expected to do; None in first order."""
+    account = Fidelity.model_validate(fidelity).objective
+    if account is None:
+        return None
+    text = (
+        f"second order ({account.curvature}, eta {account.eta:g}): one step is expected to change "
+        f"the target loss by {account.predicted_second:.3g} nats, {account.predicted_first:.3g} by "
+        f"the gradient alone; {account.support:,} rows have weight"
+    )
+    return text if account.note is None else f"{text}; {account.note}"
+
+
 def source_table(sources: dict[str, tuple[int, int]]) -> Table:
     """Share of each source in the pool and in the selection, most selected first."""
     table = Table(title="pool and selection by source")

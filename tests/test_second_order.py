@@ -30,6 +30,7 @@ from influence.progress import Progress
 from influence.reducer import Reducer
 from influence.report import build_report
 from influence.resume import claim_run
+from influence.summary import objective_line
 
 ROWS, BUDGET = 20, 6
 ALL = {"count": 100, "choose": "uniform"}
@@ -143,6 +144,26 @@ def test_products_with_every_target_row_need_no_sketch(run: Runner, setup: Setup
     np.testing.assert_allclose(weights_of(whole), weights_of(exact), rtol=1e-3, atol=1e-3)
 
 
+def test_the_programme_does_not_depend_on_which_columns_scores_have(
+    run: Runner, setup: Setup
+) -> None:
+    """Products with every target row are predicted alike, as scores or beside the mean's."""
+    few = {"landmarks": {"count": 12, "choose": "uniform"}}
+    by_row, by_group = (
+        run(
+            **Case(None, 0.2).changes("fisher", "influence_distillation", **few)
+            | {"targets": {"sums": {**setup.targets["sums"], "per": per}}}
+        )
+        for per in ("row", "group")
+    )
+    assert not score_column(by_row, "exact").all(), "nothing was predicted: the test shows nothing"
+    message = "columns of the regression were mixed up"
+    np.testing.assert_allclose(
+        weights_of(by_row), weights_of(by_group), rtol=1e-4, atol=1e-4, err_msg=message
+    )
+    assert objective_of(by_row)["directions"] == objective_of(by_group)["directions"] == 5
+
+
 def test_the_selection_is_ordered_by_weight_and_the_path_is_told(run: Runner) -> None:
     found = run(**Case(None, 0.2).changes("fisher"))
     weights = [row["influence_weight"] for row in selection_of(found)]
@@ -150,6 +171,10 @@ def test_the_selection_is_ordered_by_weight_and_the_path_is_told(run: Runner) ->
     told = objective_of(found)
     path, n = told["path"], len(scored_ids(found))
     assert [point["budget"] for point in path] == sorted({1, 2, 3, 6, 12, 24, n} - {24} | {n})
+    assert manifest_of(found).objective is not None, "the manifest says nothing of the objective"
+    line = objective_line(json.loads(Path(found, "fidelity.json").read_text()))
+    assert line is not None
+    assert f"{BUDGET} rows have weight" in line
     own = next(point for point in path if point["budget"] == BUDGET)
     assert own["predicted_second"] == told["predicted_second"]
     assert path[-1]["lam"] is None

@@ -19,6 +19,7 @@ from influence.budget import parse_budget
 from influence.config_evaluation import EvaluationConfig
 from influence.config_finetune import FinetuneConfig, ReferenceConfig, WarmupConfig
 from influence.config_section import PositiveFloat, PositiveInt, Section, Share
+from influence.config_weights import SECOND_ORDER, WeightsConfig
 from influence.memory_budget import parse_memory
 
 
@@ -171,28 +172,6 @@ class OptimizerConfig(Section):
     kind: Literal["sgd", "adamw"] = Field(
         "sgd", description="influence_distillation, exact: whose step the scores are about"
     )
-
-
-class WeightsConfig(Section):
-    """First or second order in the step size."""
-
-    order: Literal[1, 2] = 1
-    curvature: Literal["fisher", "hvp"] = Field(
-        "fisher",
-        description="order 2: the targets' own gradients, or exact Hessian-vector products",
-    )
-    eta: PositiveFloat = Field(1e-4, description="order 2: the step size")
-    directions: PositiveInt = Field(
-        16, description="hvp: directions that span the landmarks' gradients"
-    )
-
-
-#: (section, key, value) that the second order asks for.
-SECOND_ORDER = (
-    ("gradients", "normalize", False),
-    ("selection", "combine", "mean"),
-    ("landmarks", "choose", "uniform"),
-)
 
 
 class TransferConfig(Section):

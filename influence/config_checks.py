@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from influence.budget import parse_budget
-from influence.config import Config, WeightsConfig
+from influence.config import Config
 from influence.config_finetune import POOL, FinetuneConfig
+from influence.config_weights import WeightsConfig
 from influence.errors import InputError
 
 LAYERED = ("layerwise", "none")

@@ -141,7 +141,7 @@ def stepped(trial: Trial, direction: Direction, eta: float) -> Iterator[None]:
     with torch.no_grad():
         for layer in trial.layers:
             stored = layer.shape.stored(direction[layer.name], layer.parameter.shape)
-            layer.parameter -= eta * stored.to(layer.parameter)
+            layer.parameter.sub_(eta * stored.to(layer.parameter))
     try:
         yield
     finally:
@@ -215,7 +215,7 @@ def correlations(runs: Mapping[str, str]) -> dict[str, dict[str, float]]:
     names = list(runs)
     return {
         f"{a}, {b}": {
-            "spearman": float(spearmanr(weights[a], weights[b]).statistic),
+            "spearman": float(spearmanr(weights[a], weights[b])[0]),  # pyright: ignore
             "in_common": int(((weights[a] > 0) & (weights[b] > 0)).sum()),
         }
         for i, a in enumerate(names)

@@ -12,7 +12,7 @@ from influence.hvp import hessian_products
 
 CASES = [
     *("llama linear", "llama all", "llama lora", "gpt2 linear", "gpt2 all", "gpt2 lora"),
-    *("qwen3 all"),
+    "qwen3 all",
 ]
 STEP = 1e-5
 

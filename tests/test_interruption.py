@@ -33,7 +33,7 @@ from influence.run_log import RunLog
 pytestmark = pytest.mark.clusters
 
 Start = Callable[[str], subprocess.Popen]
-SECONDS = 120.0
+SECONDS = 300.0
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from influence.candidates import read_examples, read_rows
 from influence.config import Config
 from influence.errors import InputError, ModelLoadError
 from influence.fingerprints import embedding_values
-from influence.full_vectors import full_vectors, offset_products, read_vectors
+from influence.full_vectors import HESSIAN_MEMORY, full_vectors, offset_products, read_vectors
 from influence.layer_choice import read_names
 from influence.load import Load
 from influence.optimizer_use import scaled_stages
@@ -222,7 +222,8 @@ class Worker:
         # A target row that is there twice counts twice in the mean, as it does in a sketch.
         full = unit.stage in FULL_VECTORS
         rows = encoded if full else unique
-        batches = make_batches(rows, self.config.replicas.token_budget)
+        share = HESSIAN_MEMORY if unit.stage == "hessian_products" else 1
+        batches = make_batches(rows, max(1, self.config.replicas.token_budget // share))
         lap()
         model = 0.0
         if full:

@@ -189,3 +189,8 @@ class MissingWork:
             rows = sum(unit.count for unit in units if unit.key in sizes)
             found[url] = shard_bytes.texts_of_row(len(sizes), rows, sum(sizes.values()))
         return found
+
+    @property
+    def mean_texts(self) -> float:
+        """Bytes of a row's texts, in the mean over all files."""
+        return sum(self.texts.values()) / max(1, len(self.texts))

@@ -16,9 +16,8 @@ from influence.certified import MAX_INDUCING, rounds_at_most
 from influence.exact_work import Chosen, ExactWork, plan_exact
 from influence.in2core import vector_width
 from influence.in2core_work import curvature_work, together
-from influence.input_bytes import file_bytes, input_bytes
+from influence.input_bytes import file_bytes
 from influence.job import Job
-from influence.membership import DRAWS
 from influence.memory_budget import parse_memory
 from influence.missing_work import PREDICTOR_BYTES, MissingWork
 from influence.model_shape import ModelShape
@@ -26,7 +25,8 @@ from influence.optimizer_use import TARGET_GRADIENTS
 from influence.own_training_work import training_work
 from influence.pool_units import embedding_units, rds_target_units
 from influence.quantities import Decided, Quantities, StageWork, driver_seconds
-from influence.result_bytes import WALKS, of_results, selected_rows
+from influence.result_bytes import WALKS, of_results
+from influence.rounds_work import most_work, round_scores, rows_of_others
 from influence.second_order_work import NOTE, further_columns, second_order_work
 from influence.sentence_encoder import TEXTS_PER_SECOND
 from influence.units import Unit
@@ -101,9 +101,11 @@ class _Planner:
         elif certified:
             limit = max(landmarks, min(config.landmarks.count, self.counts["scored"]))
             rounds = rounds_at_most(landmarks, limit)
-            extra = self.rounds(gradients, landmarks, limit, rounds)
+            of_targets = [target["columns"] for target in self.counts["targets"].values()]
+            extra = limit - landmarks
+            all_rounds = most_work(self.missing, gradients, chosen, of_targets, extra, rounds)
             self.note_others(gradients)
-            gradients, most = replace(gradients, most=extra), (limit, rounds + 1)
+            gradients, most = replace(gradients, most=all_rounds), (limit, rounds + 1)
         self.add(gradients)
         self.add(embedding)
         self.second_order(gradients, chosen)
@@ -215,58 +217,10 @@ class _Planner:
         lent = sum(self.missing.stored.sizes(list(work.lenders)).values())
         return replace(stage, least=replace(stage.least, read=stage.least.read + lent))
 
-    def rounds(self, stage: StageWork, first: int, limit: int, rounds: int) -> Quantities:
-        """`stage` with all rows that rounds may add, of the other candidates' mean length."""
-        config, extra = self.job.config, limit - first
-        rest = self.missing.rest_load(self.work.chosen or ())
-        load = rest.times(extra / max(1, rest.rows))
-        products = stage.name == "inner_products"
-        flops = self.missing.price(
-            stage.name, replace(load, products=extra * self.columns * products)
-        )
-        # A round's rows are cut anew in every file, and for inner products once for each target.
-        rows = config.replicas.gradient_rows_per_shard
-        chunks = min(extra, -(-extra // rows) + rounds * len(self.job.files))
-        layouts = [self.missing.layout("gradients", 0)]
-        if products:
-            per_target = self.counts["targets"].values()
-            layouts = [self.missing.layout(stage.name, target["columns"]) for target in per_target]
-        texts = self.mean_texts
-        empty = [shard_bytes.vector_shard(stage.name, x, 0, 0, 0, sparse=True) for x in layouts]
-        whole = [shard_bytes.vector_shard(stage.name, x, extra, extra, texts) for x in layouts]
-        files = [Unit("", "", file, 0, file.rows - 1) for file in self.job.files]
-        least = stage.least
-        return Quantities(
-            shards=least.shards + chunks * len(layouts),
-            bundles=least.bundles + chunks,
-            rows=(least.rows or 0) + extra,
-            tokens=(least.tokens or 0) + load.tokens,
-            flops=(least.flops or 0) + flops,
-            effort=least.effort + flops,
-            read=least.read + rounds * input_bytes(files, 1),
-            written=(least.written or 0) + sum(whole) + (chunks - 1) * sum(empty),
-            objects=least.objects + chunks * len(layouts),
-        )
-
     def note_others(self, stage: StageWork) -> None:
         """Of earlier rounds, whose rows this run's rounds may ask for: about how many there are."""
-        work = self.work.exact
-        assert work is not None
-        keys = [unit.key for unit in work.units.candidates]
-        folder, mine = keys[0].rsplit("/", 1)[0], set(keys)
-        pool = tuple(file.content_hash for file in self.job.files)
-        others = {
-            name: size
-            for name, size in self.missing.stored.folder(folder).items()
-            if name.startswith(pool) and f"{folder}/{name}" not in mine
-        }
-        columns = len(work.units.candidates[0].needs)
-        layout = self.missing.layout(stage.name, columns)
-        none, one = (
-            shard_bytes.vector_shard(stage.name, layout, n, n, self.mean_texts, sparse=True)
-            for n in (0, 1)
-        )
-        rows = round(max(0, sum(others.values()) - none * len(others)) / (one - none))
+        assert self.work.exact is not None
+        rows = rows_of_others(self.missing, stage.name, self.work.exact)
         if rows:
             self.work.notes.append(
                 f"{stage.name}: the cache holds about {rows:,} further rows, which rounds need not "
@@ -297,11 +251,12 @@ class _Planner:
         assert self.work.chosen is not None
         holding = {(file.url, row // rows) for file, members in self.work.chosen for row in members}
         part = min(1.0, len(holding) / max(1, embedding.shards))
+        looking = round_scores(self.job.config, self.counts, self.columns) if certified else 0.0
 
         def of(exact: int, written: int, times: int) -> Quantities:
             known = min(exact, MAX_INDUCING) if certified else exact
             operations = cost.regression(known, self.missing.width, self.columns)
-            effort = driver_seconds(times, operations, self.round_scores if certified else 0.0)
+            effort = driver_seconds(times, operations, looking)
             read = gradients.held + self.beside + written + round(part * embedding.whole)
             return Quantities(effort=effort, read=read)
 
@@ -345,7 +300,7 @@ class _Planner:
 
     def selection(self, landmarks: int) -> None:
         """Choosing the rows, and the files of the results."""
-        written, objects = of_results(self.job, self.counts, landmarks, self.mean_texts)
+        written, objects = of_results(self.job, self.counts, landmarks, self.missing.mean_texts)
         mapped = self.job.config.method in ("influence_distillation", "rds", "in2core")
         read = sum(map(file_bytes, self.job.files)) + (WALKS * self.score_bytes if mapped else 0)
         effort = driver_seconds(1, 0.0, self.counts["rows"] * (self.columns + 8))
@@ -358,12 +313,6 @@ class _Planner:
 
     def add(self, stage: StageWork) -> None:
         self.work.stages[stage.name] = stage
-
-    @property
-    def mean_texts(self) -> float:
-        """Bytes of a row's texts."""
-        texts = self.missing.texts
-        return sum(texts.values()) / max(1, len(texts))
 
     @cached_property
     def columns(self) -> int:
@@ -384,11 +333,3 @@ class _Planner:
         """What the shards of one map to scores take."""
         rows = [unit.count for unit in self.scored_units]
         return sum(shard_bytes.score_shard(self.columns, each) for each in rows)
-
-    @property
-    def round_scores(self) -> float:
-        """Scores that the driver looks at in a round: the pool's, and in every draw of the unknown
-        ones those that may be selected (several times as many as will be)."""
-        rows = self.counts["rows"]
-        plausible = min(rows, 5 * selected_rows(self.job.config.selection.budget, self.counts))
-        return float((WALKS * rows + DRAWS * plausible) * (self.columns + 8))

@@ -8,41 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial, reduce
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from influence import landmarks, scoring
-from influence.budget import parse_budget
 from influence.cache import Cache
 from influence.candidates import SourceFile
 from influence.catalogue import Catalogue
 from influence.certificate import certificate_of
-from influence.certified import Certified, Settings, audit_rows, initial_landmarks, step_text
-from influence.certified_result import certified_scores, recall_certificate
+from influence.certified_result import recall_certificate
 from influence.config import Config
 from influence.coverage_reduce import Likeness, coverage_of, likeness_of
 from influence.errors import InputError
 from influence.in2core_reduce import InfluenceReduce
+from influence.landmark_reduce import LandmarkReduce, RoundsReduce, RoundStep, draw_landmarks
 from influence.load import Load
 from influence.pool_counts import pool_counts
-from influence.predictor import (
-    cosine_predictor,
-    posterior_predictor,
-    regression_predictor,
-    write_predictor,
-)
-from influence.quotas import Quota
+from influence.predictor import cosine_predictor, write_predictor
 from influence.records import LayerChoice
 from influence.results import write_results
 from influence.robust_reduce import RobustReduce
-from influence.schemas import REASON_DUPLICATE
-from influence.score_shards import ShardTable, scoring_url
-from influence.score_table import ArrayTable, OverlaidTable, scored_rows
+from influence.score_shards import ShardTable, run_table, scoring_url
+from influence.score_table import ArrayTable
 from influence.scores import Scores
 from influence.second_order_plan import Along, DirectionPlan, MadeVectors
 from influence.selection import Rule
+from influence.selection_rule import method_weights, selection_rule
 from influence.shard_reader import (
     NO_EMBEDDING,
     NO_GRADIENT,
@@ -53,18 +46,8 @@ from influence.shard_reader import (
 )
 from influence.table_selection import select_table
 from influence.target_columns import mean_vectors, target_columns
-from influence.text_columns import Labels
-from influence.training_data import drawn_rows
-from influence.unit_loads import UnitLoad, load_of, unit_load
+from influence.unit_loads import UnitLoad, load_of, training_load, unit_loads
 from influence.units import ExactUnits, Unit
-from influence.weights import id_ranks
-
-
-class RoundStep(NamedTuple):
-    """What the next round computes: the rows of each file (none: it is done), and a line for it."""
-
-    rows: list[tuple[SourceFile, list[int]]]
-    text: str
 
 
 class Reducer:
@@ -74,7 +57,7 @@ class Reducer:
         self.config = config
         self.cache = Cache(config.cache_url)
         self.pool: Catalogue | None = None
-        self.certified: Certified | None = None
+        self._rounds: RoundsReduce | None = None
         self._likeness: Likeness | None = None
         self._robust: RobustReduce | None = None
 
@@ -114,14 +97,7 @@ class Reducer:
 
     def loads_of(self, units: Sequence[Unit]) -> list[UnitLoad]:
         """What computing each unit takes."""
-        of = {(f.url, f.rows): c for c in (*self.targets.values(), self._pool) for f in c.files}
-        return [
-            reduce(
-                UnitLoad.plus,
-                (unit_load(of[part.file.url, part.file.rows], part) for part in unit.parts),
-            )
-            for unit in units
-        ]
+        return unit_loads((*self.targets.values(), self._pool), units)
 
     def pool_load(self) -> Load:
         """The load of all candidates that can be scored."""
@@ -129,27 +105,11 @@ class Reducer:
 
     def training_load(self, fraction: float, seed: int, max_length: int) -> Load:
         """The load of one epoch over a random part of the pool; duplicates are trained on, too."""
-        pool = self._pool
-        trained = np.asarray([text in (None, REASON_DUPLICATE) for text in pool.reason.values])
-        drawn = drawn_rows(len(pool), fraction, seed)
-        return load_of(pool, drawn[trained[pool.reason.codes[drawn]]], max_length)
+        return training_load(self._pool, fraction, seed, max_length)
 
     def choose_landmarks(self) -> list[tuple[SourceFile, list[int]]]:
         """Draw the landmarks; returns the rows of each file."""
-        pool, config = self._pool, self.config.landmarks
-        eligible = pool.eligible
-        if len(eligible) < 4:
-            raise InputError(
-                f"method influence_distillation needs at least 4 candidates that can be scored; "
-                f"found {len(eligible)}: use method: exact"
-            )
-        sources = Labels.of(pool.sources.codes[eligible], pool.sources.values)
-        keys = landmarks.row_keys(self.config.seed, pool.digests)[eligible]
-        count = config.count
-        if config.choose == "certified":
-            count = initial_landmarks(len(eligible), count, config.initial)
-        chosen = landmarks.CHOOSERS[config.choose](keys, sources, count)
-        return pool.by_file(eligible[chosen])
+        return draw_landmarks(self.config, self._pool)
 
     def target_rows(self) -> dict[str, list[tuple[SourceFile, list[int]]]]:
         """The rows behind every column of every target: (file, rows)."""
@@ -166,95 +126,38 @@ class Reducer:
         return found
 
     def fit_landmarks(self, embedding: Sequence[Unit], exact: ExactUnits) -> str:
-        """Fit on the landmarks' exact scores; returns the key of what predicts every other row.
-
-        The kernel `linear` sees the embeddings with their lengths, the others unit rows. A
-        prediction depends on the regression and on the row alone.
-        """
-        config, lengths = self.config.landmarks, self._lengths
-        positions, scores = self._exact_scores(exact)
-        X = read_embeddings(self.cache, embedding, self._pool, positions, lengths=lengths)
-        usable = np.isfinite(X).all(axis=1)
-        positions, Y, first = positions[usable], scores.P[usable], len(self.columns.columns)
-        halves = None if scores.halves is None else scores.halves[:, usable, :first]
-        solve = partial(landmarks.fit, X[usable], kernel=config.kernel, damping=config.damping)
-        model, loo_halves = solve(Y), None
-        if halves is not None:
-            # For the certificate: what the regression would say had it seen one half alone.
-            both = solve(np.concatenate([*halves], axis=1)).loo_predictions
-            loo_halves = np.stack(np.split(both, 2, axis=1))
-        self._landmarks = (positions, Y, model.loo_predictions[:, :first], halves, loo_halves)
-        predictor = regression_predictor(model, lengths=lengths)
-        return write_predictor(scoring_url(self.config.run), predictor)
+        """Fit on the landmarks' exact scores; returns the key of what predicts every other row."""
+        self._landmarks = LandmarkReduce(self.config, self.cache, self._pool, self.columns)
+        return self._landmarks.fit(embedding, *self._exact_scores(exact))
 
     def take_predicted(self, units: Sequence[Unit]) -> None:
         """The score shards of `fit_landmarks`, with the landmarks' exact scores over them."""
-        positions, Y, loo, halves, loo_halves = self._landmarks
-        table = OverlaidTable(self._shard_table(units), positions, Y, np.empty(0, np.int64))
-        exact = np.zeros(len(self._pool), dtype=bool)
-        exact[positions] = True
-        self._take(Scores(table, exact, positions, Y, loo, halves, loo_halves))
+        self._take(self._landmarks.scores(self._shard_table(units)))
 
     def fit_round(self, embedding: Sequence[Unit], exact: ExactUnits) -> str:
         """Take in the exact scores of the last rows asked for, and fit again.
 
         Returns the key of what the process believes of every row.
         """
-        first = self.certified is None
-        if self.certified is None:
-            self.certified = self._begin_rounds()
-        positions, scores = self._exact_scores(exact, needed=first)
-        lengths = self._lengths
-        if len(positions):
-            X = read_embeddings(self.cache, embedding, self._pool, positions, lengths=lengths)
-            usable = np.isfinite(X).all(axis=1)
-            halves = None if scores.halves is None else scores.halves[:, usable]
-            self.certified.add(positions[usable], X[usable], scores.P[usable], halves)
-        predictor = posterior_predictor(self.certified.fit(), lengths=lengths)
-        return write_predictor(scoring_url(self.config.run), predictor)
+        first = self._rounds is None
+        if self._rounds is None:
+            self._rounds = RoundsReduce(
+                self.config, self.cache, self._pool, self.columns, self._rule
+            )
+        return self._rounds.fit(embedding, *self._exact_scores(exact, needed=first))
 
     def next_round(self, units: Sequence[Unit]) -> RoundStep:
         """Ask for the next rows, after the score shards of `fit_round`."""
-        certified = self.certified
-        assert certified is not None
-        step = certified.next_step(self._shard_table(units), np.empty(0, np.int64))
-        if step.kind == "done":
-            self.scores = certified_scores(certified)
-        return RoundStep(self._pool.by_file(step.rows.tolist()), step_text(certified, step))
-
-    @property
-    def _lengths(self) -> bool:
-        return self.config.landmarks.kernel == "linear"
+        assert self._rounds is not None
+        step, scores = self._rounds.next_step(self._shard_table(units))
+        if scores is not None:
+            self.scores = scores
+        return step
 
     def _shard_table(self, units: Sequence[Unit], reason: str = NO_EMBEDDING) -> ShardTable:
         """The score shards; rows without a score get this reason."""
-        pool = self._pool
-        table = ShardTable(
-            Cache(scoring_url(self.config.run)),
-            units,
-            pool,
-            pool.scorable,
-            self._robust.width if self._robust is not None else len(self.columns.columns),
-        )
-        missing = pool.scorable & ~scored_rows(table)
-        if missing.any():
-            pool.exclude(np.flatnonzero(missing).tolist(), reason)
-            if not len(pool.eligible):
-                raise InputError(f"not one row could be scored; reasons: {pool.reasons()}")
-        return table
-
-    def _begin_rounds(self) -> Certified:
-        pool, config, seed = self._pool, self.config.landmarks, self.config.seed
-        settings = Settings(
-            recall=config.recall,
-            count=config.count,
-            audit=audit_rows(len(pool.eligible), config.audit),
-            kernel=config.kernel,
-            damping=config.damping,
-            seed=seed,
-        )
-        keys = landmarks.row_keys(seed, pool.digests, purpose=b"audit")
-        return Certified(self._rule, self.columns.named(), keys, settings)
+        columns = self.column_count() if self._robust is None else self._robust.width
+        return run_table(self.config.run, units, self._pool, columns, reason)
 
     def begin_second_order(self, exact: ExactUnits) -> DirectionPlan | None:
         """After the gradients' shards are there, before they are scored: the directions, if any."""
@@ -364,18 +267,14 @@ class Reducer:
             RunTakenError: the run is no longer that of the lease of this `owner`.
         """
         pool, config, table = self._pool, self.config.selection, self.scores.table
-        certified = self.certified
+        certified = None if self._rounds is None else self._rounds.certified
         selected = certified.selected if certified is not None else None
         objective = None
         if self._robust is not None:
             selected, objective = self._robust.select(self._rule, self._whole)
         elif selected is None:
             selected = select_table(self._rule, table)
-        selection = selected.selection
-        if self.config.method in ("random", "rds", "in2core"):
-            # These methods rank; the closed form's weights are those of the robust objective.
-            weights = np.full(len(selection.order), selection.n_scored / len(selection.order))
-            selection = replace(selection, weights=weights)
+        selection = method_weights(self.config.method, selected.selection)
         fidelity = certificate_of(
             self.scores,
             selection,
@@ -405,18 +304,7 @@ class Reducer:
     @cached_property
     def _rule(self) -> Rule:
         """The selection rule; made once, as it sorts the ids of the whole pool."""
-        pool, config = self._pool, self.config.selection
-        return Rule(
-            column_target=self.columns.target_of,
-            ranks=id_ranks(pool.ids),
-            budget=parse_budget(config.budget),
-            combine=config.combine,
-            sources=pool.sources,
-            n_tokens=pool.n_tokens,
-            per_source={name: Quota(q.min, q.max) for name, q in config.per_source.items()},
-            # In2Core keeps proponents: training on the others is expected to do harm.
-            floor=0.0 if self.config.method == "in2core" else None,
-        )
+        return selection_rule(self.config, self._pool, self.columns)
 
     @property
     def _pool(self) -> Catalogue:

@@ -12,10 +12,11 @@ from jaxtyping import Bool
 from influence import storage
 from influence.cache import Cache, Shard, vector_column
 from influence.catalogue import Catalogue
+from influence.errors import InputError
 from influence.fingerprints import fingerprint
 from influence.predictor import Mapper, Predictor
 from influence.schemas import VectorLayout, score_shard_schema
-from influence.score_table import ScoreBlock
+from influence.score_table import ScoreBlock, scored_rows
 from influence.shard_reader import read_shards, usable_embeddings
 from influence.units import Unit
 
@@ -83,3 +84,20 @@ class ShardTable:
             positions = self.catalogue.positions(unit.file, shard.table.column("row").to_numpy())
             kept = self.eligible[positions] & np.isfinite(values[:, 0])
             yield ScoreBlock(positions[kept], values[kept, :-1], values[kept, -1])
+
+
+def run_table(
+    run: str, units: Sequence[Unit], pool: Catalogue, columns: int, reason: str
+) -> ShardTable:
+    """The score shards of a run; rows that they have no score of are excluded, for this reason.
+
+    Raises:
+        InputError: not one row has a score.
+    """
+    table = ShardTable(Cache(scoring_url(run)), units, pool, pool.scorable, columns)
+    missing = pool.scorable & ~scored_rows(table)
+    if missing.any():
+        pool.exclude(np.flatnonzero(missing).tolist(), reason)
+        if not len(pool.eligible):
+            raise InputError(f"not one row could be scored; reasons: {pool.reasons()}")
+    return table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +12,7 @@ from jaxtyping import Int
 from influence.catalogue import Catalogue
 from influence.load import Load
 from influence.schemas import REASON_DUPLICATE
+from influence.training_data import drawn_rows
 from influence.units import FULL_VECTORS, Unit
 
 
@@ -45,6 +48,25 @@ def unit_load(catalogue: Catalogue, unit: Unit) -> UnitLoad:
         computed = where[~catalogue.digests.repeats(where)]
     tokens = int(catalogue.n_tokens[where].sum())
     return UnitLoad(unit.count, len(where), tokens, load_of(catalogue, computed))
+
+
+def unit_loads(catalogues: Sequence[Catalogue], units: Sequence[Unit]) -> list[UnitLoad]:
+    """What computing each unit takes, each part of it in the catalogue that has its file."""
+    of = {(file.url, file.rows): catalogue for catalogue in catalogues for file in catalogue.files}
+    return [
+        reduce(
+            UnitLoad.plus,
+            (unit_load(of[part.file.url, part.file.rows], part) for part in unit.parts),
+        )
+        for unit in units
+    ]
+
+
+def training_load(pool: Catalogue, fraction: float, seed: int, max_length: int) -> Load:
+    """The load of one epoch over a random part of the pool; duplicates are trained on, too."""
+    trained = np.asarray([text in (None, REASON_DUPLICATE) for text in pool.reason.values])
+    drawn = drawn_rows(len(pool), fraction, seed)
+    return load_of(pool, drawn[trained[pool.reason.codes[drawn]]], max_length)
 
 
 def load_of(

@@ -168,7 +168,7 @@ def _of_second_order(config: Config) -> str | None:
         "gradients.normalize": (config.gradients.normalize, False, "gradients of unit length"),
         "selection.combine": (config.selection.combine, "mean", "several losses taken in turn"),
     }
-    if config.method not in ("influence_distillation", "exact"):
+    if config.method not in STEPPING:
         return (
             f"weights.order: 2 is for method: influence_distillation or exact, not {config.method}"
         )

@@ -33,7 +33,7 @@ from influence.robust_reduce import RobustReduce
 from influence.score_shards import ShardTable, run_table, scoring_url
 from influence.score_table import ArrayTable
 from influence.scores import Scores
-from influence.second_order_plan import Along, DirectionPlan, MadeVectors
+from influence.second_order_plan import Along, DirectionPlan, MadeVectors, check_covariance
 from influence.selection import Rule
 from influence.selection_rule import method_weights, selection_rule
 from influence.shard_reader import (
@@ -86,6 +86,7 @@ class Reducer:
             {name: described[name].per for name in self.targets},
             {name: described[name].group_by is not None for name in self.targets},
         )
+        check_covariance(self.config.weights, self.columns)
 
     def counts(self) -> dict[str, Any]:
         """Rows, reasons, duplicates, truncation: of the pool and of every target."""

@@ -23,9 +23,11 @@ from tiny_run import (
     tiny_config,
 )
 
+from influence.errors import InputError
 from influence.local import local_execute
 from influence.one_process import run_select
 from influence.pipeline import prepare, select
+from influence.plan import make_plan
 from influence.progress import Progress
 from influence.reducer import Reducer
 from influence.report import build_report
@@ -162,6 +164,20 @@ def test_the_programme_does_not_depend_on_which_columns_scores_have(
         weights_of(by_row), weights_of(by_group), rtol=1e-4, atol=1e-4, err_msg=message
     )
     assert objective_of(by_row)["directions"] == objective_of(by_group)["directions"] == 5
+
+
+def test_one_target_row_is_refused_before_anything_is_computed(
+    setup: Setup, tmp_path: Path
+) -> None:
+    """One gradient has no covariance; its plan says so, too."""
+    targets = {"sums": {**setup.targets["sums"], "limit": 1}}
+    config = tiny_config(
+        setup, tmp_path / "run", **Case(None, 0.2).changes("fisher", targets=targets)
+    )
+    for what in (make_plan, lambda config: run_select(config, quiet=True)):
+        with pytest.raises(InputError, match=r"weights.curvature: fisher .* 1 target row .*hvp"):
+            what(config)
+    assert not Path(config.cache_url, "gradients").exists(), "gradients were computed first"
 
 
 def test_the_selection_is_ordered_by_weight_and_the_path_is_told(run: Runner) -> None:

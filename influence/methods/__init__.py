@@ -19,10 +19,13 @@ NAMES: tuple[str, ...] = (
     "in2core",
     "exact",
     "rds",
+    "perplexity",
+    "semantic",
+    "length",
     "random",
 )
 #: Names that parse, and whose code is not part of this version.
-PLANNED: tuple[str, ...] = ("less", "perplexity", "semantic", "length")
+PLANNED: tuple[str, ...] = ("less",)
 
 
 class _Registry(Mapping[str, Method]):

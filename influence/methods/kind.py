@@ -11,6 +11,8 @@ if TYPE_CHECKING:  # a method's traits are asked for by what these modules are m
     from influence.job import Job
     from influence.model_shape import ModelShape
     from influence.planned_work import Planner
+    from influence.row_scores import Score
+    from influence.row_stages import RowStage
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Method:
         run: (job, reducer) -> None: from the catalogue to the reducer's scores. On a cluster the
             reducer is an actor's stand-in, with the methods of `influence.reducer.Reducer`.
         plan: adds to a planner the stages that `run` will go through.
-        runs_model: a language model is loaded; else the tokenizer alone.
+        runs_model: the language model is loaded; else its tokenizer alone.
         needs_gradients: gradients are taken, so parameters have to be attributed to layers.
         embeds: the stage `embedding` is made of every candidate.
         embeds_targets: and of the targets' rows.
@@ -34,6 +36,9 @@ class Method:
         signed: scores are influences whose sign means something: rows below zero do harm, and are
             not selected.
         reference_model: gradients are taken with a fine-tuned reference model (`reference`).
+        score: the function behind `reducer.score_rows`, for a method that runs it.
+        no_score: why a row has no score where `score` gives none.
+        stages: those of its own, computed by the replicas.
         gradient_defaults: values of the section `gradients` where none are given.
         check: what is wrong with a config, or None, in place of the rules for any other method.
         check_files: sees that what it reads beside model and data is there; raises `InputError`.
@@ -53,9 +58,12 @@ class Method:
     solves_weights: bool = False
     signed: bool = False
     reference_model: bool = False
+    score: Score | None = None
+    no_score: str = "score is not finite"
+    stages: tuple[RowStage, ...] = ()
     gradient_defaults: Mapping[str, object] = field(default_factory=dict)
     check: Callable[[Config], str | None] | None = None
-    check_files: Callable[[Config], None] | None = None
+    check_files: Callable[[Config], object] | None = None
     check_bytes: Callable[[Config, ModelShape, int], None] | None = None
 
     @property

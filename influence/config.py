@@ -22,7 +22,7 @@ from influence.config_finetune import FinetuneConfig, ReferenceConfig, WarmupCon
 from influence.config_section import PositiveFloat, PositiveInt, Section, Share
 from influence.config_weights import SECOND_ORDER, WeightsConfig
 from influence.memory_budget import parse_memory
-from influence.methods import METHODS, NAMES
+from influence.methods import METHODS
 
 
 class ModelConfig(Section):
@@ -307,7 +307,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _defaults_of_the_method(self) -> Config:
         own: dict[str, object] = {} if self.warmup is None else {"parameters": "lora"}
-        if self.method in NAMES:
+        if self.method in METHODS:
             own |= METHODS[self.method].gradient_defaults
         given = self.gradients.model_fields_set
         self._fill("gradients", {name: own[name] for name in own if name not in given})

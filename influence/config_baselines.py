@@ -8,12 +8,12 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from influence.config_section import Section
-from influence.methods import NAMES, PLANNED
+from influence.methods import METHODS, PLANNED
 
 
 def _known(value: str) -> str:
-    if value not in (*NAMES, *PLANNED):
-        expected = ", ".join(repr(name) for name in NAMES)
+    if value not in METHODS and value not in PLANNED:
+        expected = ", ".join(repr(name) for name in METHODS)
         # As pydantic says it of a Literal, which cannot be made of a registry.
         raise PydanticCustomError(
             "literal_error", "Input should be one of {expected}", {"expected": expected}

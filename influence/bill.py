@@ -10,6 +10,7 @@ from influence import cost
 from influence.config import Config
 from influence.plan_schemas import COMPARED, Amounts, Bill, StageBill
 from influence.quantities import Quantities, StageWork
+from influence.row_stages import row_stage
 from influence.speeds import Speed, Speeds, kind_of
 
 _COUNTS = ("shards", "rows", "tokens", "flops", "read_bytes", "written_bytes", "objects")
@@ -48,7 +49,8 @@ def planned_bill(
         if work.workers is not None:
             set_up = speeds.set_up()[0]
         most = 0 if work.most is None else work.most.bundles
-        begins = work.name in cost.STAGES and max(work.least.bundles, most) > 0
+        models = work.name in cost.STAGES or row_stage(config, work.name) is not None
+        begins = models and max(work.least.bundles, most) > 0
         if begins and not bill.set_up:
             bill.set_up_seconds, bill.set_up = speeds.set_up()
             set_up = bill.set_up_seconds

@@ -16,11 +16,13 @@ from pydantic import (
 )
 
 from influence.budget import parse_budget
+from influence.config_baselines import MethodName, PerplexityConfig, SemanticConfig
 from influence.config_evaluation import EvaluationConfig
 from influence.config_finetune import FinetuneConfig, ReferenceConfig, WarmupConfig
 from influence.config_section import PositiveFloat, PositiveInt, Section, Share
 from influence.config_weights import SECOND_ORDER, WeightsConfig
 from influence.memory_budget import parse_memory
+from influence.methods import METHODS
 
 
 class ModelConfig(Section):
@@ -254,19 +256,6 @@ class ReplicasConfig(Section):
         return self
 
 
-Method = Literal[
-    "influence_distillation",
-    "in2core",
-    "less",
-    "rds",
-    "exact",
-    "perplexity",
-    "semantic",
-    "length",
-    "random",
-]
-
-
 class Config(Section):
     """The whole config of a run. Only `run`, `model`, `data` and `targets` have no default."""
 
@@ -275,9 +264,11 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     targets: dict[str, TargetConfig] = Field(min_length=1)
-    method: Method = "influence_distillation"
+    method: MethodName = "influence_distillation"
     embedding: EmbeddingConfig = EmbeddingConfig()  # pyright: ignore[reportCallIssue]
     gradients: GradientsConfig = GradientsConfig()  # pyright: ignore[reportCallIssue]
+    perplexity: PerplexityConfig = PerplexityConfig()  # pyright: ignore[reportCallIssue]
+    semantic: SemanticConfig = SemanticConfig()  # pyright: ignore[reportCallIssue]
     landmarks: LandmarksConfig = LandmarksConfig()  # pyright: ignore[reportCallIssue]
     optimizer: OptimizerConfig = OptimizerConfig()  # pyright: ignore[reportCallIssue]
     warmup: WarmupConfig | None = Field(
@@ -316,8 +307,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _defaults_of_the_method(self) -> Config:
         own: dict[str, object] = {} if self.warmup is None else {"parameters": "lora"}
-        if self.method == "in2core":
-            own = {"parameters": "lora", "projection": "layerwise", "normalize": False}
+        if self.method in METHODS:
+            own |= METHODS[self.method].gradient_defaults
         given = self.gradients.model_fields_set
         self._fill("gradients", {name: own[name] for name in own if name not in given})
         if self.weights.order == 2:

@@ -25,11 +25,13 @@ from influence.errors import InputError
 from influence.in2core_reduce import InfluenceReduce
 from influence.landmark_reduce import LandmarkReduce, RoundsReduce, RoundStep, draw_landmarks
 from influence.load import Load
+from influence.methods import METHODS
 from influence.pool_counts import pool_counts
 from influence.predictor import cosine_predictor, write_predictor
 from influence.records import LayerChoice
 from influence.results import write_results
 from influence.robust_reduce import RobustReduce
+from influence.row_scores import PoolRows, score_rows, without_gradients
 from influence.score_shards import ShardTable, run_table, scoring_url
 from influence.score_table import ArrayTable
 from influence.scores import Scores
@@ -191,10 +193,7 @@ class Reducer:
 
     def take_cosines(self, units: Sequence[Unit]) -> None:
         """The score shards of `fit_means`."""
-        table = self._shard_table(units)
-        positions = self._pool.eligible
-        none = np.empty((0, len(self.columns.columns)))
-        self.scores = Scores(table, self._pool.scorable, positions, none, None, None)
+        self.scores = without_gradients(self._shard_table(units), self._pool)
 
     def column_count(self) -> int:
         """Columns of the scores."""
@@ -254,12 +253,10 @@ class Reducer:
             seed=self.config.seed,
         )
 
-    def score_random(self) -> None:
-        """Uniform random numbers, the same in every column."""
-        eligible = self._pool.eligible
-        digests = [self._pool.digests[position] for position in eligible]
-        drawn = scoring.random_scores(self.config.seed, digests)
-        self._all_exact(eligible, np.repeat(drawn, len(self.columns.columns), axis=1))
+    def score_rows(self, method: str, units: Sequence[Unit] = ()) -> None:
+        """Scores by the function of a method, from the catalogue and its shards (these units)."""
+        rows = PoolRows(self.config, self._pool, self.targets, self.columns, self.cache, units)
+        self.scores = score_rows(METHODS[method], rows)
 
     def select(self, owner: str | None = None) -> dict[str, Any]:
         """Choose the rows and their weights; certify; write every file but the report.
@@ -288,7 +285,7 @@ class Reducer:
         )
         fidelity.objective = objective
         coverage = None
-        if self.config.method == "in2core":
+        if METHODS[self.config.method].signed:
             coverage = coverage_of(table, pool, self.columns, self._likeness)
         written = write_results(
             self.config,

@@ -96,8 +96,8 @@ class WarmupConfig(FinetuneConfig):
     fraction: Share = Field(
         0.05, description="random part of the pool, drawn with the seed; 0: no warm-up"
     )
-    checkpoints: Literal["last", "epochs"] = Field(
-        "last",
-        description="what is kept: the end, or also the state after each epoch, at which method "
-        "less takes gradients (its default)",
+    keep_epochs: bool = Field(
+        False,
+        description="keep what there is after each epoch, too; less, which takes gradients there: "
+        "true",
     )

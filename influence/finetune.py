@@ -7,7 +7,6 @@ workers of a torch.distributed group.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -218,7 +217,7 @@ class _Run:
     def _publish_epoch(self, step: int, folder: str) -> None:
         """Before the checkpoint counts: a training that goes on from it has the epochs before."""
         ends = _steps(self.rows, self.settings).ends
-        if self.settings.checkpoints == "epochs" and step in ends:
+        if self.settings.keep_epochs and step in ends:
             publish(folder, storage.join(self.output, epoch_folder(ends.index(step) + 1)))
 
     def _take(self, history: list[dict[str, Any]]) -> None:

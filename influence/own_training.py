@@ -107,7 +107,7 @@ def digest_of_file(data: bytes) -> str:
 
 def epochs_kept(section: FinetuneConfig) -> int:
     """The checkpoints beside the result that such a training leaves."""
-    if not isinstance(section, WarmupConfig) or section.checkpoints != "epochs":
+    if not isinstance(section, WarmupConfig) or not section.keep_epochs:
         return 0
     return math.ceil(section.epochs - 1e-9)  # as the steps are counted
 
@@ -148,7 +148,7 @@ def training_fingerprint(training: Config, files: list[SourceFile]) -> Fingerpri
     settings = settings_of(training).that_count()
     del settings[_OF_EVALUATION]
     if epochs_kept(training.finetune):
-        settings["checkpoints"] = "epochs"
+        settings["keep_epochs"] = True
     pool = [[file.content_hash, file.rows] for file in files]
     return fingerprint(
         {

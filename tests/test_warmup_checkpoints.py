@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 8,
     "dropout": 0.1,
     "epochs": 3,
-    "checkpoints": "epochs",
+    "keep_epochs": True,
 }
 STEADY: dict[str, Any] = {**SETTINGS, "schedule": "constant", "warmup_ratio": 0}
 
@@ -60,7 +60,7 @@ def test_they_are_what_shorter_trainings_end_with(
     steady: Config, setup: Setup, tmp_path: Path
 ) -> None:
     for epochs in (1, 2, 3):
-        own = {**STEADY, "epochs": epochs, "checkpoints": "last"}
+        own = {**STEADY, "epochs": epochs, "keep_epochs": False}
         shorter = with_warmup(setup, tmp_path / str(epochs), own)
         run_select(shorter, quiet=True)
         kept, result = Path(url_of(steady), epoch_folder(epochs)), Path(url_of(shorter))
@@ -171,7 +171,7 @@ def test_they_are_planned_and_told_apart_from_the_result_alone(
     assert took is not None
     assert plan.objects == took.objects, "planned objects are not those that were written"
     assert plan.written_bytes == pytest.approx(took.written_bytes, rel=0.3)
-    alone = with_warmup(setup, tmp_path, {**STEADY, "checkpoints": "last"})
+    alone = with_warmup(setup, tmp_path, {**STEADY, "keep_epochs": False})
     assert url_of(fresh) != url_of(alone), "one that lacks checkpoints stands for one with them"
-    without = {key: value for key, value in STEADY.items() if key != "checkpoints"}
+    without = {key: value for key, value in STEADY.items() if key != "keep_epochs"}
     assert url_of(alone) == url_of(with_warmup(setup, tmp_path, without))

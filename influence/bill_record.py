@@ -10,6 +10,7 @@ from influence.bill import planned_bill, replicas_at_once, settled
 from influence.cache import Cache
 from influence.errors import InfluenceError
 from influence.job import Job
+from influence.methods import METHODS
 from influence.model_shape import ModelShape, model_shape
 from influence.own_training import STAGES as TRAINED
 from influence.own_training_work import training_bytes, training_flops
@@ -43,7 +44,7 @@ def begin_bill(job: Job, reduce: Any, counts: Mapping[str, Any], catalogue: Stag
 
 def shape_of(job: Job) -> ModelShape | None:
     """The shape of the job's model, if its method has one."""
-    if job.config.method == "random":
+    if not METHODS[job.config.method].runs_model:
         return None
     return job.shape if job.shape is not None else model_shape(job.config)
 
@@ -158,7 +159,8 @@ def _remember(job: Job, exact: int) -> None:
     measured = measured_of(manifest, storage.absolute(job.config.run))
     if measured is None:
         return
-    decides = job.config.method == "in2core" or job.config.landmarks.choose == "certified"
+    rounds = job.config.landmarks.choose == "certified"
+    decides = rounds or not METHODS[job.config.method].draws_landmarks
     if decides and job.chosen is not None:
         names = [n for n in ("gradients", "inner_products") if n in manifest.stages]
         measured.decided = job.asked

@@ -19,8 +19,9 @@ from influence.errors import InputError
 from influence.evaluations import EVALUATIONS
 from influence.exact_work import product_fingerprints, target_vector_units
 from influence.hub import resolve_revision
+from influence.methods import METHODS
 from influence.own_training import OwnTraining, planned_training
-from influence.pipeline import NEED_GRADIENTS, Job, catalogue_units, prepare_targets
+from influence.pipeline import Job, catalogue_units, prepare_targets
 from influence.progress import Progress
 from influence.records import Manifest
 from influence.reducer import Reducer
@@ -163,7 +164,7 @@ def _places(config: Config) -> dict[Place, dict[str, Any]]:
     log = RunLog.unsaved(config.run, config.method)
     job = prepare_targets(config, Progress(quiet=True), log)
     places = {(stage, found.hex): found.values for stage, found in job.fingerprints.items()}
-    if config.method in NEED_GRADIENTS and config.gradients.projection == "exact":
+    if METHODS[config.method].needs_gradients and config.gradients.projection == "exact":
         vectors = target_vector_units(job, _reducer_of_targets(job))
         for name, found in product_fingerprints(job, vectors).items():
             places["inner_products", found.hex] = {"target": name, **found.values}

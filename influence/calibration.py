@@ -14,11 +14,11 @@ from influence.config import Config
 from influence.errors import InputError
 from influence.fingerprints import stage_fingerprints
 from influence.hub import resolve_revision
+from influence.methods import METHODS
 from influence.model_shape import model_shape
 from influence.numerics import spread_rows
 from influence.optimizer_use import TARGET_GRADIENTS
 from influence.own_training import planned_training
-from influence.pipeline import NEED_GRADIENTS
 from influence.plan_schemas import Measured, MeasuredStage
 from influence.reference import with_reference
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
@@ -42,8 +42,10 @@ def measure_speeds(config: Config, count: int) -> Measured:
             above 0 and no CUDA device here.
         ModelLoadError: the model cannot be loaded.
     """
-    if config.method == "random":
-        raise InputError("--measure: method random runs no model; there is nothing to measure")
+    if not METHODS[config.method].runs_model:
+        raise InputError(
+            f"--measure: method {config.method} runs no model; there is nothing to measure"
+        )
     with planned_training(resolve_revision(with_reference(config))) as (ready, _own):
         return _measured(ready, count)
 
@@ -89,9 +91,9 @@ def stage_runners(config: Config, tools: Toolbox) -> dict[str, Compute]:
         return stages.target_vector(tools, batches(rows), [str(row.row) for row in rows])[0]
 
     found: dict[str, Compute] = {}
-    if config.method in ("influence_distillation", "rds"):
+    if METHODS[config.method].embeds:
         found["embedding"] = lambda rows: stages.embed(tools, batches(rows))
-    if config.method not in NEED_GRADIENTS:
+    if not METHODS[config.method].needs_gradients:
         return found
     if config.gradients.projection != "exact":
         found["gradients"] = lambda rows: stages.gradient_vectors(tools, batches(rows))

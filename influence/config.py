@@ -14,6 +14,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from influence.budget import parse_budget
 from influence.config_evaluation import EvaluationConfig
@@ -21,6 +22,7 @@ from influence.config_finetune import FinetuneConfig, ReferenceConfig, WarmupCon
 from influence.config_section import PositiveFloat, PositiveInt, Section, Share
 from influence.config_weights import SECOND_ORDER, WeightsConfig
 from influence.memory_budget import parse_memory
+from influence.methods import METHODS, NAMES, PLANNED
 
 
 class ModelConfig(Section):
@@ -254,19 +256,6 @@ class ReplicasConfig(Section):
         return self
 
 
-Method = Literal[
-    "influence_distillation",
-    "in2core",
-    "less",
-    "rds",
-    "exact",
-    "perplexity",
-    "semantic",
-    "length",
-    "random",
-]
-
-
 class Config(Section):
     """The whole config of a run. Only `run`, `model`, `data` and `targets` have no default."""
 
@@ -275,7 +264,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     targets: dict[str, TargetConfig] = Field(min_length=1)
-    method: Method = "influence_distillation"
+    method: str = "influence_distillation"
     embedding: EmbeddingConfig = EmbeddingConfig()  # pyright: ignore[reportCallIssue]
     gradients: GradientsConfig = GradientsConfig()  # pyright: ignore[reportCallIssue]
     landmarks: LandmarksConfig = LandmarksConfig()  # pyright: ignore[reportCallIssue]
@@ -298,6 +287,17 @@ class Config(Section):
     replicas: ReplicasConfig = ReplicasConfig()  # pyright: ignore[reportCallIssue]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in (*NAMES, *PLANNED):
+            expected = ", ".join(repr(name) for name in NAMES)
+            # As pydantic says it of a Literal, which cannot be made of a registry.
+            raise PydanticCustomError(
+                "literal_error", "Input should be one of {expected}", {"expected": expected}
+            )
+        return value
+
     @field_validator("targets")
     @classmethod
     def _plain_names(cls, value: dict[str, TargetConfig]) -> dict[str, TargetConfig]:
@@ -316,8 +316,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _defaults_of_the_method(self) -> Config:
         own: dict[str, object] = {} if self.warmup is None else {"parameters": "lora"}
-        if self.method == "in2core":
-            own = {"parameters": "lora", "projection": "layerwise", "normalize": False}
+        if self.method in NAMES:
+            own |= METHODS[self.method].gradient_defaults
         given = self.gradients.model_fields_set
         self._fill("gradients", {name: own[name] for name in own if name not in given})
         if self.weights.order == 2:

@@ -11,10 +11,10 @@ from influence.config import Config
 from influence.evaluate import evaluate
 from influence.evaluations import Evaluation
 from influence.hub import resolve_revision
-from influence.in2core import check_beside
 from influence.job import Execute, Job
 from influence.lease import driving
 from influence.local import local_execute
+from influence.methods import METHODS
 from influence.own_training_run import make_training, train_here
 from influence.pipeline import prepare, select
 from influence.progress import Progress
@@ -33,9 +33,11 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     Raises:
         InputError: among others, `replicas.num_gpus` above 0 and no CUDA device here.
     """
-    if config.method != "random":
+    method = METHODS[config.method]
+    if method.runs_model:
         choose_device(config.model.device, config.replicas.num_gpus)
-    check_beside(config)
+    if method.check_files is not None:
+        method.check_files(config)
     given, nested = config, {"replace": True, "quiet": quiet}
     config = resolve_revision(with_reference(config))
     progress = Progress(quiet=quiet)

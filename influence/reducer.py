@@ -25,6 +25,7 @@ from influence.errors import InputError
 from influence.in2core_reduce import InfluenceReduce
 from influence.landmark_reduce import LandmarkReduce, RoundsReduce, RoundStep, draw_landmarks
 from influence.load import Load
+from influence.methods import METHODS
 from influence.pool_counts import pool_counts
 from influence.predictor import cosine_predictor, write_predictor
 from influence.records import LayerChoice
@@ -287,7 +288,7 @@ class Reducer:
         )
         fidelity.objective = objective
         coverage = None
-        if self.config.method == "in2core":
+        if METHODS[self.config.method].signed:
             coverage = coverage_of(table, pool, self.columns, self._likeness)
         written = write_results(
             self.config,

@@ -25,6 +25,7 @@ from influence.finetune_job import identity_of
 from influence.fingerprints import model_values
 from influence.hub import resolve_revision
 from influence.intervals import spearman_interval
+from influence.methods import METHODS
 from influence.outputs import TRANSFER
 from influence.own_training_run import Train, make_training
 from influence.progress import Progress
@@ -48,7 +49,7 @@ def compare_models(
 
     files: of the pool. select: runs a config. train: see `own_training_run.make_training`.
     """
-    if config.method != "in2core":
+    if not METHODS[config.method].reference_model:
         return
     if config.transfer.model is None:
         storage.delete(storage.join(config.run, TRANSFER))  # of an earlier result
@@ -86,7 +87,7 @@ def target_config(config: Config) -> Config | None:
     None where it names no target model.
     """
     settings = config.transfer
-    if config.method != "in2core" or settings.model is None:
+    if not METHODS[config.method].reference_model or settings.model is None:
         return None
     reference = ReferenceConfig(finetune=settings.finetune)  # pyright: ignore[reportCallIssue]
     return config.model_copy(update={"model": settings.model, "reference": reference})

@@ -24,6 +24,7 @@ from influence.errors import InputError
 from influence.exact_work import plan_exact
 from influence.hub import resolve_revision
 from influence.in2core import keep_layers
+from influence.methods import METHODS
 from influence.optimizer_use import TARGET_GRADIENTS
 from influence.own_training import with_made_training
 from influence.pipeline import Job, embedding_units, prepare, rds_target_units
@@ -35,14 +36,6 @@ from influence.schemas import ExportLayout, export_schema
 from influence.shard_reader import read_ahead
 from influence.units import Unit
 
-#: The stages with a vector for each row, that each method computes.
-STAGES = {
-    "influence_distillation": ("embedding", "gradients"),
-    "exact": ("gradients",),
-    "in2core": ("gradients",),
-    "rds": ("embedding",),
-    "random": (),
-}
 NO_VECTOR = "its vector is zero or not finite"
 
 
@@ -124,9 +117,9 @@ def export_vectors(
 
 
 def _check_stage(config: Config, stage: str) -> None:
-    makes = STAGES[config.method]
+    makes = METHODS[config.method].vectors
     if stage not in makes:
-        able = [method for method, stages in STAGES.items() if stage in stages]
+        able = [method for method in METHODS if stage in METHODS[method].vectors]
         makes_only = f"{makes[0]} only" if makes else "no vectors"
         raise InputError(
             f"--stage {stage}: method: {config.method} computes {makes_only}; with --set "
@@ -141,11 +134,11 @@ def _check_stage(config: Config, stage: str) -> None:
 
 def _sources(job: Job, stage: str, command: str, partial: bool) -> list[Source]:
     if stage == "embedding":
-        targets = rds_target_units(job) if job.config.method == "rds" else {}
+        targets = rds_target_units(job) if METHODS[job.config.method].embeds_targets else {}
         return [*_of_units("candidates", embedding_units(job)), *_of_targets(targets)]
     if job.config.layers == "auto":
         _keep_recorded_layers(job, command)
-    if job.config.method in ("exact", "in2core"):
+    if not METHODS[job.config.method].draws_landmarks:
         units = plan_exact(job, None, None).units
         return [*_of_units("candidates", units.candidates), *_of_targets(units.targets)]
     return _of_run(job, stage, command, partial)
@@ -250,7 +243,7 @@ class _Writer:
         for name, files in job.target_files.items():
             self._names[f"targets/{name}"] = short_names([file.url for file in files])
         # Whole ranges never overlap; shards that were made for several choices of rows may.
-        self._chosen = job.config.method == "influence_distillation" and stage == "gradients"
+        self._chosen = METHODS[job.config.method].draws_landmarks and stage == "gradients"
         self._seen: dict[tuple[str, str], set[int]] = {}
 
     def write(self, number: int, source: Source, shard: Shard) -> None:

@@ -11,9 +11,9 @@ import ray
 from influence.config import Config
 from influence.finetune_job import FinetuneJob
 from influence.hub import resolve_revision
-from influence.in2core import check_beside
 from influence.job import Job
 from influence.lease import driving
+from influence.methods import METHODS
 from influence.own_training_run import make_training, train_here
 from influence.pipeline import prepare, select
 from influence.progress import Progress
@@ -40,7 +40,8 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
     Raises:
         InfluenceError: see `influence.errors` for the kinds and their exit codes.
     """
-    check_beside(config)
+    if (check := METHODS[config.method].check_files) is not None:
+        check(config)
     given, nested = config, {"replace": True, "quiet": quiet}
     config = resolve_revision(with_reference(config))
     progress = Progress(quiet=quiet)

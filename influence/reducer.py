@@ -19,6 +19,7 @@ from influence.candidates import SourceFile
 from influence.catalogue import Catalogue
 from influence.certificate import certificate_of
 from influence.certified_result import recall_certificate
+from influence.checkpoint_reduce import CheckpointReduce
 from influence.config import Config
 from influence.coverage_reduce import Likeness, coverage_of, likeness_of
 from influence.errors import InputError
@@ -61,6 +62,7 @@ class Reducer:
         self._rounds: RoundsReduce | None = None
         self._likeness: Likeness | None = None
         self._robust: RobustReduce | None = None
+        self._checkpoints: CheckpointReduce | None = None
 
     def load_catalogue(
         self, pool: Sequence[Unit], targets: Mapping[str, Sequence[Unit]]
@@ -195,6 +197,19 @@ class Reducer:
         positions = self._pool.eligible
         none = np.empty((0, len(self.columns.columns)))
         self.scores = Scores(table, self._pool.scorable, positions, none, None, None)
+
+    def fit_checkpoint(self, exact: ExactUnits) -> str:
+        """LESS: the targets at the next checkpoint; returns the key of what scores by them."""
+        if self._checkpoints is None:
+            self._checkpoints = CheckpointReduce(
+                self.cache, self.config.run, self._pool, self.targets, self.columns
+            )
+        return self._checkpoints.fit(exact)
+
+    def take_checkpoints(self, units: Sequence[Sequence[Unit]], weights: Sequence[float]) -> None:
+        """The weighted sum of the score shards of every `fit_checkpoint`."""
+        assert self._checkpoints is not None
+        self.scores = self._checkpoints.scores(units, weights)
 
     def column_count(self) -> int:
         """Columns of the scores."""

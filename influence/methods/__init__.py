@@ -17,12 +17,13 @@ __all__ = ["METHODS", "NAMES", "PLANNED", "Method", "those_that"]
 NAMES: tuple[str, ...] = (
     "influence_distillation",
     "in2core",
+    "less",
     "exact",
     "rds",
     "random",
 )
 #: Names that parse, and whose code is not part of this version.
-PLANNED: tuple[str, ...] = ("less", "perplexity", "semantic", "length")
+PLANNED: tuple[str, ...] = ("perplexity", "semantic", "length")
 
 
 class _Registry(Mapping[str, Method]):

@@ -30,8 +30,8 @@ class CheckpointReduce:
 
     def __init__(
         self,
-        cache: Cache,
         run: str,
+        cache: Cache,
         pool: Catalogue,
         targets: Mapping[str, Catalogue],
         columns: TargetColumns,

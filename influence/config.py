@@ -17,12 +17,13 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from influence.budget import parse_budget
+from influence.config_defaults import fill_defaults
 from influence.config_evaluation import EvaluationConfig
 from influence.config_finetune import FinetuneConfig, ReferenceConfig, WarmupConfig
 from influence.config_section import PositiveFloat, PositiveInt, Section, Share
 from influence.config_weights import SECOND_ORDER, WeightsConfig
 from influence.memory_budget import parse_memory
-from influence.methods import METHODS, NAMES, PLANNED, Method
+from influence.methods import METHODS, NAMES, PLANNED
 
 
 class ModelConfig(Section):
@@ -318,7 +319,7 @@ class Config(Section):
         own: dict[str, object] = {} if self.warmup is None else {"parameters": "lora"}
         if self.method in NAMES:
             own |= METHODS[self.method].gradient_defaults
-            self._fill_sections(METHODS[self.method])
+            fill_defaults(self, METHODS[self.method])
         given = self.gradients.model_fields_set
         self._fill("gradients", {name: own[name] for name in own if name not in given})
         if self.weights.order == 2:
@@ -327,20 +328,6 @@ class Config(Section):
                 if name not in getattr(self, section).model_fields_set:
                     self._fill(section, {name: value})
         return self
-
-    def _fill_sections(self, method: Method) -> None:
-        for section, values in method.section_defaults.items():
-            if section == "warmup" and self.warmup is None:
-                if "warmup" in self.model_fields_set:
-                    continue  # null on purpose
-                object.__setattr__(self, "warmup", WarmupConfig())  # pyright: ignore
-            given = getattr(self, section).model_fields_set
-            self._fill(section, {name: v for name, v in values.items() if name not in given})
-        for name, target in self.targets.items():
-            own = {
-                k: v for k, v in method.target_defaults.items() if k not in target.model_fields_set
-            }
-            self.targets[name] = target.model_copy(update=own) if own else target
 
     def _fill(self, section: str, values: dict[str, Any]) -> None:
         """Values that the rest of the config decides, where none are given."""

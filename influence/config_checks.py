@@ -31,7 +31,7 @@ def _of_warmup(config: Config) -> str | None:
         instead = ""
         if METHODS[config.method].reference_model:
             instead = "; its reference model is fine-tuned by reference.finetune"
-        able = " and ".join((*those_that("steps"), *those_that("at_checkpoints")))
+        able = ", ".join((*those_that("at_checkpoints"), " and ".join(those_that("steps"))))
         return (
             f"warmup: it is for method: {able}; with method: {config.method} "
             f"expected null (or warmup.fraction: 0){instead}"

@@ -25,6 +25,7 @@ from influence.coverage_reduce import Likeness, coverage_of, likeness_of
 from influence.errors import InputError
 from influence.in2core_reduce import InfluenceReduce
 from influence.landmark_reduce import LandmarkReduce, RoundsReduce, RoundStep, draw_landmarks
+from influence.layer_choice import draw_pilot
 from influence.load import Load
 from influence.methods import METHODS
 from influence.pool_counts import pool_counts
@@ -62,7 +63,6 @@ class Reducer:
         self._rounds: RoundsReduce | None = None
         self._likeness: Likeness | None = None
         self._robust: RobustReduce | None = None
-        self._checkpoints: CheckpointReduce | None = None
 
     def load_catalogue(
         self, pool: Sequence[Unit], targets: Mapping[str, Sequence[Unit]]
@@ -200,15 +200,10 @@ class Reducer:
 
     def fit_checkpoint(self, exact: ExactUnits) -> str:
         """LESS: the targets at the next checkpoint; returns the key of what scores by them."""
-        if self._checkpoints is None:
-            self._checkpoints = CheckpointReduce(
-                self.cache, self.config.run, self._pool, self.targets, self.columns
-            )
         return self._checkpoints.fit(exact)
 
     def take_checkpoints(self, units: Sequence[Sequence[Unit]], weights: Sequence[float]) -> None:
         """The weighted sum of the score shards of every `fit_checkpoint`."""
-        assert self._checkpoints is not None
         self.scores = self._checkpoints.scores(units, weights)
 
     def column_count(self) -> int:
@@ -217,11 +212,7 @@ class Reducer:
 
     def choose_pilot(self) -> list[tuple[SourceFile, list[int]]]:
         """Draw the rows on which layers are chosen; returns the rows of each file."""
-        pool = self._pool
-        eligible = pool.eligible
-        keys = landmarks.row_keys(self.config.seed, pool.digests, purpose=b"pilot")[eligible]
-        drawn = np.argsort(keys, kind="stable")[: self.config.layer_economy.pilot]
-        return pool.by_file(np.sort(eligible[drawn]))
+        return draw_pilot(self.config.seed, self.config.layer_economy.pilot, self._pool)
 
     def choose_layers(self, pilot: ExactUnits) -> LayerChoice:
         """The layers to keep, by the gradients of the pilot's rows."""
@@ -321,6 +312,10 @@ class Reducer:
     def _rule(self) -> Rule:
         """The selection rule; made once, as it sorts the ids of the whole pool."""
         return selection_rule(self.config, self._pool, self.columns)
+
+    @cached_property
+    def _checkpoints(self) -> CheckpointReduce:
+        return CheckpointReduce(self.config.run, self.cache, self._pool, self.targets, self.columns)
 
     @property
     def _pool(self) -> Catalogue:

@@ -154,24 +154,8 @@ class Toolbox:
 
         return self._once("offset", build)
 
-    @property
-    def updates(self) -> Any:
-        """AdamW's update by every sample's gradient, projected or whole."""
-
-        def build() -> Any:
-            settings, model = self.settings, self.replica.model
-            state = load_adam_state(settings.optimizer_state or "", model)
-            kept = None if settings.projection == "none" else self.projection
-            layers, reduction = self.layers, settings.reduction
-            return make_update_engine(model, layers, state, reduction=reduction, projection=kept)
-
-        return self._once("updates", build)
-
     def share(self, other: Toolbox) -> None:
-        """Take over another's layers and projection, of the same model and settings, and limits.
-
-        The layers are settled on the model as it is at the first call for a toolbox.
-        """
+        """Take over another's layers, which it settles now at the latest, projection and limits."""
         self.limit, self.notes = other.limit, other.notes
         self._built["layers"] = other.layers
         if self.settings.projection != "none":
@@ -212,7 +196,7 @@ class Toolbox:
         """Per-sample gradients, projected or (`projection: none`) whole."""
         settings, scale = self.settings, self.scale(stage)
         if settings.updates and stage == "gradients":
-            return self.updates
+            return self._once("updates", self._updates)
 
         def build() -> Any:
             model, layers, reduction = self.replica.model, self.layers, settings.reduction
@@ -232,6 +216,13 @@ class Toolbox:
             )
 
         return self._once("vectors" if scale is None else "scaled vectors", build)
+
+    def _updates(self) -> Any:
+        """AdamW's updates by every sample's gradient, in place of these gradients."""
+        settings, model = self.settings, self.replica.model
+        state = load_adam_state(settings.optimizer_state or "", model)
+        kept = None if settings.projection == "none" else self.projection
+        return make_update_engine(model, self.layers, state, settings.reduction, kept)
 
     def set_up(self, stage: str) -> None:
         """Build what a stage needs, unless it is there: no work on rows, and timed apart."""

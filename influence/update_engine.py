@@ -55,7 +55,6 @@ def make_update_engine(
     model: nn.Module,
     layers: Sequence[Layer],
     state: AdamState,
-    *,
     reduction: Reduction,
     projection: Projection | None,
 ) -> Any:

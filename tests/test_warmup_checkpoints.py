@@ -88,8 +88,8 @@ def test_their_rates_are_means_of_the_rates_that_were_taken(
 
     class Recorded(trainer_lora.LoraTrainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            assert self.optimizer is not None
-            taken.append(self.optimizer.param_groups[0]["lr"])
+            optimizer: Any = self.optimizer
+            taken.append(optimizer.param_groups[0]["lr"])
             return super().training_step(*args, **kwargs)
 
     monkeypatch.setattr(trainer_lora, "LoraTrainer", Recorded)

@@ -9,6 +9,7 @@ from math import ceil
 from influence.config import Config
 from influence.plan_schemas import COMPARED, Amounts, Bill, StageBill
 from influence.quantities import Quantities, StageWork
+from influence.row_stages import row_stage
 from influence.speeds import Speed, Speeds, kind_of
 
 _MODEL_STAGES = (
@@ -55,7 +56,8 @@ def planned_bill(
         if work.workers is not None:
             set_up = speeds.set_up()[0]
         most = 0 if work.most is None else work.most.bundles
-        begins = work.name in _MODEL_STAGES and max(work.least.bundles, most) > 0
+        models = work.name in _MODEL_STAGES or row_stage(config, work.name) is not None
+        begins = models and max(work.least.bundles, most) > 0
         if begins and not bill.set_up:
             bill.set_up_seconds, bill.set_up = speeds.set_up()
             set_up = bill.set_up_seconds

@@ -19,6 +19,7 @@ from influence.planned_work import plan_work
 from influence.quantities import DRIVER, OF_RUN, StageWork
 from influence.records import Manifest, StageRecord
 from influence.result_bytes import result_sizes
+from influence.row_stages import row_stage
 from influence.score_shards import scoring_url
 from influence.speeds import Speeds
 from influence.stored import Stored
@@ -102,7 +103,10 @@ def _took(job: Job, name: str, record: StageRecord) -> Amounts:
         took.tokens = job.log.scored_tokens[name] or None
     if name in TRAINED:
         took.flops = training_flops(job, record.load)
-    if shape is not None and name in cost.STAGES:
+    own = row_stage(job.config, name)
+    if own is not None:
+        took.flops = own.flops(job.config, shape, record.load)
+    elif shape is not None and name in cost.STAGES:
         took.flops = cost.STAGES[name](job.config, shape, record.load)
     return took
 

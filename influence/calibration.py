@@ -14,14 +14,16 @@ from influence.config import Config
 from influence.errors import InputError
 from influence.fingerprints import stage_fingerprints
 from influence.hub import resolve_revision
+from influence.load import Load
 from influence.methods import METHODS
-from influence.model_shape import model_shape
+from influence.model_shape import ModelShape, model_shape
 from influence.numerics import spread_rows
 from influence.optimizer_use import TARGET_GRADIENTS
 from influence.own_training import planned_training
 from influence.plan_schemas import Measured, MeasuredStage
 from influence.reference import with_reference
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
+from influence.row_stages import Rows, RowStage, row_stage
 from influence.speeds import kind_of
 from influence.stages import Toolbox
 from influence.tokenization import Encoded, template_fingerprint
@@ -62,7 +64,8 @@ def _measured(config: Config, count: int) -> Measured:
     shape, budget = model_shape(config), config.replicas.token_budget
     seconds = {}
     for name, compute in stage_runners(config, tools).items():
-        tools.set_up(name)
+        if row_stage(config, name) is None:
+            tools.set_up(name)
         compute(rows[:1])
         start = time.monotonic()
         compute(rows)
@@ -75,10 +78,22 @@ def _measured(config: Config, count: int) -> Measured:
             fingerprint=covered.hex,
             values=covered.values,
             devices=[tools.replica.device_name],
-            effort=cost.STAGES[name](config, shape, load),
+            effort=_effort(config, shape, name, load),
             seconds=spent,
         )
     return measured
+
+
+def _effort(config: Config, shape: ModelShape, name: str, load: Load) -> float:
+    own = row_stage(config, name)
+    compute = cost.STAGES[name] if own is None else own.flops
+    return compute(config, shape, load)
+
+
+def _runner(stage: RowStage, config: Config, tools: Toolbox) -> Compute:
+    loaded = stage.load(config, lambda: tools, lambda: tools.replica.device.type)
+    budget = config.replicas.token_budget
+    return lambda rows: loaded.compute(Rows(rows, (), budget))
 
 
 def stage_runners(config: Config, tools: Toolbox) -> dict[str, Compute]:
@@ -91,6 +106,9 @@ def stage_runners(config: Config, tools: Toolbox) -> dict[str, Compute]:
         return stages.target_vector(tools, batches(rows), [str(row.row) for row in rows])[0]
 
     found: dict[str, Compute] = {}
+    for stage in METHODS[config.method].stages:
+        if not stage.reads_texts:
+            found[stage.name] = _runner(stage, config, tools)
     if METHODS[config.method].embeds:
         found["embedding"] = lambda rows: stages.embed(tools, batches(rows))
     if not METHODS[config.method].needs_gradients:

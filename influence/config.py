@@ -14,16 +14,16 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from influence.budget import parse_budget
+from influence.config_baselines import MethodName, PerplexityConfig, SemanticConfig
 from influence.config_defaults import fill_defaults
 from influence.config_evaluation import EvaluationConfig
 from influence.config_finetune import FinetuneConfig, ReferenceConfig, WarmupConfig
 from influence.config_section import PositiveFloat, PositiveInt, Section, Share
 from influence.config_weights import SECOND_ORDER, WeightsConfig
 from influence.memory_budget import parse_memory
-from influence.methods import METHODS, NAMES, PLANNED
+from influence.methods import METHODS
 
 
 class ModelConfig(Section):
@@ -265,9 +265,11 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     targets: dict[str, TargetConfig] = Field(min_length=1)
-    method: str = "influence_distillation"
+    method: MethodName = "influence_distillation"
     embedding: EmbeddingConfig = EmbeddingConfig()  # pyright: ignore[reportCallIssue]
     gradients: GradientsConfig = GradientsConfig()  # pyright: ignore[reportCallIssue]
+    perplexity: PerplexityConfig = PerplexityConfig()  # pyright: ignore[reportCallIssue]
+    semantic: SemanticConfig = SemanticConfig()  # pyright: ignore[reportCallIssue]
     landmarks: LandmarksConfig = LandmarksConfig()  # pyright: ignore[reportCallIssue]
     optimizer: OptimizerConfig = OptimizerConfig()  # pyright: ignore[reportCallIssue]
     warmup: WarmupConfig | None = Field(
@@ -288,17 +290,6 @@ class Config(Section):
     replicas: ReplicasConfig = ReplicasConfig()  # pyright: ignore[reportCallIssue]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
-    @field_validator("method")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in (*NAMES, *PLANNED):
-            expected = ", ".join(repr(name) for name in NAMES)
-            # As pydantic says it of a Literal, which cannot be made of a registry.
-            raise PydanticCustomError(
-                "literal_error", "Input should be one of {expected}", {"expected": expected}
-            )
-        return value
-
     @field_validator("targets")
     @classmethod
     def _plain_names(cls, value: dict[str, TargetConfig]) -> dict[str, TargetConfig]:
@@ -317,9 +308,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _defaults_of_the_method(self) -> Config:
         own: dict[str, object] = {} if self.warmup is None else {"parameters": "lora"}
-        if self.method in NAMES:
-            own |= METHODS[self.method].gradient_defaults
-            fill_defaults(self, METHODS[self.method])
+        own |= METHODS[self.method].gradient_defaults
+        fill_defaults(self, METHODS[self.method])
         given = self.gradients.model_fields_set
         self._fill("gradients", {name: own[name] for name in own if name not in given})
         if self.weights.order == 2:

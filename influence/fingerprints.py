@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,8 @@ def stage_fingerprints(config: Config, template: str) -> dict[str, Fingerprint]:
     if config.data.loss_on != "response":
         tokens["loss_on"] = config.data.loss_on
     stages = {"catalogue": fingerprint(tokens)}
+    for stage in METHODS[config.method].stages:
+        stages[stage.name] = fingerprint({**tokens, **stage.values(config)})
     if not METHODS[config.method].runs_model:
         return stages
     model = {**tokens, **model_values(config)}
@@ -235,6 +237,11 @@ def folder_content(folder: str, *, code: bool = False) -> str:
     )
     if not any(name.endswith(_WEIGHT_SUFFIXES) for name in names):
         raise ModelLoadError(f"{folder!r} holds no weights (*.safetensors or *.gguf)")
+    return _digest_files(tuple(os.path.join(folder, name) for name in names))
+
+
+def files_content(folder: str, names: Sequence[str]) -> str:
+    """Digest of some files of a folder (their names and bytes, not the folder's path)."""
     return _digest_files(tuple(os.path.join(folder, name) for name in names))
 
 

@@ -33,6 +33,7 @@ from influence.predictor import cosine_predictor, write_predictor
 from influence.records import LayerChoice
 from influence.results import write_results
 from influence.robust_reduce import RobustReduce
+from influence.row_scores import PoolRows, score_rows
 from influence.score_shards import ShardTable, run_table, scoring_url
 from influence.score_table import ArrayTable
 from influence.scores import Scores
@@ -260,12 +261,12 @@ class Reducer:
             seed=self.config.seed,
         )
 
-    def score_random(self) -> None:
-        """Uniform random numbers, the same in every column."""
-        eligible = self._pool.eligible
-        digests = [self._pool.digests[position] for position in eligible]
-        drawn = scoring.random_scores(self.config.seed, digests)
-        self._all_exact(eligible, np.repeat(drawn, len(self.columns.columns), axis=1))
+    def score_rows(self, method: str, units: Sequence[Unit] = ()) -> None:
+        """Scores by the function of a method, from the catalogue and its shards (these units)."""
+        kind = METHODS[method]
+        assert kind.score is not None
+        rows = PoolRows(self.config, self._pool, self.targets, self.columns, self.cache, units)
+        self.scores = score_rows(kind.score, rows, kind.no_score)
 
     def select(self, owner: str | None = None) -> dict[str, Any]:
         """Choose the rows and their weights; certify; write every file but the report.

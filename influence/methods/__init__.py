@@ -12,7 +12,7 @@ from importlib import import_module
 
 from influence.methods.kind import Method
 
-__all__ = ["METHODS", "NAMES", "PLANNED", "Method", "those_that"]
+__all__ = ["METHODS", "NAMES", "Method", "those_that"]
 
 NAMES: tuple[str, ...] = (
     "influence_distillation",
@@ -20,10 +20,11 @@ NAMES: tuple[str, ...] = (
     "less",
     "exact",
     "rds",
+    "perplexity",
+    "semantic",
+    "length",
     "random",
 )
-#: Names that parse, and whose code is not part of this version.
-PLANNED: tuple[str, ...] = ("perplexity", "semantic", "length")
 
 
 class _Registry(Mapping[str, Method]):

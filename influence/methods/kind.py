@@ -11,6 +11,8 @@ if TYPE_CHECKING:  # a method's traits are asked for by what these modules are m
     from influence.job import Job
     from influence.model_shape import ModelShape
     from influence.planned_work import Planner
+    from influence.row_scores import Score
+    from influence.row_stages import RowStage
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Method:
         run: (job, reducer) -> None: from the catalogue to the reducer's scores. On a cluster the
             reducer is an actor's stand-in, with the methods of `influence.reducer.Reducer`.
         plan: adds to a planner the stages that `run` will go through.
-        runs_model: a language model is loaded; else the tokenizer alone.
+        runs_model: the language model is loaded; else its tokenizer alone.
         needs_gradients: gradients are taken, so parameters have to be attributed to layers.
         embeds: the stage `embedding` is made of every candidate.
         embeds_targets: and of the targets' rows.
@@ -35,6 +37,9 @@ class Method:
             not selected.
         reference_model: gradients are taken with a fine-tuned reference model (`reference`).
         at_checkpoints: gradients are taken at the epochs' checkpoints of a warm-up.
+        score: the function behind `reducer.score_rows`, for a method that runs it.
+        no_score: why a row has no score where `score` gives none.
+        stages: those of its own, computed by the replicas.
         gradient_defaults: values of the section `gradients` where none are given.
         section_defaults: the same of other sections; one that is null by default is there then.
         target_defaults: the same of every target.
@@ -57,11 +62,14 @@ class Method:
     signed: bool = False
     reference_model: bool = False
     at_checkpoints: bool = False
+    score: Score | None = None
+    no_score: str = "score is not finite"
+    stages: tuple[RowStage, ...] = ()
     gradient_defaults: Mapping[str, object] = field(default_factory=dict)
     section_defaults: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     target_defaults: Mapping[str, object] = field(default_factory=dict)
     check: Callable[[Config], str | None] | None = None
-    check_files: Callable[[Config], None] | None = None
+    check_files: Callable[[Config], object] | None = None
     check_bytes: Callable[[Config, ModelShape, int], None] | None = None
 
     @property

@@ -84,6 +84,8 @@ def plan(planner: Planner) -> None:
 def check(config: Config) -> str | None:
     """What does not go with this method."""
     warmup, gradients = config.warmup, config.gradients
+    if config.weights.order == 2:
+        return None  # it is refused for every method of first order alone
     if warmup is None:
         return (
             "warmup: null (or warmup.fraction: 0), and method: less takes gradients at the "

@@ -33,7 +33,7 @@ from influence.predictor import cosine_predictor, write_predictor
 from influence.records import LayerChoice
 from influence.results import write_results
 from influence.robust_reduce import RobustReduce
-from influence.row_scores import PoolRows, score_rows
+from influence.row_scores import PoolRows, score_rows, without_gradients
 from influence.score_shards import ShardTable, run_table, scoring_url
 from influence.score_table import ArrayTable
 from influence.scores import Scores
@@ -194,10 +194,7 @@ class Reducer:
 
     def take_cosines(self, units: Sequence[Unit]) -> None:
         """The score shards of `fit_means`."""
-        table = self._shard_table(units)
-        positions = self._pool.eligible
-        none = np.empty((0, len(self.columns.columns)))
-        self.scores = Scores(table, self._pool.scorable, positions, none, None, None)
+        self.scores = without_gradients(self._shard_table(units), self._pool)
 
     def fit_checkpoint(self, exact: ExactUnits) -> str:
         """LESS: the targets at the next checkpoint; returns the key of what scores by them."""
@@ -263,10 +260,8 @@ class Reducer:
 
     def score_rows(self, method: str, units: Sequence[Unit] = ()) -> None:
         """Scores by the function of a method, from the catalogue and its shards (these units)."""
-        kind = METHODS[method]
-        assert kind.score is not None
         rows = PoolRows(self.config, self._pool, self.targets, self.columns, self.cache, units)
-        self.scores = score_rows(kind.score, rows, kind.no_score)
+        self.scores = score_rows(METHODS[method], rows)
 
     def select(self, owner: str | None = None) -> dict[str, Any]:
         """Choose the rows and their weights; certify; write every file but the report.

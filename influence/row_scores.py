@@ -12,13 +12,12 @@ from influence.cache import Cache, Shard
 from influence.catalogue import Catalogue
 from influence.config import Config
 from influence.errors import InputError
-from influence.score_table import ArrayTable
+from influence.methods import Method
+from influence.score_table import ArrayTable, ScoreTable
 from influence.scores import Scores
 from influence.shard_reader import read_shards
 from influence.target_columns import TargetColumns
 from influence.units import Unit
-
-NOT_FINITE = "score is not finite"
 
 
 @dataclass(frozen=True)
@@ -58,22 +57,28 @@ Score = Callable[[PoolRows], Float[np.ndarray, "n"] | Float[np.ndarray, "n m"]]
 column of the targets."""
 
 
-def score_rows(score: Score, rows: PoolRows, reason: str = NOT_FINITE) -> Scores:
-    """The scores of all rows that can have one; the others get this reason in the catalogue.
+def without_gradients(table: ScoreTable, pool: Catalogue) -> Scores:
+    """Scores that are no predictions, of a method that takes no gradients: there are no landmarks,
+    and nothing that a sketch would leave open."""
+    none = np.empty(0, np.int64), np.empty((0, table.columns))
+    return Scores(table, pool.scorable, *none, None, None)
+
+
+def score_rows(method: Method, rows: PoolRows) -> Scores:
+    """The scores of all rows by the method's function; those without one get its reason.
 
     Raises:
         InputError: no row has a score.
     """
-    values, m = np.asarray(score(rows), dtype=np.float64), len(rows.columns.columns)
+    assert method.score is not None  # it is the method that asks
+    values, m = np.asarray(method.score(rows), dtype=np.float64), len(rows.columns.columns)
     if values.ndim == 1:
         values = values[:, None]
     finite = np.isfinite(values).all(axis=1)
     pool = rows.pool
-    pool.exclude(np.flatnonzero(pool.scorable & ~finite), reason)
+    pool.exclude(np.flatnonzero(pool.scorable & ~finite), method.no_score)
     if not len(pool.eligible):
         raise InputError(f"not one row could be scored; reasons: {pool.reasons()}")
     kept = np.where(pool.scorable[:, None], values, np.nan)
     # A view: a score that no target changes is held once, however many columns there are.
-    P = np.broadcast_to(kept, (len(pool), m))
-    positions = pool.eligible
-    return Scores(ArrayTable(P), pool.scorable, positions, np.empty((0, m)), None, None)
+    return without_gradients(ArrayTable(np.broadcast_to(kept, (len(pool), m))), pool)

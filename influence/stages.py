@@ -163,6 +163,8 @@ class Toolbox:
 
     def step_notes(self, stage: str) -> tuple[str, ...]:
         """What is to be said of the step that a stage's gradients are scaled by."""
+        if self.settings.updates and stage == "gradients":
+            return (f"update: {self._built['updates'][1]}",)
         return (f"optimizer: {self.step.note}",) if stage in self.settings.scaled else ()
 
     @property
@@ -196,7 +198,7 @@ class Toolbox:
         """Per-sample gradients, projected or (`projection: none`) whole."""
         settings, scale = self.settings, self.scale(stage)
         if settings.updates and stage == "gradients":
-            return self._once("updates", self._updates)
+            return self._once("updates", self._updates)[0]
 
         def build() -> Any:
             model, layers, reduction = self.replica.model, self.layers, settings.reduction
@@ -217,12 +219,13 @@ class Toolbox:
 
         return self._once("vectors" if scale is None else "scaled vectors", build)
 
-    def _updates(self) -> Any:
-        """AdamW's updates by every sample's gradient, in place of these gradients."""
+    def _updates(self) -> tuple[Any, str]:
+        """AdamW's updates by every sample's gradient, in place of these gradients, and a note."""
         settings, model = self.settings, self.replica.model
         state = load_adam_state(settings.optimizer_state or "", model)
         kept = None if settings.projection == "none" else self.projection
-        return make_update_engine(model, self.layers, state, settings.reduction, kept)
+        engine = make_update_engine(model, self.layers, state, settings.reduction, kept)
+        return engine, state.note
 
     def set_up(self, stage: str) -> None:
         """Build what a stage needs, unless it is there: no work on rows, and timed apart."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,7 @@ def test_a_run_that_was_killed_computes_what_is_missing(
     def dies(self: Worker, bundle: Any) -> Any:
         if bundle.units[0].checkpoint is not None:
             done.append(bundle.units[0].key)
-            if len(done) == 14:  # at the second checkpoint
+            if len(done) == 17:  # at the second checkpoint
                 raise KeyboardInterrupt
         return compute(self, bundle)
 
@@ -282,8 +283,6 @@ def test_the_cache_keeps_what_it_uses(sketched: Config, tmp_path: Path) -> None:
     contents = scan_cache(sketched.cache_url)
     assert not contents.foreign
     use = use_of(path, sketched.cache_url)
-    from datetime import timedelta
-
     assert not plan_prune(contents, use.places, timedelta(0)).doomed, "a prune loses its shards"
     every = plan_prune(contents, (), timedelta(0)).doomed
     assert {"gradients", "target_gradients", "warmup"} <= {stage for stage, _hex in every}
@@ -340,7 +339,7 @@ def test_a_replica_gives_the_same_whatever_it_held_before(sketched: Config, setu
         ({"weights": {"order": 2}}, "weights.order: 2 is for method: .*, not less"),
         ({"optimizer": {"kind": "adamw"}}, "optimizer.kind: adamw is for method"),
         ({"layers": "auto"}, "layers: 'auto' is for method: in2core"),
-        ({"selection": {"budget": "10% proponents"}}, "selection.budget.*method: less"),
+        ({"selection": {"budget": "10% of proponents"}}, "selection.budget.*method: less"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(

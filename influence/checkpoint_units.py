@@ -12,6 +12,7 @@ from influence.config import Config
 from influence.errors import InputError
 from influence.fingerprints import Fingerprint, fingerprint, optimizer_values, stage_fingerprints
 from influence.job import Job
+from influence.methods import METHODS
 from influence.optimizer_use import TARGET_GRADIENTS
 from influence.own_training import epochs_kept
 from influence.records import EpochCheckpoint, OwnTrainingRecord
@@ -75,6 +76,16 @@ def checkpoint_fingerprints(config: Config, template: str) -> list[dict[str, Fin
         plain = stage_fingerprints(own, template)[GRADIENTS]
         updates = {**plain.values, **optimizer_values(own), "update": "adamw"}
         found.append({GRADIENTS: fingerprint(updates), TARGET_GRADIENTS: plain})
+    return found
+
+
+def fingerprints_of(job: Job) -> list[Fingerprint]:
+    """Of all stages of a job; at checkpoints those of each."""
+    found = list(job.fingerprints.values())
+    if METHODS[job.config.method].at_checkpoints:
+        template = job.fingerprints["catalogue"].values["template"]
+        for each in checkpoint_fingerprints(job.config, template):
+            found += each.values()
     return found
 
 

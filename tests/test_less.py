@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from test_scores_of_runs import Oracle, tokens_and_labels
@@ -31,6 +32,7 @@ from influence.batching import make_batches
 from influence.cache_listing import scan_cache
 from influence.cache_prune import plan_prune
 from influence.cache_use import use_of
+from influence.calibration import measure_speeds
 from influence.candidates import read_examples, scan_files
 from influence.checkpoint_tools import CheckpointTools
 from influence.checkpoints import epoch_folder
@@ -42,8 +44,10 @@ from influence.optimizer_state import load_adam_state
 from influence.own_training import own_training
 from influence.plan import make_plan
 from influence.replica import load_replica, load_tokenizer
+from influence.schemas import ExportLayout
 from influence.stages import Toolbox
 from influence.tokenization import make_encoder
+from influence.vector_export import export_vectors
 from influence.worker import Worker, stage_settings
 from ray_jobs import select as select_job
 
@@ -265,6 +269,14 @@ def test_the_plan_counts_every_checkpoint(sketched: Config, setup: Setup, tmp_pa
     assert there.bill.stages["gradients"].cached == STAGES["gradients"]
 
 
+def test_speeds_are_measured_at_a_checkpoint(setup: Setup, tmp_path: Path) -> None:
+    fresh = less_config(setup, tmp_path / "run", tmp_path / "cache", gradients={"dim": 64})
+    found = measure_speeds(fresh, 4).stages
+    assert found.keys() == set(STAGES)
+    assert found["gradients"].values["update"] == "adamw", "plain gradients were timed"
+    assert all(each.seconds > 0 and each.effort > 0 for each in found.values())
+
+
 def test_it_is_shown_which_checkpoints_count_how_much(sketched: Config) -> None:
     made = manifest_of(sketched.run).warmup
     assert made is not None
@@ -286,6 +298,25 @@ def test_the_cache_keeps_what_it_uses(sketched: Config, tmp_path: Path) -> None:
     assert not plan_prune(contents, use.places, timedelta(0)).doomed, "a prune loses its shards"
     every = plan_prune(contents, (), timedelta(0)).doomed
     assert {"gradients", "target_gradients", "warmup"} <= {stage for stage, _hex in every}
+
+
+def test_an_export_has_the_updates_of_every_checkpoint(sketched: Config, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = export_vectors(sketched, "gradients", str(out), command="x")
+    assert done.missing == 0
+    found = {path: pq.read_table(path) for path in sorted(out.glob("checkpoint-*/candidates/*"))}
+    by_folder: dict[str, int] = {}
+    for path, table in found.items():
+        values = ExportLayout.model_validate_json(table.schema.metadata[b"influence"])
+        assert values.values["update"] == "adamw"
+        assert values.fingerprint in values.shard
+        by_folder[path.parts[-3]] = by_folder.get(path.parts[-3], 0) + table.num_rows
+        cached = pq.read_table(Path(sketched.cache_url, values.shard)).column("vector")
+        wanted = [np.frombuffer(each, np.float32) for each in cached.to_pylist() if each]
+        same = np.array_equal(table.column("vector").to_pylist(), wanted)
+        assert same, f"{path}: not the shard's vectors"
+    assert by_folder["checkpoint-1"] == by_folder["checkpoint-2"] > 60
+    assert len(list(out.glob("checkpoint-2/targets/*/*"))) == 2
 
 
 def vectors_at(tools: Toolbox, batches: Sequence[Any]) -> list[np.ndarray]:

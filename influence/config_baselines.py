@@ -8,12 +8,12 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from influence.config_section import Section
-from influence.methods import NAMES
+from influence.methods import METHODS
 
 
 def _known(value: str) -> str:
-    if value not in NAMES:
-        expected = ", ".join(repr(name) for name in NAMES)
+    if value not in METHODS:
+        expected = ", ".join(repr(name) for name in METHODS)
         # As pydantic says it of a Literal, which cannot be made of a registry.
         raise PydanticCustomError(
             "literal_error", "Input should be one of {expected}", {"expected": expected}

@@ -34,7 +34,7 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
         InputError: among others, `replicas.num_gpus` above 0 and no CUDA device here.
     """
     method = METHODS[config.method]
-    if method.runs_model:
+    if method.runs_model or method.stages:
         choose_device(config.model.device, config.replicas.num_gpus)
     if method.check_files is not None:
         method.check_files(config)

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from jaxtyping import Float, Int
 
 from influence.batching import Batch, make_batches
 from influence.candidates import Example
 from influence.config import Config
 from influence.load import Load
+from influence.memory import computed
 from influence.methods import METHODS
 from influence.schemas import VectorLayout
+from influence.stages import Toolbox, Vectors
 from influence.tokenization import Encoded
 from influence.unit_tables import unique_rows
 
-if TYPE_CHECKING:  # both are made of what asks for stages
+if TYPE_CHECKING:
     from influence.model_shape import ModelShape
-    from influence.stages import Toolbox, Vectors
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Rows:
 
 def different_rows(
     examples: Sequence[Example], encoded: Sequence[Encoded], token_budget: int
-) -> tuple[np.ndarray, Rows]:
+) -> tuple[Int[np.ndarray, " n"], Rows]:
     """(for every row of a unit its place among the different ones, those)."""
     first_of, unique = unique_rows(encoded)
     _, firsts = np.unique(first_of, return_index=True)
@@ -97,6 +100,49 @@ class RowStage:
     flops: Callable[[Config, ModelShape | None, Load], float]
     layout: Callable[[Config, ModelShape | None], VectorLayout]
     reads_texts: bool = False
+
+
+def number_of_each(
+    tools: Toolbox, rows: Rows, compute: Callable[[Batch], Float[np.ndarray, " b"]]
+) -> Vectors:
+    """One number for every row, in float64 in the shards' column `loss`, by the model.
+
+    compute: of the rows of a batch, which is on the replica's device; called without autograd, and
+    with smaller batches where memory runs out.
+    """
+
+    def of_batch(batch: Batch) -> np.ndarray:
+        with torch.no_grad():
+            return compute(batch.to(tools.replica.device))
+
+    parts, positions = [], []
+    for batch, found in computed(rows.batches, tools.limit, of_batch):
+        parts.append(found)
+        positions += batch.positions
+    numbers = np.concatenate(parts).astype(np.float64)
+    column = numbers[:, None].astype(np.float32)  # a shard's rows have a vector
+    return Vectors(np.asarray(positions), column, np.full(len(numbers), np.nan), numbers)
+
+
+def number_layout(_config: Config, _shape: ModelShape | None) -> VectorLayout:
+    """How `number_of_each` is kept."""
+    return VectorLayout(dtype="float32", dim=1)
+
+
+def on_model(
+    compute: Callable[[Toolbox, Rows], Vectors],
+) -> Callable[[Config, Callable[[], Toolbox], Callable[[], str]], Loaded]:
+    """`RowStage.load` of a stage that needs the model and nothing else."""
+
+    def load(_config: Config, tools: Callable[[], Toolbox], _device: Callable[[], str]) -> Loaded:
+        box = tools()
+
+        def notes() -> tuple[str, ...]:
+            return (*box.replica.notes, *([box.limit.note] if box.limit.note else []))
+
+        return Loaded(partial(compute, box), box.replica.device_name, notes)
+
+    return load
 
 
 def row_stage(config: Config, name: str) -> RowStage | None:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
 from jaxtyping import Float
 
 from influence import scoring
-from influence.job import Job, timed
-from influence.methods.kind import Method
-
-if TYPE_CHECKING:
-    from influence.planned_work import Planner
-    from influence.row_scores import PoolRows
+from influence.row_method import row_method
+from influence.row_scores import PoolRows
 
 
 def score(rows: PoolRows) -> Float[np.ndarray, " n"]:
@@ -24,15 +18,4 @@ def score(rows: PoolRows) -> Float[np.ndarray, " n"]:
     return values
 
 
-def run(job: Job, reduce: Any) -> None:
-    """No stage: the catalogue has all that it takes."""
-    with timed(job, "scores"):
-        reduce.score_rows("random")
-
-
-def plan(planner: Planner) -> None:
-    """Nothing but the selection."""
-    planner.selection(0)
-
-
-METHOD = Method(title="Random selection", run=run, plan=plan, score=score, runs_model=False)
+METHOD = row_method("random", "Random selection", score)

@@ -13,6 +13,7 @@ import yaml
 
 from influence import storage
 from influence.cache import Cache
+from influence.checkpoint_units import checkpoint_fingerprints
 from influence.config import Config
 from influence.config_loading import load_config, parse_config
 from influence.errors import InputError
@@ -168,6 +169,10 @@ def _places(config: Config) -> dict[Place, dict[str, Any]]:
         vectors = target_vector_units(job, _reducer_of_targets(job))
         for name, found in product_fingerprints(job, vectors).items():
             places["inner_products", found.hex] = {"target": name, **found.values}
+    if METHODS[config.method].at_checkpoints:
+        template = job.fingerprints["catalogue"].values["template"]
+        for each in checkpoint_fingerprints(config, template):
+            places |= {(stage, found.hex): found.values for stage, found in each.items()}
     return places
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from influence import cost, history, stages
 from influence.batching import Batch, make_batches
+from influence.checkpoint_tools import CheckpointTools
+from influence.checkpoint_units import checkpoint_fingerprints, checkpoint_folders
 from influence.config import Config
 from influence.errors import InputError
 from influence.fingerprints import stage_fingerprints
@@ -59,8 +61,12 @@ def _measured(config: Config, count: int) -> Measured:
         torch.set_num_threads(config.replicas.num_cpus)
     dtype = resolve_dtype(config.model.dtype, config.replicas.num_gpus, config.model.device)
     tools = Toolbox(load_replica(config.model, dtype, device), stage_settings(config))
+    template = template_fingerprint(load_tokenizer(config.model))
+    prints = stage_fingerprints(config, template)
+    if METHODS[config.method].at_checkpoints:
+        tools = CheckpointTools(tools, config.model.adapter).at(checkpoint_folders(config)[0])
+        prints |= checkpoint_fingerprints(config, template)[0]
     measured = Measured(source=SOURCE, finished=history.now(), replica=kind_of(config))
-    prints = stage_fingerprints(config, template_fingerprint(load_tokenizer(config.model)))
     shape, budget = model_shape(config), config.replicas.token_budget
     seconds = {}
     for name, compute in stage_runners(config, tools).items():
@@ -115,7 +121,7 @@ def stage_runners(config: Config, tools: Toolbox) -> dict[str, Compute]:
         return found
     if config.gradients.projection != "exact":
         found["gradients"] = lambda rows: stages.gradient_vectors(tools, batches(rows))
-        if tools.settings.scaled:
+        if tools.settings.scaled or tools.settings.updates:
             found[TARGET_GRADIENTS] = lambda rows: stages.gradient_vectors(
                 tools, batches(rows), TARGET_GRADIENTS
             )

@@ -17,6 +17,7 @@ from pydantic import (
 
 from influence.budget import parse_budget
 from influence.config_baselines import MethodName, PerplexityConfig, SemanticConfig
+from influence.config_defaults import fill_defaults
 from influence.config_evaluation import EvaluationConfig
 from influence.config_finetune import FinetuneConfig, ReferenceConfig, WarmupConfig
 from influence.config_section import PositiveFloat, PositiveInt, Section, Share
@@ -307,8 +308,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _defaults_of_the_method(self) -> Config:
         own: dict[str, object] = {} if self.warmup is None else {"parameters": "lora"}
-        if self.method in METHODS:
-            own |= METHODS[self.method].gradient_defaults
+        own |= METHODS[self.method].gradient_defaults
+        fill_defaults(self, METHODS[self.method])
         given = self.gradients.model_fields_set
         self._fill("gradients", {name: own[name] for name in own if name not in given})
         if self.weights.order == 2:

@@ -8,11 +8,11 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from influence.config_section import Section
-from influence.methods import METHODS, PLANNED
+from influence.methods import METHODS
 
 
 def _known(value: str) -> str:
-    if value not in METHODS and value not in PLANNED:
+    if value not in METHODS:
         expected = ", ".join(repr(name) for name in METHODS)
         # As pydantic says it of a Literal, which cannot be made of a registry.
         raise PydanticCustomError(

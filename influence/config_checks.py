@@ -15,7 +15,7 @@ LAYERED = ("layerwise", "none")
 
 def check_together(config: Config, name: str = "config") -> None:
     """Raise `InputError`, naming the keys, for the first values that do not go together."""
-    of_method = METHODS[config.method].check or _of_others
+    of_method = METHODS[config.method].check or of_others
     of_order = _of_second_order if config.weights.order == 2 else _of_first_order
     together = _of_optimizer(config) or _of_warmup(config)
     problem = together or of_method(config) or of_order(config)
@@ -26,11 +26,12 @@ def check_together(config: Config, name: str = "config") -> None:
 def _of_warmup(config: Config) -> str | None:
     if config.warmup is None:
         return None
-    if not METHODS[config.method].steps:
+    method = METHODS[config.method]
+    if not (method.steps or method.at_checkpoints):
         instead = ""
         if METHODS[config.method].reference_model:
             instead = "; its reference model is fine-tuned by reference.finetune"
-        able = " and ".join(those_that("steps"))
+        able = ", ".join((*those_that("at_checkpoints"), " and ".join(those_that("steps"))))
         return (
             f"warmup: it is for method: {able}; with method: {config.method} "
             f"expected null (or warmup.fraction: 0){instead}"
@@ -118,7 +119,8 @@ def _of_own_training(key: str, section: FinetuneConfig) -> str | None:
     return None
 
 
-def _of_others(config: Config) -> str | None:
+def of_others(config: Config) -> str | None:
+    """What is wrong with a config of a method that has no rules of its own, or None."""
     method = config.method
     if config.gradients.reduction == "token_max":
         return (

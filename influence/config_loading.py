@@ -22,11 +22,9 @@ from influence.config import Config
 from influence.config_checks import check_together
 from influence.credentials import refuse_credentials, refuse_in_override
 from influence.errors import InputError
-from influence.methods import NAMES
 
 # Key -> the values whose code is part of this version.
 BUILT: dict[str, tuple[object, ...]] = {
-    "method": NAMES,
     "embedding.kind": ("jvp", "hidden", "rds"),
     "landmarks.choose": ("certified", "uniform", "stratified"),
 }

@@ -19,11 +19,13 @@ from influence.candidates import SourceFile
 from influence.catalogue import Catalogue
 from influence.certificate import certificate_of
 from influence.certified_result import recall_certificate
+from influence.checkpoint_reduce import CheckpointReduce
 from influence.config import Config
 from influence.coverage_reduce import Likeness, coverage_of, likeness_of
 from influence.errors import InputError
 from influence.in2core_reduce import InfluenceReduce
 from influence.landmark_reduce import LandmarkReduce, RoundsReduce, RoundStep, draw_landmarks
+from influence.layer_choice import draw_pilot
 from influence.load import Load
 from influence.methods import METHODS
 from influence.pool_counts import pool_counts
@@ -195,17 +197,21 @@ class Reducer:
         """The score shards of `fit_means`."""
         self.scores = without_gradients(self._shard_table(units), self._pool)
 
+    def fit_checkpoint(self, exact: ExactUnits) -> str:
+        """LESS: the targets at the next checkpoint; returns the key of what scores by them."""
+        return self._checkpoints.fit(exact)
+
+    def take_checkpoints(self, units: Sequence[Sequence[Unit]], weights: Sequence[float]) -> None:
+        """The weighted sum of the score shards of every `fit_checkpoint`."""
+        self.scores = self._checkpoints.scores(units, weights)
+
     def column_count(self) -> int:
         """Columns of the scores."""
         return len(self.columns.columns)
 
     def choose_pilot(self) -> list[tuple[SourceFile, list[int]]]:
         """Draw the rows on which layers are chosen; returns the rows of each file."""
-        pool = self._pool
-        eligible = pool.eligible
-        keys = landmarks.row_keys(self.config.seed, pool.digests, purpose=b"pilot")[eligible]
-        drawn = np.argsort(keys, kind="stable")[: self.config.layer_economy.pilot]
-        return pool.by_file(np.sort(eligible[drawn]))
+        return draw_pilot(self.config.seed, self.config.layer_economy.pilot, self._pool)
 
     def choose_layers(self, pilot: ExactUnits) -> LayerChoice:
         """The layers to keep, by the gradients of the pilot's rows."""
@@ -303,6 +309,10 @@ class Reducer:
     def _rule(self) -> Rule:
         """The selection rule; made once, as it sorts the ids of the whole pool."""
         return selection_rule(self.config, self._pool, self.columns)
+
+    @cached_property
+    def _checkpoints(self) -> CheckpointReduce:
+        return CheckpointReduce(self.config.run, self.cache, self._pool, self.targets, self.columns)
 
     @property
     def _pool(self) -> Catalogue:

@@ -29,6 +29,8 @@ class Unit:
         group_by: the column that holds a target row's group.
         needs: keys of shards that this unit reads (target vectors).
         beside: rows of further files that count with it; only the fingerprint tells of them.
+        checkpoint: folder or URL of the adapter, with the optimiser's state, that the model has for
+            it instead of its own; only the fingerprint tells of it.
     """
 
     stage: str
@@ -40,6 +42,7 @@ class Unit:
     group_by: str | None = None
     needs: tuple[str, ...] = ()
     beside: tuple[tuple[SourceFile, tuple[int, ...]], ...] = ()
+    checkpoint: str | None = None
 
     @property
     def key(self) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,8 @@ from influence import storage
 from influence.cache import Cache, DamagedShardError, Shard
 from influence.candidates import SourceFile, short_names
 from influence.catalogue import row_id
+from influence.checkpoint_units import checkpoint_units, fingerprints_of
+from influence.checkpoints import epoch_folder
 from influence.config import Config
 from influence.errors import InputError
 from influence.exact_work import plan_exact
@@ -41,11 +43,20 @@ NO_VECTOR = "its vector is zero or not finite"
 
 @dataclass(frozen=True)
 class Source:
-    """One shard to export: where its rows go (below the export's folder), their file, its key."""
+    """One shard to export: whose rows it has, their file, its key.
 
-    folder: str
+    checkpoint: the folder for what there is at a checkpoint.
+    """
+
+    of: str
     file: SourceFile
     key: str
+    checkpoint: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where its rows go, below the export's folder."""
+        return self.of if self.checkpoint is None else f"{self.checkpoint}/{self.of}"
 
 
 @dataclass
@@ -138,6 +149,8 @@ def _sources(job: Job, stage: str, command: str, partial: bool) -> list[Source]:
         return [*_of_units("candidates", embedding_units(job)), *_of_targets(targets)]
     if job.config.layers == "auto":
         _keep_recorded_layers(job, command)
+    if METHODS[job.config.method].at_checkpoints:
+        return list(_of_checkpoints(job))
     if not METHODS[job.config.method].draws_landmarks:
         units = plan_exact(job, None, None).units
         return [*_of_units("candidates", units.candidates), *_of_targets(units.targets)]
@@ -160,6 +173,14 @@ def _of_units(folder: str, units: Iterable[Unit]) -> list[Source]:
 def _of_targets(targets: dict[str, list[Unit]]) -> Iterator[Source]:
     for name, units in targets.items():
         yield from _of_units(f"targets/{name}", units)
+
+
+def _of_checkpoints(job: Job) -> Iterator[Source]:
+    """Below a folder for each checkpoint: the candidates' updates, and the targets' gradients."""
+    for number, each in enumerate(checkpoint_units(job)):
+        parts = [*_of_units("candidates", each.units.sketches), *_of_targets(each.units.targets)]
+        for source in parts:
+            yield replace(source, checkpoint=epoch_folder(number + 1))
 
 
 def _of_run(job: Job, stage: str, command: str, partial: bool) -> list[Source]:
@@ -237,7 +258,8 @@ class _Writer:
     """Puts one file for each shard that has a vector, and counts."""
 
     def __init__(self, job: Job, stage: str, out: str, done: Exported) -> None:
-        self._stage, self._prints, self._out, self._done = stage, job.fingerprints, out, done
+        self._stage, self._out, self._done = stage, out, done
+        self._prints = {found.hex: found for found in fingerprints_of(job)}
         # Rows without an id are called as in the results: by names within the pool, or the target.
         self._names = {"candidates": short_names([file.url for file in job.files])}
         for name, files in job.target_files.items():
@@ -282,7 +304,7 @@ class _Writer:
 
     def _table(self, source: Source, shard: Shard, kept: np.ndarray) -> pa.Table:
         # The targets' gradients are a stage of their own where an optimiser scales one side.
-        layout, print_ = shard.layout, self._prints[source.key.split("/")[0]]
+        layout, print_ = shard.layout, self._prints[source.key.split("/")[1]]
         schema = export_schema(
             ExportLayout(
                 stage=self._stage,
@@ -296,7 +318,7 @@ class _Writer:
             )
         )
         rows = shard.table.filter(pa.array(kept))
-        name = self._names[source.folder][source.file.url]
+        name = self._names[source.of][source.file.url]
         ids = zip(rows.column("id").to_pylist(), rows.column("row").to_pylist(), strict=True)
         columns = {
             "id": [row_id(given, name, row) for given, row in ids],

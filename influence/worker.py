@@ -20,6 +20,7 @@ from influence import stages, token_units
 from influence.batching import IGNORED, Batch, make_batches
 from influence.cache import Cache
 from influence.candidates import Example, read_examples, read_rows
+from influence.checkpoint_tools import CheckpointTools
 from influence.config import Config
 from influence.errors import InputError, ModelLoadError
 from influence.fingerprints import embedding_values
@@ -79,6 +80,7 @@ class Worker:
         self._encode: Any = None
         self._toolbox: Toolbox | None = None
         self._chosen: tuple[str, Toolbox] | None = None
+        self._checkpoints: CheckpointTools | None = None
         self._directions: tuple[str, dict[str, torch.Tensor]] | None = None
         self._own: dict[str, Loaded] = {}
         self._load_error: ModelLoadError | None = None
@@ -204,8 +206,13 @@ class Worker:
         return self._toolbox
 
     def _tools_of(self, unit: Unit) -> Toolbox:
-        """The toolbox; for gradients of chosen layers one that knows only those."""
+        """The toolbox; for gradients of chosen layers one that knows only those, and for a unit at
+        a checkpoint one of the model there."""
         tools = self._tools()
+        if self._checkpoints is None and unit.checkpoint is not None:
+            self._checkpoints = CheckpointTools(tools, self.config.model.adapter)
+        if self._checkpoints is not None:
+            tools = self._checkpoints.at(unit.checkpoint)
         chosen = {"gradients": unit.needs, token_units.STAGE: unit.needs[1:]}.get(unit.stage)
         if not chosen:
             return tools

@@ -105,11 +105,6 @@ def test_every_name_has_one_module_that_says_what_it_is() -> None:
     assert those_that("steps") == ("influence_distillation", "exact")
 
 
-def test_less_is_refused_by_name(setup: Setup, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"method: 'less' is not built yet .*'perplexity'"):
-        tiny_config(setup, tmp_path, method="less")
-
-
 def test_length_takes_the_longest_responses(run: Runner, setup: Setup) -> None:
     directory = run(method="length")
     tokenizer = load_tokenizer(tiny_config(setup, "unused").model)

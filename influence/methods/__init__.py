@@ -12,11 +12,12 @@ from importlib import import_module
 
 from influence.methods.kind import Method
 
-__all__ = ["METHODS", "NAMES", "PLANNED", "Method", "those_that"]
+__all__ = ["METHODS", "NAMES", "Method", "those_that"]
 
 NAMES: tuple[str, ...] = (
     "influence_distillation",
     "in2core",
+    "less",
     "exact",
     "rds",
     "perplexity",
@@ -24,8 +25,6 @@ NAMES: tuple[str, ...] = (
     "length",
     "random",
 )
-#: Names that parse, and whose code is not part of this version.
-PLANNED: tuple[str, ...] = ("less",)
 
 
 class _Registry(Mapping[str, Method]):

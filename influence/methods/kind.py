@@ -36,10 +36,13 @@ class Method:
         signed: scores are influences whose sign means something: rows below zero do harm, and are
             not selected.
         reference_model: gradients are taken with a fine-tuned reference model (`reference`).
+        at_checkpoints: gradients are taken at the epochs' checkpoints of a warm-up.
         score: the function behind `reducer.score_rows`, for a method that runs it.
         no_score: why a row has no score where `score` gives none.
         stages: those of its own, computed by the replicas.
         gradient_defaults: values of the section `gradients` where none are given.
+        section_defaults: the same of other sections; one that is null by default is there then.
+        target_defaults: the same of every target.
         check: what is wrong with a config, or None, in place of the rules for any other method.
         check_files: sees that what it reads beside model and data is there; raises `InputError`.
         check_bytes: (config, shape, target columns): refuses what would not fit; `InputError`.
@@ -58,10 +61,13 @@ class Method:
     solves_weights: bool = False
     signed: bool = False
     reference_model: bool = False
+    at_checkpoints: bool = False
     score: Score | None = None
     no_score: str = "score is not finite"
     stages: tuple[RowStage, ...] = ()
     gradient_defaults: Mapping[str, object] = field(default_factory=dict)
+    section_defaults: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    target_defaults: Mapping[str, object] = field(default_factory=dict)
     check: Callable[[Config], str | None] | None = None
     check_files: Callable[[Config], object] | None = None
     check_bytes: Callable[[Config, ModelShape, int], None] | None = None

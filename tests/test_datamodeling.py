@@ -15,7 +15,9 @@ from influence.datamodeling import (
     datamodeling_score,
     draw_subsets,
     extremes,
+    filled,
     left_out_weights,
+    mean_rank,
     rank_correlations,
     reliability,
     subset_sums,
@@ -142,3 +144,20 @@ def test_left_out_weights_leave_out_one_row() -> None:
     weights = left_out_weights(5, 3)
     assert weights[[0, 1, 2, 4]].tolist() == [1, 1, 1, 1]
     assert 0 < weights[3] < 1e-10, "a weight of 0 would take the row, and its place, away"
+
+
+def test_rows_without_a_score_count_with_the_mean() -> None:
+    scores = np.array([[1.0, 4], [np.nan, 6], [3, np.nan], [5, 8]])
+    found, missing = filled(scores)
+    assert missing == 2
+    assert found.tolist() == [[1, 4], [3, 6], [3, 6], [5, 8]]
+    with pytest.raises(ValueError, match="not one row"):
+        filled(np.full((3, 1), np.nan))
+
+
+def test_mean_rank_weighs_targets_of_any_scale_alike() -> None:
+    scores = np.array([[1.0, 300], [2, 100], [np.nan, 50], [3, 200]])
+    found = mean_rank(scores)
+    assert np.isnan(found[2])
+    # Ranks 1, 2, 3 of the first and 4, 2, 3 of the second column.
+    assert found[[0, 1, 3]].tolist() == [2.5, 2.0, 3.0]

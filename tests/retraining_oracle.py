@@ -77,6 +77,7 @@ def trained_by_hand(
     tests: Mapping[str, Sequence[SourceFile]],
     training: Training,
     folder: Path,
+    adapter: str | None = None,
 ) -> dict[str, list[float]]:
     """A fresh model, `finetune` on the rows of the files, read one file at a time, `row_losses`."""
     model = load_replica(config.model, "float32", "cpu").model
@@ -88,7 +89,7 @@ def trained_by_hand(
     }
     settings = replace(settings_of(config), seed=training.seed)
     rows = TrainingRows.of([pool[i] for i in training.rows], training.weights)
-    finetune(model, rows, {}, settings, str(folder / "adapter"))
+    finetune(model, rows, {}, settings, str(folder / "adapter"), adapter=adapter)
     with adapted(model, settings, str(folder / "adapter")):
         model.eval()
         budget = settings.token_budget

@@ -21,6 +21,7 @@ from influence.replica import load_replica, load_tokenizer
 from influence.retraining import (
     STAGE,
     Training,
+    plain_model,
     read_facts,
     run_retrainings,
 )
@@ -195,3 +196,25 @@ def test_all_rows_but_one_are_two_runs() -> None:
 def test_rows_and_weights_that_are_none_are_refused(made: Prepared, training: Training) -> None:
     with pytest.raises(ValueError, match="expected"):
         made.units([training])
+
+
+def test_training_goes_on_from_the_models_own_adapter(
+    setup: Setup, adapter: str, tmp_path: Path
+) -> None:
+    """Whether the adapter is the model's or fine-tuning's: the same units, the same losses."""
+    training = Training(ROWS, seed=2)
+    as_is = prepared(setup, tmp_path / "run", model__adapter=adapter)
+    plain = plain_model(as_is.config)
+    assert (plain.model.adapter, plain.finetune.adapter) == (None, adapter)
+    moved = prepared(setup, tmp_path / "moved", finetune={**RECIPE, "adapter": adapter})
+    trainings = [training, Training([])]
+    keys = [unit.key for unit in as_is.units(trainings)]
+    assert [unit.key for unit in moved.units(trainings)] == keys
+    found, other = as_is.losses(trainings), moved.losses(trainings)
+    tests = {name: test.files for name, test in as_is.tests.items()}
+    expected = trained_by_hand(moved.config, moved.job.files, tests, training, tmp_path, adapter)
+    for name, losses in expected.items():
+        assert (found[name] == other[name]).all()
+        assert found[name][0].tolist() == losses, f"{name}: it began with other factors"
+    bare = prepared(setup, tmp_path / "bare").losses([Training([])])
+    assert (bare["sums"][0] != found["sums"][1]).all(), "the untrained model lacks its adapter"

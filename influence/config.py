@@ -323,6 +323,8 @@ class Config(Section):
         """Values that the rest of the config decides, where none are given."""
         if values:
             filled = getattr(self, section).model_copy(update=values)
+            # They are no choice of the user's: another method has others.
+            filled.model_fields_set.difference_update(values)
             object.__setattr__(self, section, filled)
 
     @property

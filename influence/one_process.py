@@ -11,7 +11,7 @@ from influence.config import Config
 from influence.evaluate import evaluate
 from influence.evaluations import Evaluation
 from influence.hub import resolve_revision
-from influence.job import Execute, Job
+from influence.job import Execute, Job, SelectRun
 from influence.lease import driving
 from influence.local import local_execute
 from influence.methods import METHODS
@@ -65,5 +65,6 @@ def run_evaluate(config: Config, *, replace: bool = False, quiet: bool = False) 
 
 
 @contextmanager
-def _workers(job: Job, evaluation: Evaluation) -> Iterator[tuple[Execute, Any]]:
-    yield local_execute(job.config, job.watch), evaluation.reducer(job.config)
+def _workers(job: Job, evaluation: Evaluation) -> Iterator[tuple[Execute, Any, SelectRun]]:
+    select_run = partial(run_select, replace=True, quiet=True)
+    yield local_execute(job.config, job.watch), evaluation.reducer(job.config), select_run

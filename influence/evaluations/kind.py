@@ -32,6 +32,8 @@ class Evaluation:
         reducer: makes what holds the run's arrays, like `influence.reducer.Reducer`.
         run: takes the job, that reducer and the inputs; returns the document for evaluation.json.
         table: that document as it is shown; raises pydantic's ValidationError if it is none.
+        as_written: its settings are of the config as it is written, and not of the model that the
+            run's warm-up made: it makes select runs of its own, which have theirs.
     """
 
     settings: Callable[[Config], Config]
@@ -39,3 +41,4 @@ class Evaluation:
     reducer: Callable[[Config], Any]
     run: Callable[[Job, Any, Any], dict[str, Any]]
     table: Callable[[dict[str, Any]], ResultTable]
+    as_written: bool = False

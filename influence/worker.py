@@ -28,6 +28,7 @@ from influence.layer_choice import read_names
 from influence.load import Load
 from influence.optimizer_use import scaled_stages
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
+from influence.retraining_rows import STAGE as RETRAINING
 from influence.score_shards import scoring_url
 from influence.scoring_units import SCORING_STAGES, ScoringUnits
 from influence.stages import StageSettings, Toolbox, Vectors
@@ -81,6 +82,7 @@ class Worker:
         self._directions: tuple[str, dict[str, torch.Tensor]] | None = None
         self._load_error: ModelLoadError | None = None
         self._scoring = ScoringUnits(config, self._device)
+        self._retraining: Any = None
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._io_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
@@ -102,6 +104,8 @@ class Worker:
             return [
                 UnitResult(member.key, "exists", 0, 0, 0.0, 0.0, None) for member in bundle.units
             ]
+        if unit.stage == RETRAINING:
+            return [self._model_thread.submit(self._retrain, unit).result()]
         encoded = self._io_thread.submit(self._read, unit).result()
         tokens = sum(row.n_tokens for row in encoded if row.reason is None)
         if unit.stage == "catalogue":
@@ -176,6 +180,15 @@ class Worker:
         outcome = Cache(url).commit(unit, table, {"stage": unit.stage, "device": device})
         rows = table.num_rows
         return UnitResult(unit.key, outcome, rows, tokens, 0.0, seconds, device, load=load)
+
+    def _retrain(self, unit: Unit) -> UnitResult:
+        if self._retraining is None:
+            from influence.retraining_work import RetrainingUnits  # it knows of training's display
+
+            self._retraining = RetrainingUnits(
+                self.config, lambda: self._tools().replica, self._device
+            )
+        return UnitResult(unit.key, **vars(self._retraining.run(unit)))
 
     def _device(self) -> str:
         """The device of this replica; on a CPU with as many threads as the config gives it."""

@@ -293,7 +293,7 @@ class Config(Section):
     transfer: TransferConfig = TransferConfig()  # pyright: ignore[reportCallIssue]
     selection: SelectionConfig = SelectionConfig()  # pyright: ignore[reportCallIssue]
     finetune: FinetuneConfig = FinetuneConfig()  # pyright: ignore[reportCallIssue]
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()  # pyright: ignore[reportCallIssue]
     prices: PricesConfig = PricesConfig()  # pyright: ignore[reportCallIssue]
     replicas: ReplicasConfig = ReplicasConfig()  # pyright: ignore[reportCallIssue]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -330,7 +330,10 @@ class Config(Section):
     def _fill(self, section: str, values: dict[str, Any]) -> None:
         """Values that the rest of the config decides, where none are given."""
         if values:
-            filled = getattr(self, section).model_copy(update=values)
+            before = getattr(self, section)
+            filled = before.model_copy(update=values)
+            # They were not given: another method over the same config has defaults of its own.
+            object.__setattr__(filled, "__pydantic_fields_set__", set(before.model_fields_set))
             object.__setattr__(self, section, filled)
 
     @property

@@ -155,4 +155,4 @@ def pareto_front(
     cheaper = cost[:, None] <= cost[None]
     better = loss[:, None] <= loss[None]
     strictly = (cost[:, None] < cost[None]) | (loss[:, None] < loss[None])
-    return ~(cheaper & better & strictly).any(axis=0)
+    return np.logical_not(np.asarray((cheaper & better & strictly).any(axis=0)))

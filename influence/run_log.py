@@ -37,6 +37,7 @@ class RunLog:
 
     Attributes:
         computed: keys of the shards that this job computed, by stage.
+        begun: the units that were announced, by stage: those in the cache among them.
         maps: how often shards of the cache were mapped to scores.
         scored_rows, scored_tokens: of the shards beside the run's results (scores and the like)
             that were made, by stage.
@@ -54,6 +55,7 @@ class RunLog:
         self.url = storage.join(run, "manifest.json")
         self.manifest = Manifest(method=method, versions=_versions(), started=_now())
         self.computed: dict[str, set[str]] = {}
+        self.begun: dict[str, list[Unit]] = {}
         self.maps = 0
         self.scored_rows: Counter[str] = Counter()
         self.scored_tokens: Counter[str] = Counter()
@@ -80,6 +82,7 @@ class RunLog:
         )
         record.planned += [unit.key for unit in units]
         record.shards = len(record.planned)
+        self.begun.setdefault(stage, []).extend(units)
 
     def reused(self, unit: Unit) -> None:
         """A shard of an earlier run stands in the cache, whole."""

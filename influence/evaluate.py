@@ -19,7 +19,7 @@ from influence.errors import InputError
 from influence.evaluation_tables import FILE, read_evaluation
 from influence.evaluations import EVALUATIONS, Evaluation
 from influence.hub import resolve_revision
-from influence.job import Job
+from influence.job import Execute, Job
 from influence.lease import driving
 from influence.own_training import with_made_training
 from influence.own_training_run import Train, make_training
@@ -30,7 +30,9 @@ from influence.report import build_report
 from influence.resume import EVALUATION_FREE, claim_run
 from influence.run_log import RunLog
 from influence.score_shards import remove_scoring
-from influence.select_within import Within, Workers
+
+Workers = Callable[[Job, Evaluation], AbstractContextManager[tuple[Execute, Any]]]
+"""What executes the units of a job, and the reducer that the evaluation asks for."""
 
 
 def evaluate(
@@ -53,11 +55,9 @@ def evaluate(
         ShardsFailedError: some shards failed for good; everything else is committed.
     """
     chosen = named(config)
-    # They have a method of their own, and most are of the model that the run's scores are of.
-    ready = config
-    if config.warmup is not None and not all(each.plain for each in chosen.values()):
-        ready = with_made_training(config)
-    own = {n: _settings(each, config if each.plain else ready) for n, each in chosen.items()}
+    # They have a method of their own, and are of the model that the run's scores are of.
+    ready = config if config.warmup is None else with_made_training(config)
+    own = {name: _settings(each, ready) for name, each in chosen.items()}
     progress = Progress(quiet=quiet)
     with driving(config.run, progress.note) as lease:
         jobs, inputs = {}, {}
@@ -67,14 +67,12 @@ def evaluate(
             log = RunLog(settings.run, settings.method, progress.note, lease)
             settings, trained = make_training(settings, progress, log, train)
             jobs[name] = prepare(settings, progress, log, trained)
-        within = Within(workers, train, progress, replace)
         with session():
             for name, job in jobs.items():
                 progress.note(f"{name} ...")
-                given = _before(chosen[name], config, job, inputs[name], within)
-                with workers(job, chosen[name].reducer) as (execute, reduce):
+                with workers(job, chosen[name]) as (execute, reduce):
                     job = replaced(job, execute=execute)
-                    measure = partial(chosen[name].run, job, reduce, given)
+                    measure = partial(chosen[name].run, job, reduce, inputs[name])
                     _run(config.run, name, job, measure)
         lease.check()
         if storage.head(storage.join(config.run, "manifest.json")) is not None:
@@ -103,16 +101,6 @@ def named(config: Config) -> dict[str, Evaluation]:
 
 def _settings(evaluation: Evaluation, config: Config) -> Config:
     return resolve_revision(with_reference(evaluation.settings(config)))
-
-
-def _before(evaluation: Evaluation, config: Config, job: Job, inputs: Any, within: Within) -> Any:
-    """The inputs of an evaluation, after the runs that it makes first."""
-    if evaluation.before is None:
-        return inputs
-    storage.probe_create_only(job.config.cache_url)
-    job.log.save()
-    with job.log.telling_the_end():
-        return evaluation.before(config, job, inputs, within)
 
 
 def _run(run: str, name: str, job: Job, measure: Callable[[], dict[str, Any]]) -> None:

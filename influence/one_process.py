@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 from influence.config import Config
 from influence.evaluate import evaluate
+from influence.evaluations import Evaluation
 from influence.hub import resolve_revision
 from influence.in2core import check_beside
 from influence.job import Execute, Job
@@ -62,5 +63,5 @@ def run_evaluate(config: Config, *, replace: bool = False, quiet: bool = False) 
 
 
 @contextmanager
-def _workers(job: Job, build: Callable[[Config], Any]) -> Iterator[tuple[Execute, Any]]:
-    yield local_execute(job.config, job.watch), build(job.config)
+def _workers(job: Job, evaluation: Evaluation) -> Iterator[tuple[Execute, Any]]:
+    yield local_execute(job.config, job.watch), evaluation.reducer(job.config)

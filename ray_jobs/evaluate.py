@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from influence.config import Config
 from influence.evaluate import evaluate
+from influence.evaluations import Evaluation
 from influence.job import Execute, Job
 from ray_jobs.metrics import RayMetrics
 from ray_jobs.reducer_actor import RemoteReducer
@@ -27,12 +28,12 @@ def run_evaluate(config: Config, *, replace: bool = False, quiet: bool = False) 
 
 
 @contextmanager
-def _workers(job: Job, build: Callable[[Config], Any]) -> Iterator[tuple[Execute, Any]]:
+def _workers(job: Job, evaluation: Evaluation) -> Iterator[tuple[Execute, Any]]:
     metrics = RayMetrics(job.config.run)
     job.watch.others.append(metrics)
     pool = replica_pool(job)
     try:
-        yield pool, RemoteReducer(job.config, pool.rest, build)
+        yield pool, RemoteReducer(job.config, pool.rest, evaluation.reducer)
     finally:
         pool.close()
         metrics.replicas(0, 0)

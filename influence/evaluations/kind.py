@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from influence.config import Config
 from influence.job import Job
-from influence.select_within import Within
 
 if TYPE_CHECKING:
     from influence.plots import Plot
@@ -44,10 +43,6 @@ class Evaluation:
         plots: figures of the same document for the report, below the table; each one's `alt` is
             its caption. `influence.plots.drawn` makes one. Import it where it is called: it brings
             matplotlib along, which the replicas do without.
-        before: runs of other configs that come first, one after the other, while this evaluation
-            has no replicas yet: takes the user's config, the job, the inputs and what executes
-            them; returns the inputs for `run`.
-        plain: `settings` is asked with the user's config as it stands, and not with the warm-up.
     """
 
     settings: Callable[[Config], Config]
@@ -56,5 +51,3 @@ class Evaluation:
     run: Callable[[Job, Any, Any], dict[str, Any]]
     table: Callable[[dict[str, Any]], ResultTable]
     plots: Callable[[dict[str, Any]], Sequence[Plot]] = no_plots
-    before: Callable[[Config, Job, Any, Within], Any] | None = None
-    plain: bool = False

@@ -70,7 +70,7 @@ def use_of(named: str, cache: str) -> Use:
         places = _resolved(own) | _of_transfer(own)
         with _after_warmup(own) as (ready, _trained):
             evaluated = [
-                evaluation.settings(ready)
+                evaluation.settings(own if evaluation.as_written else ready)
                 for name, evaluation in EVALUATIONS.items()
                 if getattr(config.evaluation, name) is not None
             ]

@@ -24,6 +24,9 @@ from influence.units import Bundle, Unit, bundled
 from influence.watch import Watch
 from influence.worker import UnitResult
 
+SelectRun = Callable[[Config], Any]
+"""Makes a select run of another config: its folder, its stages, workers of its own."""
+
 
 class Execute(Protocol):
     """Runs bundles of units in any order; reports each one exactly once."""
@@ -47,6 +50,7 @@ class Job:
     `replicas` work at once at most, where that does not follow from the config; `chosen` are the
     first landmarks, or the pilot on which layers are chosen; `asked` is a digest of everything that
     decides what follows from them. `own_training` is one that the job itself makes first.
+    `select_run` is there for evaluations, whose own units have no replicas while it works.
     """
 
     config: Config
@@ -66,6 +70,7 @@ class Job:
     chosen: Sequence[tuple[SourceFile, Sequence[int]]] | None = None
     asked: str = ""
     own_training: OwnTraining | None = None
+    select_run: SelectRun | None = None
 
 
 def run_units(job: Job, units: Sequence[Unit]) -> None:

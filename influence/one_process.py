@@ -12,7 +12,7 @@ from influence.evaluate import evaluate
 from influence.evaluations import Evaluation
 from influence.hub import resolve_revision
 from influence.in2core import check_beside
-from influence.job import Execute, Job
+from influence.job import Execute, Job, SelectRun
 from influence.lease import driving
 from influence.local import local_execute
 from influence.own_training_run import make_training, train_here
@@ -63,5 +63,6 @@ def run_evaluate(config: Config, *, replace: bool = False, quiet: bool = False) 
 
 
 @contextmanager
-def _workers(job: Job, evaluation: Evaluation) -> Iterator[tuple[Execute, Any]]:
-    yield local_execute(job.config, job.watch), evaluation.reducer(job.config)
+def _workers(job: Job, evaluation: Evaluation) -> Iterator[tuple[Execute, Any, SelectRun]]:
+    select_run = partial(run_select, replace=True, quiet=True)
+    yield local_execute(job.config, job.watch), evaluation.reducer(job.config), select_run

@@ -9,10 +9,10 @@ from typing import Any
 from influence.config import Config
 from influence.evaluate import evaluate
 from influence.evaluations import Evaluation
-from influence.job import Execute, Job
+from influence.job import Execute, Job, SelectRun
 from ray_jobs.metrics import RayMetrics
 from ray_jobs.reducer_actor import RemoteReducer
-from ray_jobs.select import replica_pool, train
+from ray_jobs.select import replica_pool, run_select, train
 from ray_jobs.session import ray_session
 
 
@@ -28,12 +28,17 @@ def run_evaluate(config: Config, *, replace: bool = False, quiet: bool = False) 
 
 
 @contextmanager
-def _workers(job: Job, evaluation: Evaluation) -> Iterator[tuple[Execute, Any]]:
+def _workers(job: Job, evaluation: Evaluation) -> Iterator[tuple[Execute, Any, SelectRun]]:
     metrics = RayMetrics(job.config.run)
     job.watch.others.append(metrics)
     pool = replica_pool(job)
+
+    def select_run(config: Config) -> dict[str, Any]:
+        pool.close()  # idle replicas would keep what those of the run wait for
+        return run_select(config, replace=True, quiet=True)
+
     try:
-        yield pool, RemoteReducer(job.config, pool.rest, evaluation.reducer)
+        yield pool, RemoteReducer(job.config, pool.rest, evaluation.reducer), select_run
     finally:
         pool.close()
         metrics.replicas(0, 0)

@@ -330,10 +330,9 @@ class Config(Section):
     def _fill(self, section: str, values: dict[str, Any]) -> None:
         """Values that the rest of the config decides, where none are given."""
         if values:
-            before = getattr(self, section)
-            filled = before.model_copy(update=values)
-            # They were not given: another method over the same config has defaults of its own.
-            object.__setattr__(filled, "__pydantic_fields_set__", set(before.model_fields_set))
+            filled = getattr(self, section).model_copy(update=values)
+            # They are no choice of the user's: another method has others.
+            filled.model_fields_set.difference_update(values)
             object.__setattr__(self, section, filled)
 
     @property

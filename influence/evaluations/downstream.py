@@ -7,8 +7,7 @@ of this evaluation or another, is not trained again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from influence.config_downstream import FULL, RANDOM, UNTRAINED
 from influence.errors import InputError, ShardsFailedError
 from influence.evaluations import downstream_arms as arms
 from influence.evaluations.downstream_arms import KEY, NAME, Selected
-from influence.evaluations.downstream_document import Made, document, names_in, section_of
+from influence.evaluations.downstream_document import Key, Made, document, names_in, section_of
 from influence.evaluations.downstream_shown import plots, table
 from influence.evaluations.kind import Evaluation
 from influence.evaluations.own_run import OwnReduce, load_catalogue
@@ -34,7 +33,6 @@ from influence.retraining import (
     run_retrainings,
     scan_tests,
 )
-from influence.select_within import Within
 from influence.unit_loads import load_of
 
 _KEPT = ("model", "data", "targets", "replicas", "prices", "seed")
@@ -57,16 +55,8 @@ class DownstreamReduce(OwnReduce):
         return [load_of(pool, np.asarray(each, dtype=np.int64), max_length) for each in rows]
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The tests, and what was selected."""
-
-    tests: dict[str, Tested]
-    selected: Selected
-
-
 def settings(config: Config) -> Config:
-    """A run on the plain model; how is trained is in its section, so that a change is seen.
+    """A run on the plain model; all that decides a loss is in its section, for a change to be seen.
 
     Raises:
         InputError: a target without a test, or a method whose config is none.
@@ -82,24 +72,24 @@ def settings(config: Config) -> Config:
         if name not in config.targets:
             known = ", ".join(config.targets)
             raise InputError(f"{KEY}.tests.{name}: is no target; expected one of: {known}")
-    arms.arms_of(config)
     given = config.model_dump(mode="json", exclude_unset=True)
     finetune = section.finetune if section.finetune is not None else config.finetune
     recipe = finetune.model_dump(mode="json", exclude_unset=True)
     own = {**section.model_dump(mode="json"), "finetune": recipe}
     own["seeds"] = len(arms.seeds_of(config))
-    return plain_model(
-        Config.model_validate(
-            {
-                **{key: given[key] for key in _KEPT if key in given},
-                "run": storage.join(config.run, "evaluations", NAME),
-                "cache": config.cache_url,
-                "method": RANDOM,
-                "finetune": recipe,
-                "evaluation": {NAME: own},
-            }
-        )
+    own["methods"] = arms.whole_methods(config)
+    asked = Config.model_validate(
+        {
+            **{key: given[key] for key in _KEPT if key in given},
+            "run": storage.join(config.run, "evaluations", NAME),
+            "cache": config.cache_url,
+            "method": RANDOM,
+            "finetune": recipe,
+            "evaluation": {NAME: own},
+        }
     )
+    arms.arms_of(asked)
+    return plain_model(asked)
 
 
 def inputs(config: Config) -> dict[str, Tested]:
@@ -111,21 +101,17 @@ def inputs(config: Config) -> dict[str, Tested]:
     return scan_tests(f"{KEY}.tests", section_of(config).tests)
 
 
-def before(config: Config, job: Job, tests: dict[str, Tested], within: Within) -> Inputs:
-    """Every selection; those that fail are told at the end, once the others are trained on."""
-    return Inputs(tests, arms.run_arms(config, job, within))
-
-
-def run(job: Job, reduce: Any, given: Inputs) -> dict[str, Any]:
-    """Train and test on every selection, and compare.
+def run(job: Job, reduce: Any, tests: dict[str, Tested]) -> dict[str, Any]:
+    """Make the selections, train and test on every one, and compare.
 
     Raises:
         ShardsFailedError: a training failed for good (all others are committed).
         InfluenceError: a selection failed; names all that did.
     """
+    selected = arms.run_arms(job)
+    failed = selected.failed
     load_catalogue(job, reduce)
-    failed = given.selected.failed
-    made = _trainings(job, reduce, given)
+    made = _trainings(job, reduce, tests, selected)
     try:
         run_retrainings(job, [unit for each in made.values() for unit in each.units])
     except ShardsFailedError as error:
@@ -134,14 +120,16 @@ def run(job: Job, reduce: Any, given: Inputs) -> dict[str, Any]:
     if failed:
         raise arms.failure(failed)
     with timed(job, "comparing"):
-        return document(job, reduce, given.tests, given.selected, made).model_dump(mode="json")
+        return document(job, reduce, tests, selected, made).model_dump(mode="json")
 
 
-def _trainings(job: Job, reduce: Any, given: Inputs) -> dict[tuple[str, str], Made]:
+def _trainings(
+    job: Job, reduce: Any, tests: Mapping[str, Tested], selected: Selected
+) -> dict[Key, Made]:
     """Every training with its unit, by target and name; of failed selections none."""
     seeds = arms.seeds_of(job.config)
     pool = reduce.pool_rows()
-    asked: dict[tuple[str, str], list[Training]] = {}
+    asked: dict[Key, list[Training]] = {}
     for target in job.config.targets:
         for name in names_in(job):
             if name == UNTRAINED:
@@ -149,11 +137,11 @@ def _trainings(job: Job, reduce: Any, given: Inputs) -> dict[tuple[str, str], Ma
             elif name == FULL:
                 asked[target, name] = [Training(pool, None, seed) for seed in seeds]
             else:
-                found = list(_selections(job, given.selected, target, name, seeds))
+                found = list(_selections(job, selected, target, name, seeds))
                 if len(found) == len(seeds):
                     asked[target, name] = found
     flat = [training for each in asked.values() for training in each]
-    units = iter(retraining_units(job, reduce, flat, given.tests))
+    units = iter(retraining_units(job, reduce, flat, tests))
     return {key: Made(each, [next(units) for _ in each]) for key, each in asked.items()}
 
 
@@ -179,5 +167,5 @@ def _selections(
 
 
 EVALUATION = Evaluation(
-    settings, inputs, DownstreamReduce, run, table, plots=plots, before=before, plain=True
+    settings, inputs, DownstreamReduce, run, table, plots=plots, as_written=True
 )

@@ -26,7 +26,6 @@ from influence.records import to_json
 from influence.reference import with_reference
 from influence.run_log import read_manifest
 from influence.schemas import FORMAT_VERSION
-from influence.select_within import Within
 
 NAME = "downstream"
 KEY = f"evaluation.{NAME}"
@@ -34,8 +33,10 @@ FILE = "arm.json"
 #: What an arm has of the evaluation: where it is, what it is of, and what comes after it.
 _FIXED = ("run", "cache", "targets", "evaluation", "finetune", "coverage", "transfer", "prices")
 _FIXED_DATA = ("candidates", "limit")
-#: Of the config, what a random draw depends on: no method's own settings.
-_OF_RANDOM = ("model", "data", "selection", "replicas", "seed")
+#: What all of them share, and a method may change for itself.
+_SHARED = ("data", "replicas")
+#: Of the config, what a random draw depends on beside that: no method's own settings.
+_OF_RANDOM = ("model", "selection", "seed")
 #: Of an arm's config, what changes no selection.
 _FREE = ("run", "cache", "replicas", "prices", "evaluation", "finetune")
 
@@ -52,7 +53,7 @@ class Arm:
     @property
     def label(self) -> str:
         """As errors and notes call it, and its folder."""
-        return f"{self.target}/{self.name}" + ("" if self.seed is None else f"-seed{self.seed}")
+        return _label(self.target, self.name, self.seed)
 
 
 class ArmRecord(BaseModel):
@@ -92,8 +93,42 @@ def seeds_of(config: Config) -> list[int]:
     return [config.seed + i for i in range(count)]
 
 
+def whole_methods(config: Config) -> dict[str, dict[str, Any]]:
+    """Of the user's config, each method with all that its selections depend on.
+
+    What is not in it is the evaluation's own: targets, the pool's files and replicas.
+
+    Raises:
+        InputError: names evaluation.downstream.methods.NAME and a key that is not a method's.
+    """
+    section = config.evaluation.downstream
+    assert section is not None
+    given = config.model_dump(mode="json", exclude_unset=True)
+    found = {}
+    for name in names_of(config):
+        if name not in section.methods:
+            found[name] = {key: given[key] for key in _OF_RANDOM if key in given}
+            found[name]["method"] = RANDOM
+            continue
+        _check_overrides(name, section.methods[name])
+        kept = {key: value for key, value in given.items() if key not in (*_FIXED, *_SHARED)}
+        found[name] = merged(kept, section.methods[name])
+        if found[name].get("method") == RANDOM and "seed" in section.methods[name]:
+            raise InputError(f"{KEY}.methods.{name}.seed: a random draw has the training's")
+    return found
+
+
+def _check_overrides(name: str, overrides: Mapping[str, Any]) -> None:
+    own = overrides.get("data")
+    inside = [f"data.{key}" for key in _FIXED_DATA if isinstance(own, dict) and key in own]
+    for key in (*(key for key in _FIXED if key in overrides), *inside):
+        raise InputError(
+            f"{KEY}.methods.{name}.{key}: is the same for all methods; expected other keys"
+        )
+
+
 def arms_of(config: Config) -> list[Arm]:
-    """Every selection that the config asks for, seen to be one that can be run.
+    """Every selection of the evaluation's own config, seen to be one that can be run.
 
     Raises:
         InputError: names evaluation.downstream.methods.NAME and the key that is wrong.
@@ -101,38 +136,23 @@ def arms_of(config: Config) -> list[Arm]:
     section = config.evaluation.downstream
     assert section is not None
     given = config.model_dump(mode="json", exclude_unset=True)
-    folder = storage.join(config.run, "evaluations", NAME)
+    shared = {key: given[key] for key in _SHARED if key in given}
     arms = []
     for target in config.targets:
-        for name in names_of(config):
-            data = _data(given, name, section.methods)
+        for name, method in section.methods.items():
+            data = merged(shared, method)
             data["targets"] = {target: given["targets"][target]}
             data["cache"] = config.cache_url
-            drawn = data.get("method") == "random"
-            if drawn and "seed" in section.methods.get(name, {}):
-                raise InputError(f"{KEY}.methods.{name}.seed: a random draw has the training's")
-            for seed in seeds_of(config) if drawn else (None,):
-                arm = Arm(target, name, seed, config)
+            for seed in seeds_of(config) if data.get("method") == RANDOM else (None,):
+                label = _label(target, name, seed)
                 own: dict[str, Any] = {} if seed is None else {"seed": seed}
-                own["run"] = storage.join(folder, *arm.label.split("/"))
+                own["run"] = storage.join(config.run, *label.split("/"))
                 arms.append(Arm(target, name, seed, _parsed({**data, **own}, name)))
     return arms
 
 
-def _data(
-    given: Mapping[str, Any], name: str, methods: Mapping[str, dict[str, Any]]
-) -> dict[str, Any]:
-    if name not in methods:
-        return {**{key: given[key] for key in _OF_RANDOM if key in given}, "method": RANDOM}
-    overrides = methods[name]
-    own = overrides.get("data")
-    inside = [f"data.{key}" for key in _FIXED_DATA if isinstance(own, dict) and key in own]
-    for key in (*(key for key in _FIXED if key in overrides), *inside):
-        raise InputError(
-            f"{KEY}.methods.{name}.{key}: is the same for all methods; expected other keys"
-        )
-    kept = {key: value for key, value in given.items() if key not in _FIXED}
-    return merged(kept, overrides)
+def _label(target: str, name: str, seed: int | None) -> str:
+    return f"{target}/{name}" + ("" if seed is None else f"-seed{seed}")
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,31 +186,25 @@ def _own_keys(text: str, place: str) -> str:
     return "\n".join(x if place in x else f"{place}: {x}" for x in lines)
 
 
-def run_arms(config: Config, job: Job, within: Within) -> Selected:
+def run_arms(job: Job) -> Selected:
     """Make every selection that is not there; one that fails does not keep the others from it.
 
-    config: the user's. job: the evaluation's own, whose files are those of every arm.
-
-    Raises:
-        InputError: a directory holds a run with another config, and that may not be replaced.
+    job: the evaluation's own, whose files are those of every arm.
     """
     found = Selected({}, {}, {})
-    arms = arms_of(config)
-    for arm in arms:
-        within.claim(arm.config)
-    for arm in arms:
+    for arm in arms_of(job.config):
         job.log.doing(f"selection: {arm.label}")
         job.log.save()
         print_ = _fingerprint(arm, job)
         try:
             record = _made(arm, print_)
             if record is None:
-                within.progress.note(f"{NAME}: selecting {arm.label}")
-                record = _select(arm, print_, within)
+                job.progress.note(f"{NAME}: selecting {arm.label}")
+                record = _select(arm, print_, job)
         except (InterruptedRunError, RunTakenError):
             raise
         except InfluenceError as error:
-            within.progress.note(f"{NAME}: {arm.label} failed: {error}")
+            job.progress.note(f"{NAME}: {arm.label} failed: {error}")
             found.failed[arm.label] = error
             continue
         key = (arm.target, arm.name, arm.seed)
@@ -198,9 +212,10 @@ def run_arms(config: Config, job: Job, within: Within) -> Selected:
     return found
 
 
-def _select(arm: Arm, print_: str, within: Within) -> ArmRecord:
+def _select(arm: Arm, print_: str, job: Job) -> ArmRecord:
+    assert job.select_run is not None
     costs: list[ColdCost] = []
-    within.select(arm.config, lambda job, reduce: costs.append(cold_cost(job, reduce)))
+    job.select_run(arm.config, after=lambda own, reduce: costs.append(cold_cost(own, reduce)))
     record = ArmRecord(fingerprint=print_, cost=costs[0])
     storage.put(storage.join(arm.config.run, FILE), to_json(record))
     return record

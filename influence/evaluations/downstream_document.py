@@ -91,7 +91,7 @@ def document(
     _put_answers(job, tests, made, targets)
     return results.Downstream(
         targets=targets,
-        overall=_overall(targets, compared, section.baseline) if len(targets) > 1 else None,
+        overall=_overall(targets, compared, made, section.baseline) if len(targets) > 1 else None,
         about=_about(config, section),
     )
 
@@ -166,15 +166,21 @@ def _selection_cost(selected: Selected, target: str, name: str) -> results.Selec
 def _overall(
     targets: Mapping[str, results.TargetResult],
     compared: Mapping[str, Mapping[str, Float[np.ndarray, "seeds rows"]]],
+    made: Mapping[Key, Made],
     baseline: str,
 ) -> results.TargetResult:
-    """Mean over the targets, each one's selection tested on its own rows; costs are added up."""
+    """Mean over the targets, each one's selection tested on its own rows.
+
+    Costs are added up; a training that serves several targets counts once.
+    """
     names = list(next(iter(compared.values())))
     losses = {name: [own[name] for own in compared.values()] for name in names}
     found, contrasts, judge = results.compare(losses, baseline)
     for name, result in found.items():
+        apart = {tuple(u.key for u in made[target, name].units): target for target in targets}
+        own = [targets[target].results[name].training for target in apart.values()]
+        trained = [one for one in own if one is not None]
         each = [target.results[name] for target in targets.values()]
-        trained = [one.training for one in each if one.training is not None]
         chosen = [one.selection for one in each if one.selection is not None]
         if trained:
             fields = results.TrainingCost.model_fields

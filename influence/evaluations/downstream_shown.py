@@ -33,7 +33,7 @@ def table(document: dict[str, Any]) -> ResultTable:
     headings = ["Trained on", "Test loss", "Perplexity"]
     headings += ["Exact match"] * answers
     headings += [f"Less {found.about.baseline}", "Seeds for s.e. = 1/5", "Of the full pool's gain"]
-    headings += ["Rows", "Selecting: FLOP", "time", "Training: FLOP", "Pareto front"]
+    headings += ["Rows", "Selecting: FLOP", "Selecting: time", "Training: FLOP", "Pareto front"]
     rows = []
     for target, each in groups.items():
         against = {c.of: c for c in each.contrasts if c.against == found.about.baseline}
@@ -73,6 +73,8 @@ def plots(document: dict[str, Any]) -> Sequence[Plot]:
 
 
 def _pareto(shown: Mapping[str, Result]) -> Any:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     from influence.plots import CHOSEN, INK, POOL
 
     def draw(axes: Axes) -> None:
@@ -98,6 +100,9 @@ def _pareto(shown: Mapping[str, Result]) -> Any:
             )
         axes.set_xscale("log")
         axes.margins(x=0.2, y=0.15)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("operations of selecting and training")
         axes.set_ylabel("test loss, nats per token")
 

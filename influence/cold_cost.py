@@ -9,18 +9,18 @@ Loading models is left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel
 
-from influence import cost, history
+from influence import history
 from influence.bill_record import measured_of, shape_of
 from influence.input_bytes import file_bytes
 from influence.job import Job
 from influence.load import Load
-from influence.model_shape import ModelShape
+from influence.missing_work import MissingWork
 from influence.own_training import STAGES as TRAINED
 from influence.own_training_work import training_work
 from influence.quantities import OF_RUN, Quantities, StageWork
@@ -73,6 +73,7 @@ def cold_cost(job: Job, reduce: Any) -> ColdCost:
     own = measured_of(manifest, job.config.run)
     runs = history.recall(job.config.cache_url)
     speeds = Speeds(job.config, shape, job.fingerprints, [*([own] if own else []), *runs])
+    price = MissingWork(job, reduce, shape, 1).price
     stages = {}
     for name, record in manifest.stages.items():
         units = list({unit.key: unit for unit in job.log.begun.get(name, ())}.values())
@@ -80,10 +81,14 @@ def cold_cost(job: Job, reduce: Any) -> ColdCost:
             stages[name] = _training(job, reduce, name)
         elif name == "catalogue":
             stages[name] = _at_speed(_tokenising(job, units), speeds)
-        elif units and name in cost.STAGES and shape is not None:
-            stages[name] = _at_speed(_computing(job, reduce, name, shape, units), speeds)
+        elif (flops := _operations(price, name, record, _load(reduce, units))) is None:
+            stages[name] = _recorded(name, record, len(units), 0.0)
+        elif units:
+            work = Quantities(shards=len(units), flops=flops, effort=flops)
+            print_ = job.fingerprints[name]
+            stages[name] = _at_speed(StageWork(name, work, fingerprint=print_), speeds)
         else:
-            stages[name] = _recorded(job, name, record, shape, len(units))
+            stages[name] = _recorded(name, record, 0, flops)
     return ColdCost(stages=stages)
 
 
@@ -105,19 +110,29 @@ def _tokenising(job: Job, units: Sequence[Unit]) -> StageWork:
     return StageWork("catalogue", Quantities(effort=effort), fingerprint=print_)
 
 
-def _computing(
-    job: Job, reduce: Any, name: str, shape: ModelShape, units: Sequence[Unit]
-) -> StageWork:
-    """A stage of models: units that share a pass are counted once, as `influence plan` does."""
+def _load(reduce: Any, units: Sequence[Unit]) -> Load | None:
+    """Of all units; those that share a pass are counted once, as `influence plan` does."""
+    if not units:
+        return None
     bundles = bundled(units)
-    load = Load()
+    total = Load()
     loads = reduce.loads_of([bundle.units[0] for bundle in bundles])
     for bundle, each in zip(bundles, loads, strict=True):
         columns = sum(len(unit.needs) for unit in bundle.units)
-        load += replace(each.load, products=columns * each.load.rows)
-    flops = cost.STAGES[name](job.config, shape, load)
-    work = Quantities(shards=len(units), flops=flops, effort=flops)
-    return StageWork(name, work, fingerprint=job.fingerprints[name])
+        total += replace(each.load, products=columns * each.load.rows)
+    return total
+
+
+def _operations(
+    price: Callable[[str, Load], float], name: str, record: StageRecord, load: Load | None
+) -> float | None:
+    """Of a load, or of what the run itself computed; None of a stage where no model is at work."""
+    if load is None and not record.load.tokens:
+        return None
+    try:
+        return price(name, record.load if load is None else load)
+    except KeyError:
+        return None
 
 
 def _at_speed(work: StageWork, speeds: Speeds) -> StageCost:
@@ -129,14 +144,9 @@ def _at_speed(work: StageWork, speeds: Speeds) -> StageCost:
     )
 
 
-def _recorded(
-    job: Job, name: str, record: StageRecord, shape: ModelShape | None, shards: int
-) -> StageCost:
-    """What every run does itself; of a stage without a formula, scaled to all of its shards."""
+def _recorded(name: str, record: StageRecord, shards: int, flops: float) -> StageCost:
+    """What every run does itself; of shards without a model, scaled to all of them."""
     if not shards:
-        flops = 0.0
-        if name in cost.STAGES and shape is not None:
-            flops = cost.STAGES[name](job.config, shape, record.load)
         seconds = record.replica_seconds if name in OF_RUN else record.seconds
         return StageCost(flops=flops, seconds=seconds, source="recorded")
     if not record.computed:

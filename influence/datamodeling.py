@@ -165,6 +165,25 @@ def left_out_weights(rows: int, place: int) -> Float[np.ndarray, " n"]:
     return weights
 
 
+def filled(scores: Float[np.ndarray, "n c"]) -> tuple[Float[np.ndarray, "n c"], int]:
+    """Scores with the column's mean for rows that have none, and how many those are.
+
+    Raises:
+        ValueError: not one row has a score.
+    """
+    missing = ~np.isfinite(scores)
+    if missing.all(axis=0).any():
+        raise ValueError("not one row has a score")
+    means = np.nanmean(np.where(missing, np.nan, scores), axis=0)
+    return np.where(missing, means, scores), int(missing.any(axis=1).sum())
+
+
+def mean_rank(scores: Float[np.ndarray, "n c"]) -> Float[np.ndarray, " n"]:
+    """The mean over the columns of each row's rank by score; NaN for a row without a score."""
+    ranks = rankdata(scores, axis=0, nan_policy="omit").mean(axis=1)
+    return np.where(np.isfinite(scores).all(axis=1), ranks, np.nan)
+
+
 def extremes(
     scores: Float[np.ndarray, " n"], each: int, seed: int
 ) -> dict[str, Int[np.ndarray, " k"]]:

@@ -55,14 +55,14 @@ def compare_models(
         return
     progress.note(f"transfer: a pilot with {config.transfer.model.name}")
     positions = draw_pilot(_scored(config.run), config.transfer.pilot, config.seed)
-    lines = [json.dumps(row) for row in _rows(files, positions)]
+    lines = [json.dumps(row) for row in rows_at(files, positions)]
     pilot = storage.join(config.run, FOLDER, PILOT)
     storage.put(pilot, "".join(line + "\n" for line in lines).encode())
     own = _with_own_adapter(config, progress, train)
     nested = pilot_config(own, config.run)
     select(nested)
-    mine = _scores_at(config.run, positions)
-    theirs = _scores_at(nested.run, np.arange(len(positions)))
+    mine = scores_at(config.run, positions)
+    theirs = scores_at(nested.run, np.arange(len(positions)))
     columns = [_column(name, mine[name], theirs[name]) for name in mine]
     document = Transfer(
         model=config.transfer.model.name,
@@ -176,7 +176,7 @@ def _scored(run: str) -> Bool[np.ndarray, " n"]:
     return np.isfinite(np.concatenate(parts))
 
 
-def _scores_at(run: str, positions: Int[np.ndarray, " k"]) -> dict[str, Float[np.ndarray, " k"]]:
+def scores_at(run: str, positions: Int[np.ndarray, " k"]) -> dict[str, Float[np.ndarray, " k"]]:
     """The scores of some rows (increasing) by target and group, NaN for none."""
     found: dict[str, list[np.ndarray]] = {}
     start = 0
@@ -200,7 +200,7 @@ def _numbers(part: pa.Table, column: str) -> Float[np.ndarray, " n"]:
     return part.column(column).to_numpy().astype(np.float64)
 
 
-def _rows(files: Sequence[SourceFile], positions: Int[np.ndarray, " k"]) -> list[dict[str, Any]]:
+def rows_at(files: Sequence[SourceFile], positions: Int[np.ndarray, " k"]) -> list[dict[str, Any]]:
     """The pilot's rows, with their positions for ids."""
     found, start = [], 0
     for file in files:

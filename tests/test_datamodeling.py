@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
+from scipy import stats
 
 from influence.datamodeling import (
     agreement,
@@ -14,13 +15,21 @@ from influence.datamodeling import (
     datamodeling_score,
     draw_subsets,
     extremes,
+    filled,
     left_out_weights,
+    mean_rank,
     rank_correlations,
     reliability,
     subset_sums,
 )
 
 N, S = 30, 40
+
+
+def spearman(a: Any, b: Any) -> float:
+    """scipy's."""
+    found: Any = stats.spearmanr(a, b)
+    return float(found.statistic)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +67,7 @@ def test_it_is_the_mean_of_scipys_spearman_over_loops_of_sums(subsets: np.ndarra
     expected = []
     for column in range(4):
         sums = [sum(scores[i, column] for i in range(N) if row[i]) for row in subsets]
-        expected.append(spearmanr(sums, [-loss for loss in losses[:, column]]).statistic)
+        expected.append(spearman(sums, [-loss for loss in losses[:, column]]))
     assert datamodeling_score(scores, subsets, losses).value == pytest.approx(np.mean(expected))
 
 
@@ -68,9 +77,7 @@ def test_the_interval_is_that_of_a_loop_over_resamples() -> None:
     b = a + rng.normal(size=a.shape)
     found = agreement(a, b, draws=300, seed=9)
     drawn = np.random.default_rng(9).integers(0, 25, size=(300, 25))
-    sample = [
-        np.mean([spearmanr(a[rows, c], b[rows, c]).statistic for c in range(2)]) for rows in drawn
-    ]
+    sample = [np.mean([spearman(a[rows, c], b[rows, c]) for c in range(2)]) for rows in drawn]
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(sample, [0.025, 0.975])))
 
 
@@ -104,9 +111,7 @@ def test_reliability_is_that_of_another_mean_of_as_many_seeds() -> None:
     found = reliability(values)
     assert found == pytest.approx(0.75, abs=0.03)
     again = values - values.mean(axis=1, keepdims=True)
-    pairs = [
-        spearmanr(again[i], again[j]).statistic for i, j in itertools.combinations(range(3), 2)
-    ]
+    pairs = [spearman(again[i], again[j]) for i, j in itertools.combinations(range(3), 2)]
     r = np.mean(pairs)
     assert found == pytest.approx(3 * r / (1 + 2 * r))
     assert reliability(values[:1]) is None
@@ -139,3 +144,20 @@ def test_left_out_weights_leave_out_one_row() -> None:
     weights = left_out_weights(5, 3)
     assert weights[[0, 1, 2, 4]].tolist() == [1, 1, 1, 1]
     assert 0 < weights[3] < 1e-10, "a weight of 0 would take the row, and its place, away"
+
+
+def test_rows_without_a_score_count_with_the_mean() -> None:
+    scores = np.array([[1.0, 4], [np.nan, 6], [3, np.nan], [5, 8]])
+    found, missing = filled(scores)
+    assert missing == 2
+    assert found.tolist() == [[1, 4], [3, 6], [3, 6], [5, 8]]
+    with pytest.raises(ValueError, match="not one row"):
+        filled(np.full((3, 1), np.nan))
+
+
+def test_mean_rank_weighs_targets_of_any_scale_alike() -> None:
+    scores = np.array([[1.0, 300], [2, 100], [np.nan, 50], [3, 200]])
+    found = mean_rank(scores)
+    assert np.isnan(found[2])
+    # Ranks 1, 2, 3 of the first and 4, 2, 3 of the second column.
+    assert found[[0, 1, 3]].tolist() == [2.5, 2.0, 3.0]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from in2core_runs import Cut, cut_after
+from retraining_oracle import trained_by_hand
 from tiny_run import Setup, shards_in, tiny_config
 
 from influence.cache import Cache
@@ -19,7 +20,6 @@ from influence.candidates import read_examples
 from influence.config import Config
 from influence.config_retraining import HeldOutTest
 from influence.evaluations.own_run import OwnReduce, load_catalogue
-from influence.finetune import adapted, finetune
 from influence.finetune_job import settings_of
 from influence.held_out import row_losses
 from influence.job import Job
@@ -83,33 +83,15 @@ def made(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Ready:
     return ready(setup, tmp_path_factory.mktemp("made") / "run")
 
 
-def by_hand(made: Ready, training: Training, folder: Path) -> dict[str, list[float]]:
-    """A fresh model, `finetune` on the rows read one by one, `row_losses`."""
-    config = made.config
-    model = load_replica(config.model, "float32", "cpu").model
-    encode = make_encoder(load_tokenizer(config.model), config.data.max_length)
-    pool = [row for f in made.job.files for row in encode(read_examples(f, 0, f.rows - 1))]
-    tests = {
-        name: [row for f in test.files for row in encode(read_examples(f, 0, f.rows - 1))]
-        for name, test in made.tests.items()
-    }
-    settings = replace(settings_of(config), seed=training.seed)
-    rows = TrainingRows.of([pool[i] for i in training.rows], training.weights)
-    finetune(model, rows, {}, settings, str(folder / "adapter"))
-    with adapted(model, settings, str(folder / "adapter")):
-        model.eval()
-        return {
-            name: row_losses(model, each, settings.token_budget) for name, each in tests.items()
-        }
-
-
 @pytest.mark.parametrize("weights", [None, [1.0, 2, 0.5, 1, 3, 1, 1]])
 def test_a_unit_gives_the_losses_of_a_training_by_hand(
     made: Ready, tmp_path: Path, weights: list[float] | None
 ) -> None:
     training = Training(ROWS, None if weights is None else np.array(weights), seed=5)
     found = made.losses([training])
-    for name, losses in by_hand(made, training, tmp_path).items():
+    tests = {name: test.files for name, test in made.tests.items()}
+    expected = trained_by_hand(made.config, made.job.files, tests, training, tmp_path)
+    for name, losses in expected.items():
         assert found[name][0].tolist() == losses, f"{name}: other rows, order, weights or seed"
 
 

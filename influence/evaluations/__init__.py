@@ -12,6 +12,8 @@ from influence.evaluations import (
     downstream,
     exact_inverse,
     group_influence,
+    lds,
+    leave_one_out,
     reductions,
 )
 from influence.evaluations.kind import Evaluation, ResultTable
@@ -23,5 +25,7 @@ EVALUATIONS: Mapping[str, Evaluation] = {
     "group_influence": group_influence.EVALUATION,
     "reductions": reductions.EVALUATION,
     "exact_inverse": exact_inverse.EVALUATION,
+    "lds": lds.EVALUATION,
+    "leave_one_out": leave_one_out.EVALUATION,
     "downstream": downstream.EVALUATION,
 }

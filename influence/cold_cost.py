@@ -76,7 +76,7 @@ def cold_cost(job: Job, reduce: Any) -> ColdCost:
     price = MissingWork(job, reduce, shape, 1).price
     stages = {}
     for name, record in manifest.stages.items():
-        units = list({unit.key: unit for unit in job.log.begun.get(name, ())}.values())
+        units = job.log.units_without_cache(name)
         if name in TRAINED:
             stages[name] = _training(job, reduce, name)
         elif name == "catalogue":

@@ -84,11 +84,25 @@ def use_of(named: str, cache: str) -> Use:
     # says.
     by_record = config.layers == "auto" or config.weights.order == 2
     runs = [named] if is_run else [config.run] * by_record
-    for run in [*runs, *(settings.run for settings in evaluated if by_record)]:
+    runs += [settings.run for settings in evaluated if by_record]
+    runs += _made_by(config)
+    for run in runs:
         recorded = read_manifest(run)
         if recorded is not None:
             places = {**_recorded(recorded), **places}
     return Use(named, named if is_run else config.run, config.cache_url, places)
+
+
+def _made_by(config: Config) -> list[str]:
+    """The runs of evaluations that make select runs of their own, and those runs."""
+    folders = [
+        storage.join(config.run, "evaluations", name)
+        for name, evaluation in EVALUATIONS.items()
+        if evaluation.as_written and getattr(config.evaluation, name) is not None
+    ]
+    listed = [info.url for folder in folders for info in storage.list_objects(folder)]
+    end = "/manifest.json"
+    return [url.removesuffix(end) for url in listed if url.endswith(end)]
 
 
 def recorded_use(run: str) -> Use:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from influence.config_downstream import DownstreamConfig
 from influence.config_retraining import LdsConfig, LeaveOneOutConfig
 from influence.config_section import PositiveInt, Section
 
@@ -43,4 +44,5 @@ class EvaluationConfig(Section):
     exact_inverse: ExactInverseConfig | None = None
     lds: LdsConfig | None = None
     leave_one_out: LeaveOneOutConfig | None = None
-    seeds: PositiveInt = 3
+    downstream: DownstreamConfig | None = None
+    seeds: PositiveInt = Field(3, description="trainings of each selection")

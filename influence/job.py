@@ -24,8 +24,16 @@ from influence.units import Bundle, Unit, bundled
 from influence.watch import Watch
 from influence.worker import UnitResult
 
-SelectRun = Callable[[Config], Any]
-"""Makes a select run of another config: its folder, its stages, workers of its own."""
+
+class SelectRun(Protocol):
+    """Makes a select run of another config: its folder, its stages, workers of its own.
+
+    `after` is called with its job and its reducer once the selection is written.
+    """
+
+    def __call__(
+        self, config: Config, *, after: Callable[[Job, Any], None] = ...
+    ) -> dict[str, Any]: ...
 
 
 class Execute(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -27,8 +27,16 @@ from influence.run_log import RunLog
 from influence.transfer import compare_models
 
 
-def run_select(config: Config, *, replace: bool = False, quiet: bool = False) -> dict[str, Any]:
+def run_select(
+    config: Config,
+    *,
+    replace: bool = False,
+    quiet: bool = False,
+    after: Callable[[Job, Any], None] = lambda job, reduce: None,
+) -> dict[str, Any]:
     """Select in this process and write the report; returns the reducer's summary.
+
+    `after` is called with the job and its reducer once the selection is written.
 
     Raises:
         InputError: among others, `replicas.num_gpus` above 0 and no CUDA device here.
@@ -47,7 +55,9 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
         config, own = make_training(config, progress, log, train_here)
         job = prepare(config, progress, log, own)
         job.replicas = 1
-        summary = select(job, local_execute(config, job.watch), Reducer(config))
+        reduce = Reducer(config)
+        summary = select(job, local_execute(config, job.watch), reduce)
+        after(job, reduce)
         lease.check()
         compare_models(given, job.files, progress, partial(run_select, **nested), train_here)
         summary["report"] = build_report(config.run)

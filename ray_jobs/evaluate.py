@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,9 +33,11 @@ def _workers(job: Job, evaluation: Evaluation) -> Iterator[tuple[Execute, Any, S
     job.watch.others.append(metrics)
     pool = replica_pool(job)
 
-    def select_run(config: Config) -> dict[str, Any]:
+    def select_run(
+        config: Config, *, after: Callable[[Job, Any], None] = lambda job, reduce: None
+    ) -> dict[str, Any]:
         pool.close()  # idle replicas would keep what those of the run wait for
-        return run_select(config, replace=True, quiet=True)
+        return run_select(config, replace=True, quiet=True, after=after)
 
     try:
         yield pool, RemoteReducer(job.config, pool.rest, evaluation.reducer), select_run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,8 +35,16 @@ from ray_jobs.replica_actor import replica_factory
 from ray_jobs.session import ray_session
 
 
-def run_select(config: Config, *, replace: bool = False, quiet: bool = False) -> dict[str, Any]:
+def run_select(
+    config: Config,
+    *,
+    replace: bool = False,
+    quiet: bool = False,
+    after: Callable[[Job, Any], None] = lambda job, reduce: None,
+) -> dict[str, Any]:
     """Select on Ray and write the report; returns the reducer's summary.
+
+    `after` is called with the job and its reducer once the selection is written.
 
     Raises:
         InfluenceError: see `influence.errors` for the kinds and their exit codes.
@@ -55,7 +64,9 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
             job.watch.others.append(metrics)
             pool = replica_pool(job)
             try:
-                summary = select(job, pool, RemoteReducer(config, pool.rest))
+                reduce = RemoteReducer(config, pool.rest)
+                summary = select(job, pool, reduce)
+                after(job, reduce)
             finally:
                 pool.close()
                 metrics.replicas(0, 0)

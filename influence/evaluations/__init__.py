@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from influence.evaluations import (
     class_detection,
+    downstream,
     exact_inverse,
     group_influence,
     lds,
@@ -26,4 +27,5 @@ EVALUATIONS: Mapping[str, Evaluation] = {
     "exact_inverse": exact_inverse.EVALUATION,
     "lds": lds.EVALUATION,
     "leave_one_out": leave_one_out.EVALUATION,
+    "downstream": downstream.EVALUATION,
 }

@@ -11,6 +11,8 @@ from torch import Tensor
 from influence import cost, history, stages
 from influence.batching import Batch, make_batches
 from influence.config import Config
+from influence.embedding_kind import named
+from influence.embedding_plan import dearest
 from influence.errors import InputError
 from influence.fingerprints import stage_fingerprints
 from influence.hub import resolve_revision
@@ -50,6 +52,9 @@ def measure_speeds(config: Config, count: int) -> Measured:
 
 def _measured(config: Config, count: int) -> Measured:
     rows, begun = spread_rows(config, count), time.monotonic()
+    shape = model_shape(config)
+    if config.embedding.kind == "auto":
+        config = named(config, dearest(config, shape))
     device = choose_device(config.model.device, config.replicas.num_gpus)
     if device == "cpu":
         torch.set_num_threads(config.replicas.num_cpus)
@@ -57,7 +62,7 @@ def _measured(config: Config, count: int) -> Measured:
     tools = Toolbox(load_replica(config.model, dtype, device), stage_settings(config))
     measured = Measured(source=SOURCE, finished=history.now(), replica=kind_of(config))
     prints = stage_fingerprints(config, template_fingerprint(load_tokenizer(config.model)))
-    shape, budget = model_shape(config), config.replicas.token_budget
+    budget = config.replicas.token_budget
     seconds = {}
     for name, compute in stage_runners(config, tools).items():
         tools.set_up(name)

@@ -16,6 +16,7 @@ from influence.cache import Cache
 from influence.candidates import SourceFile, scan_files
 from influence.config import Config
 from influence.curvature_stages import second_order
+from influence.embedding_choice import choose_embedding
 from influence.errors import InputError
 from influence.exact_work import exact_units, further_units
 from influence.fingerprints import stage_fingerprints
@@ -154,8 +155,11 @@ def influence_distillation(job: Job, reduce: Any) -> None:
     """Exact gradients for landmarks and targets, embeddings for all, a regression between them."""
     chosen = job.chosen if job.chosen is not None else reduce.choose_landmarks()
     exact = exact_units(job, reduce, chosen)
+    waiting = exact.all
+    if job.config.embedding.kind == "auto":
+        waiting = choose_embedding(job, reduce, exact, chosen)
     embedding = embedding_units(job)
-    run_units(job, [*exact.all, *embedding])
+    run_units(job, [*waiting, *embedding])
     if job.config.landmarks.choose == "certified":
         _rounds(job, reduce, embedding, exact)
         return

@@ -13,6 +13,7 @@ from typing import Any
 
 from influence import cost, shard_bytes
 from influence.certified import MAX_INDUCING, rounds_at_most
+from influence.embedding_plan import plan_embedding
 from influence.exact_work import Chosen, ExactWork, plan_exact
 from influence.in2core import vector_width
 from influence.in2core_work import curvature_work, together
@@ -89,6 +90,11 @@ class _Planner:
     def influence_distillation(self) -> None:
         job, config = self.job, self.job.config
         chosen = self.work.chosen = self.missing.reduce.choose_landmarks()
+        if config.embedding.kind == "auto":
+            pilot, note = plan_embedding(self.missing, chosen)
+            self.work.notes.append(note)
+            self.add(pilot)
+            job = self.job
         landmarks = sum(len(rows) for _file, rows in chosen)
         gradients = self.gradients(chosen)
         embedding = self.missing.stage("embedding", embedding_units(job))

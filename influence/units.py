@@ -29,6 +29,7 @@ class Unit:
         group_by: the column that holds a target row's group.
         needs: keys of shards that this unit reads (target vectors).
         beside: rows of further files that count with it; only the fingerprint tells of them.
+        embedding: `influence.embedding_kind.EmbeddingKind`, where it is not the config's own.
     """
 
     stage: str
@@ -40,6 +41,7 @@ class Unit:
     group_by: str | None = None
     needs: tuple[str, ...] = ()
     beside: tuple[tuple[SourceFile, tuple[int, ...]], ...] = ()
+    embedding: tuple[str, int, int, str, int] | None = None
 
     @property
     def key(self) -> str:

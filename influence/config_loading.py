@@ -26,7 +26,6 @@ from influence.errors import InputError
 # Key -> the values whose code is part of this version.
 BUILT: dict[str, tuple[object, ...]] = {
     "method": ("influence_distillation", "in2core", "exact", "rds", "random"),
-    "embedding.kind": ("jvp", "hidden", "rds", "auto"),
     "landmarks.choose": ("certified", "uniform", "stratified"),
 }
 # Sections and fields that no code reads yet: any value but the default would change nothing.

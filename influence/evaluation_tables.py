@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 from rich.table import Table
@@ -12,7 +12,12 @@ from rich.text import Text
 
 from influence import storage
 from influence.errors import InputError
-from influence.evaluations import EVALUATIONS, ResultTable
+from influence.evaluations import EVALUATIONS, Evaluation, ResultTable
+
+if TYPE_CHECKING:
+    from influence.plots import Plot
+
+Shown = TypeVar("Shown")
 
 FILE = "evaluation.json"
 
@@ -43,22 +48,37 @@ def parse_evaluation(run: str, data: bytes) -> dict[str, Any]:
 
 
 def result_tables(run: str, found: Mapping[str, Any]) -> list[ResultTable]:
-    """The results of `read_evaluation` as they are shown.
+    """The results of `read_evaluation` as tables.
 
     Raises:
         InputError: a result that this version did not write.
     """
-    tables = []
+    return _each(run, found, lambda evaluation, document: evaluation.table(document))
+
+
+def result_figures(run: str, found: Mapping[str, Any]) -> list[tuple[ResultTable, Sequence[Plot]]]:
+    """The same with the figures of each, which may be none.
+
+    Raises:
+        InputError: a result that this version did not write.
+    """
+    return _each(run, found, lambda kind, document: (kind.table(document), kind.plots(document)))
+
+
+def _each(
+    run: str, found: Mapping[str, Any], show: Callable[[Evaluation, dict[str, Any]], Shown]
+) -> list[Shown]:
+    shown = []
     for name, document in found.items():
         if name not in EVALUATIONS:
             continue
         try:
-            tables.append(EVALUATIONS[name].table(document))
+            shown.append(show(EVALUATIONS[name], document))
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, (name, *first["loc"])))
             raise _unreadable(run, f"{place}: {first['msg']}") from None
-    return tables
+    return shown
 
 
 def _unreadable(run: str, what: str) -> InputError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ BINS = 60
 # Stand-ins that the page's style sheet gives a value to, for a light and a dark page.
 _INK, _POOL, _CHOSEN = "#010203", "#010204", "#010205"
 _THEME = {_INK: "currentColor", _POOL: "var(--pool)", _CHOSEN: "var(--chosen)"}
+#: The same for who draws with `drawn`: lines and text, what is compared with, what it is about.
+INK, POOL, CHOSEN = _INK, _POOL, _CHOSEN
 # Pictures cannot follow the style sheet: one blue that reads on both grounds.
 _CLOUD = "#4586de"
 _DENSITY = LinearSegmentedColormap.from_list("density", [f"{_CLOUD}38", f"{_CLOUD}ff"])
@@ -222,6 +224,19 @@ def weight_histogram(weights: Float[np.ndarray, "k"], alt: str) -> Plot | None:
         axes.yaxis.set_major_formatter(FuncFormatter(_count))
         axes.set_xlabel("weight (mean 1)")
         axes.set_ylabel("selected rows")
+        return _plot(figure, alt)
+
+
+def drawn(draw: Callable[[Axes], None], alt: str, *, height: float = 3.0) -> Plot:
+    """A figure that the caller draws, in the style of the others: 4.2 inches by `height`.
+
+    `draw` gets the axes. Lines and points in INK, POOL or CHOSEN follow the page, light or dark; in
+    other colours they stay as they are. `alt` says what there is to see, and is its caption; no
+    text of the pool belongs into the figure, as it may be read as markup of mathematics ($).
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(height)
+        draw(axes)
         return _plot(figure, alt)
 
 

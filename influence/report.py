@@ -160,13 +160,13 @@ def context(run: RunData) -> dict[str, Any]:
 
 
 def evaluations(run: RunData) -> list[Any]:
-    """The tables of what `influence evaluate` measured."""
+    """(table, figures) of everything that `influence evaluate` measured."""
     if run.evaluation is None:
         return []
     # It brings the jobs' own modules along, torch among them.
-    from influence.evaluation_tables import parse_evaluation, result_tables
+    from influence.evaluation_tables import parse_evaluation, result_figures
 
-    return result_tables(run.url, parse_evaluation(run.url, run.evaluation))
+    return result_figures(run.url, parse_evaluation(run.url, run.evaluation))
 
 
 def failed_shards(run: RunData) -> list[tuple[str, FailedShard]]:

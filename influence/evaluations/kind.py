@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from influence.config import Config
 from influence.job import Job
+
+if TYPE_CHECKING:
+    from influence.plots import Plot
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,11 @@ class ResultTable:
     caption: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+
+def no_plots(document: dict[str, Any]) -> Sequence[Plot]:
+    """What an evaluation shows beside its table unless it says otherwise: nothing."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,9 @@ class Evaluation:
         reducer: makes what holds the run's arrays, like `influence.reducer.Reducer`.
         run: takes the job, that reducer and the inputs; returns the document for evaluation.json.
         table: that document as it is shown; raises pydantic's ValidationError if it is none.
+        plots: figures of the same document for the report, below the table; each one's `alt` is
+            its caption. `influence.plots.drawn` makes one. Import it where it is called: it brings
+            matplotlib along, which the replicas do without.
     """
 
     settings: Callable[[Config], Config]
@@ -39,3 +50,4 @@ class Evaluation:
     reducer: Callable[[Config], Any]
     run: Callable[[Job, Any, Any], dict[str, Any]]
     table: Callable[[dict[str, Any]], ResultTable]
+    plots: Callable[[dict[str, Any]], Sequence[Plot]] = no_plots

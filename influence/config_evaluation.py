@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from influence.config_fidelity import FidelityConfig
 from influence.config_section import PositiveInt, Section
 
 
@@ -40,4 +41,5 @@ class EvaluationConfig(Section):
     group_influence: GroupInfluenceConfig | None = None
     reductions: ReductionsConfig | None = None
     exact_inverse: ExactInverseConfig | None = None
+    fidelity: FidelityConfig | None = None
     seeds: PositiveInt = 3

@@ -15,7 +15,7 @@ from influence.embedding_choice import (
     recorded_choice,
     take_embedding,
 )
-from influence.embedding_kind import EmbeddingKind, embedding_fingerprint, named
+from influence.embedding_kind import EmbeddingKind, embedding_fingerprint, kind_of, named
 from influence.exact_work import Chosen
 from influence.fingerprints import Fingerprint
 from influence.job import Job
@@ -37,9 +37,12 @@ def dearest(config: Config, shape: ModelShape, load: Load = _ROW) -> EmbeddingKi
 def considered_embeddings(job: Job) -> list[Fingerprint]:
     """Of every embedding that a run of this job may read or make, beside its config's own."""
     config, whole = job.config, job.fingerprints.get("embedding")
-    if whole is None or config.embedding.kind != "auto":
+    compared = config.evaluation.fidelity if config.method == "exact" else None
+    if whole is None or (config.embedding.kind != "auto" and compared is None):
         return []
     kinds = kinds_to_choose(config, model_shape(config).blocks)
+    if compared is not None and compared.embeddings is not None:
+        kinds = [kind_of(section) for section in compared.embeddings]
     return [embedding_fingerprint(whole, config, kind) for kind in kinds]
 
 

@@ -86,7 +86,7 @@ def judge_embeddings(
         )
         others = np.setdiff1d(rows[pool.scorable[rows]], known)
         X = read_embeddings(cache, units, pool, np.concatenate([known, others]), lengths=lengths)
-        usable = np.isfinite(X).all(axis=1)
+        usable = np.asarray(np.isfinite(X).all(axis=1))
         first, rest = usable[: len(known)], usable[len(known) :]
         if first.sum() < 4:
             raise InputError(

@@ -163,9 +163,11 @@ def play(
     stated, truth = claim.selection, rule(Y).order
     assert rounds.selected is not None
     found = float(np.isin(truth, rounds.selected.selection.order).mean())
-    values = [np.nan if v is None else v for v in (stated.expected, stated.low, stated.high)]
-    exact = int(rounds.exact.sum())
-    return Played(found, *values, stated.audit_low, exact, len(claim.rounds))
+    assert stated.expected is not None
+    assert stated.low is not None
+    assert stated.high is not None
+    limits = (stated.expected, stated.low, stated.high)
+    return Played(found, *limits, stated.audit_low, int(rounds.exact.sum()), len(claim.rounds))
 
 
 def play_settings(n: int, recall: float, kernel: str, damping: float, seed: int) -> Settings:

@@ -1,4 +1,4 @@
-"""`embedding.kind: auto`: the choice against loops, and the run against one that names the choice."""
+"""`embedding.kind: auto`: the choice against loops, and against a run that names it."""
 
 from __future__ import annotations
 

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from influence.evaluations import class_detection, exact_inverse, group_influence, reductions
+from influence.evaluations import (
+    class_detection,
+    exact_inverse,
+    fidelity,
+    group_influence,
+    reductions,
+)
 from influence.evaluations.kind import Evaluation, ResultTable
 
 __all__ = ["EVALUATIONS", "Evaluation", "ResultTable"]
@@ -17,4 +23,5 @@ EVALUATIONS: Mapping[str, Evaluation] = {
     "group_influence": group_influence.EVALUATION,
     "reductions": reductions.EVALUATION,
     "exact_inverse": exact_inverse.EVALUATION,
+    "fidelity": fidelity.EVALUATION,
 }

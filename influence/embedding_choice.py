@@ -64,7 +64,7 @@ def choose_embedding(job: Job, reduce: Any, exact: ExactUnits, chosen: Chosen) -
         _apart(job)
         with timed(job, PILOT, quiet=True):
             judged = reduce.judge_embeddings(exact, pilots)
-            found = _choice(
+            found = priced_choice(
                 job.config,
                 shape,
                 reduce.pool_load(),
@@ -153,7 +153,7 @@ def gradient_flops(config: Config, shape: ModelShape, load: Load, columns: int) 
     return cost.STAGES[stage](config, shape, replace(load, products=load.rows * columns))
 
 
-def _choice(
+def priced_choice(
     config: Config,
     shape: ModelShape,
     load: Load,

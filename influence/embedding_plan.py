@@ -9,6 +9,7 @@ from influence import history
 from influence.config import Config
 from influence.embedding_choice import (
     PILOT,
+    choice_lines,
     embedding_flops,
     kinds_to_choose,
     pilot_units,
@@ -46,8 +47,8 @@ def considered_embeddings(job: Job) -> list[Fingerprint]:
     return [embedding_fingerprint(whole, config, kind) for kind in kinds]
 
 
-def plan_embedding(missing: MissingWork, chosen: Chosen) -> tuple[StageWork, str]:
-    """The pilot's work, and a note; `missing` counts with the chosen embedding from here on.
+def plan_embedding(missing: MissingWork, chosen: Chosen) -> tuple[StageWork | None, list[str]]:
+    """The pilot's work (None: it is done), and notes; `missing` counts with the chosen embedding from here on.
 
     Where a run has chosen before, its choice counts. Else the dearest embedding does, and in the
     bill the pilot stands without its operations, which are of several kinds.
@@ -57,8 +58,8 @@ def plan_embedding(missing: MissingWork, chosen: Chosen) -> tuple[StageWork, str
     missing.job = replace(job)  # a copy: the run itself is still to choose
     if found is not None:
         take_embedding(missing.job, found)
-        note = f"embedding: auto: {found.chosen}, which a pilot in this cache has chosen"
-        return StageWork(PILOT, Quantities(), fingerprint=job.fingerprints["embedding"]), note
+        said = [line.strip() for line in choice_lines(found)]
+        return None, [f"{said[0]}; a pilot on this cache has chosen it", *said[1:]]
     kinds = kinds_to_choose(job.config, shape.blocks)
     pilots = pilot_units(job, kinds, chosen, missing.reduce.choose_pilot())
     stages = []
@@ -72,7 +73,7 @@ def plan_embedding(missing: MissingWork, chosen: Chosen) -> tuple[StageWork, str
         f"embedding: auto: no pilot was run yet; counted with {most.label}, the dearest of "
         f"{len(kinds)}"
     )
-    return _together(stages), note
+    return _together(stages), [note]
 
 
 def _as_named(job: Job, kind: EmbeddingKind) -> Job:

@@ -91,9 +91,10 @@ class _Planner:
         job, config = self.job, self.job.config
         chosen = self.work.chosen = self.missing.reduce.choose_landmarks()
         if config.embedding.kind == "auto":
-            pilot, note = plan_embedding(self.missing, chosen)
-            self.work.notes.append(note)
-            self.add(pilot)
+            pilot, notes = plan_embedding(self.missing, chosen)
+            self.work.notes += notes
+            if pilot is not None:
+                self.add(pilot)
             job = self.job
         landmarks = sum(len(rows) for _file, rows in chosen)
         gradients = self.gradients(chosen)

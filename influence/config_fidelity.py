@@ -31,5 +31,6 @@ class FidelityConfig(Section):
         "star", description="star: one thing changed at a time, from the config's own; full: all"
     )
     recalls: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
-        [0.8, 0.9, 0.95], description="what certified rounds are asked for, with every embedding"
+        [0.8, 0.9, 0.95],
+        description="what certified rounds are asked for, beside landmarks.recall; []: none",
     )

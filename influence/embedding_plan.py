@@ -48,10 +48,11 @@ def considered_embeddings(job: Job) -> list[Fingerprint]:
 
 
 def plan_embedding(missing: MissingWork, chosen: Chosen) -> tuple[StageWork | None, list[str]]:
-    """The pilot's work (None: it is done), and notes; `missing` counts with the chosen embedding from here on.
+    """The pilot's work (None: it is done), and notes.
 
-    Where a run has chosen before, its choice counts. Else the dearest embedding does, and in the
-    bill the pilot stands without its operations, which are of several kinds.
+    `missing` counts with the chosen embedding from here on. Where a run has chosen before, its
+    choice counts. Else the dearest embedding does, and in the bill the pilot stands without its
+    operations, which are of several kinds.
     """
     job, shape = missing.job, missing.shape
     found = recorded_choice(job.config.cache_url, job.asked or history.decision_digest(job))

@@ -133,9 +133,15 @@ def test_the_grid_is_a_star_around_the_configs_own_setting(evaluated: Config) ->
 
 def test_certified_rounds_say_what_they_found_and_took(evaluated: Config) -> None:
     found = result_of(evaluated)
-    assert len(found["certified"]) == 3
+    asked = [(each["embedding"], each["asked"], each["draws"]) for each in found["certified"]]
+    own = "jvp, 2 blocks, 2 rank1 tangents"
+    assert asked == [
+        (own, 0.6, DRAWS),
+        (own, 0.95, DRAWS),
+        ("hidden, 1 block", 0.95, 1),
+        ("rds", 0.95, 1),
+    ]
     for each in found["certified"]:
-        assert each["asked"] == 0.6
         assert 0 < each["exact"]["mean"] <= N_SCORED
         assert each["exact_share"] == pytest.approx(each["exact"]["mean"] / N_SCORED)
         if each["exact"]["least"] == N_SCORED:
@@ -173,7 +179,7 @@ def test_report_and_terminal_show_it(evaluated: Config) -> None:
     assert len(figures) == 3
     page = Path(build_report(evaluated.run)).read_text()
     assert "Fidelity of predicted scores" in page
-    assert "certified for 0.6: hidden, 1 block" in page
+    assert "certified for 0.95: hidden, 1 block" in page
 
 
 def test_a_pilot_takes_only_its_rows(setup: Setup, run: Runner, tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ def run(job: Job, reduce: Any, _: None) -> dict[str, Any]:
             job.progress.note(f"{kind.label}: {len(mine)} settings, {section.repeats} draws ...")
             trials = reduce.measure(units, mine, section.repeats)
             figures |= dict(zip(mine, trials, strict=True))
-            for recall in section.recalls:
-                played = reduce.play(units, recall, section.repeats)
+            for recall, draws in rounds_of(job.config, section, own=place == 0):
+                played = reduce.play(units, recall, draws)
                 certified.append(certified_figures(kind.label, recall, played, truth["pilot"]))
     about = About(
         **truth,
@@ -183,6 +183,20 @@ def grid_of(
     full = section.design == "full"
     grid = settings_of(center, embeddings, counts, section.kernels, section.damping, full=full)
     return grid, sorted({count for count in section.landmarks if count > most})
+
+
+def rounds_of(config: Config, section: FidelityConfig, *, own: bool) -> list[tuple[float, int]]:
+    """(recall, draws) of the certified rounds with one embedding; they take longer than the rest.
+
+    A star has all recalls for the config's own embedding, and for the others the config's recall,
+    once.
+    """
+    if not section.recalls:
+        return []
+    recalls = sorted({*section.recalls, config.landmarks.recall})
+    if own or section.design == "full":
+        return [(recall, section.repeats) for recall in recalls]
+    return [(config.landmarks.recall, 1)]
 
 
 def embedding_units(job: Job, kind: EmbeddingKind, chosen: Chosen | None) -> list[Unit]:

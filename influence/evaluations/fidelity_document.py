@@ -74,6 +74,7 @@ class Certified(BaseModel):
 
     embedding: str
     asked: float
+    draws: int
     recall: Figure
     stated: Figure
     low: Figure
@@ -192,6 +193,7 @@ def certified_figures(label: str, asked: float, played: Sequence[Played], rows: 
     return Certified(
         embedding=label,
         asked=asked,
+        draws=len(played),
         recall=figure([each.recall for each in played]),
         stated=figure([each.expected for each in played]),
         low=figure([each.low for each in played]),

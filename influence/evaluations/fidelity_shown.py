@@ -65,7 +65,8 @@ def _caption(found: Fidelity) -> str:
         "landmarks alone, with the mean limits of its intervals; held: how often both truths lay "
         "in them. The first line has the config's own settings, the others of the star what is "
         "named instead. Certified: true recall of the selection, what was stated with the lower "
-        "limit, how often the truth was not below that, and the exact scores that it took; their "
+        "limit, how often the truth was not below that, and the exact scores that it took (of "
+        "other embeddings than the config's one draw); their "
         "operations are for the same part of the pool as of these rows."
     )
     if about.left_out:

@@ -169,7 +169,7 @@ def priced_choice(
         options.append(
             EmbeddingOption(
                 label=kind.label,
-                settings=tuple(kind),
+                settings=(kind.kind, kind.blocks, kind.tangents, kind.tangent, kind.dim),
                 width=found.width,
                 flops=flops,
                 spearman=found.spearman,

@@ -16,6 +16,7 @@ from influence.features import make_features
 from influence.kernels import bandwidth_of
 from influence.membership import exceeding
 from influence.posterior import (
+    Belief,
     Posterior,
     believe,
     calibrate,
@@ -120,9 +121,9 @@ def look(
     calibration, loo = calibrate(left_out), Y - left_out.residuals
     rows = min(len(Y), max(1, round(share * len(Y))))
     tau = head_thresholds(Y @ decides, rows, shared=shared)
-    beliefs = [(loo, left_out.variance)]
+    beliefs = [Belief(loo, left_out.variance)]
     if len(others):
-        beliefs.append(tuple(believe(posterior, others)))
+        beliefs.append(believe(posterior, others))
     probability = np.concatenate(
         [exceeding(mean, variance, calibration, decides, tau) for mean, variance in beliefs]
     )

@@ -241,7 +241,7 @@ def test_rows_to_look_at_are_those_of_refits_without_each_landmark(
         cross = KERNELS[kernel](X[known], x[None], width)[:, 0]
         mean = centre + cross @ np.linalg.solve(inner, Y[known] - centre)
         own = float(diagonal(kernel, x[None])[0])
-        return mean, own - cross @ np.linalg.solve(inner, cross) + ridge
+        return mean, float(own - cross @ np.linalg.solve(inner, cross) + ridge)
 
     everything = list(range(30))
     left_out = [believed([j for j in everything if j != i], X[i]) for i in everything]

@@ -8,8 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
-from tiny_run import N_SCORED, Runner, Setup, manifest_of, score_column, shards_in, tiny_config
+from run_fixture import spearman as spearman_of
+from tiny_run import (
+    N_SCORED,
+    Runner,
+    Setup,
+    manifest_of,
+    score_column,
+    shards_in,
+    tiny_config,
+    write_config,
+)
 
 from influence import landmarks
 from influence.cache_use import use_of
@@ -93,7 +102,7 @@ def test_a_setting_is_the_regression_on_its_own_rows(evaluated: Config) -> None:
             model = landmarks.fit(X[chosen], y[chosen, None], kernel="laplace", damping=0.01)
             predicted = landmarks.predict(model, X)[:, 0]
             rest = [row for row in range(len(y)) if row not in set(chosen.tolist())]
-            spearman.append(float(spearmanr(predicted[rest], y[rest]).statistic))
+            spearman.append(spearman_of(predicted[rest], y[rest]))
             predicted[chosen] = y[chosen]
             best = [set(np.argsort(-v, kind="stable")[:top].tolist()) for v in (predicted, y)]
             recall.append(len(best[0] & best[1]) / top)
@@ -163,8 +172,6 @@ def test_gradients_are_the_runs_own_and_a_second_time_nothing_is_computed(
 
 
 def test_a_prune_keeps_every_embedding_that_was_compared(evaluated: Config, tmp_path: Path) -> None:
-    from tiny_run import write_config
-
     use = use_of(write_config(tmp_path / "config.yaml", evaluated), evaluated.cache_url)
     made = {tuple(key.split("/")[:2]) for key in shards_in(evaluated.cache_url)}
     assert made <= set(use.places), "a prune would remove what the grid reads"
@@ -200,13 +207,29 @@ def test_a_pilot_takes_only_its_rows(setup: Setup, run: Runner, tmp_path: Path) 
     assert own.stages["embedding"].load.rows == 30, "the run's own embeddings are not read"
 
 
+def test_of_auto_the_chosen_embedding_is_the_configs_own(setup: Setup, tmp_path: Path) -> None:
+    section = {**FIDELITY, "pilot": 40, "embeddings": None, "recalls": []}
+    choices = [{"kind": "hidden", "blocks": 1}, {"kind": "rds"}]
+    embedding = {"kind": "auto", "pilot": 16, "choices": choices}
+    config = tiny_config(
+        setup, tmp_path / "run", embedding=embedding, evaluation={"fidelity": section}
+    )
+    run_select(config, quiet=True)
+    chosen = manifest_of(config.run).embedding
+    assert chosen is not None
+    run_evaluate(config, quiet=True)
+    found = result_of(config)
+    assert found["settings"][0]["embedding"] == chosen.chosen
+    assert {each["label"] for each in found["embeddings"]} == {"hidden, 1 block", "rds"}
+
+
 def test_rank_correlations_and_recalls_are_those_of_loops() -> None:
     rng = np.random.default_rng(0)
     A, B = (rng.integers(0, 6, (40, 5)).astype(float) for _ in range(2))
     A[:, 4] = 1.0
     found = rank_correlations(A, B)
     for column in range(4):
-        expected = spearmanr(A[:, column], B[:, column]).statistic
+        expected = spearman_of(A[:, column], B[:, column])
         assert found[column] == pytest.approx(expected), "ties are not at their mean rank"
     assert np.isnan(found[4])
     for top in (1, 7, 40):

@@ -12,23 +12,28 @@ from influence.config_section import PositiveInt, Section
 class NamedEmbedding(Section):
     """One embedding; a kind reads what it needs of the other values."""
 
-    kind: Literal["jvp", "hidden", "rds"] = "jvp"
-    blocks: PositiveInt = 4
-    tangents: PositiveInt = 2
-    tangent: Literal["rank1", "dense"] = "rank1"
-    dim: PositiveInt = 4096
+    kind: Literal["jvp", "hidden", "rds"] = Field("jvp", description="as embedding.kind")
+    blocks: PositiveInt = Field(4, description="jvp, hidden: the first so many decoder blocks")
+    tangents: PositiveInt = Field(2, description="jvp: random directions of their parameters")
+    tangent: Literal["rank1", "dense"] = Field("rank1", description="as embedding.tangent")
+    dim: PositiveInt = Field(4096, description="length at most; longer ones are projected")
 
 
 class EmbeddingConfig(Section):
     """The cheap embedding of every candidate."""
 
     kind: Literal["jvp", "hidden", "rds", "auto"] = Field(
-        "jvp", description="auto: the one that a pilot finds to cost least for landmarks.recall"
+        "jvp",
+        description="jvp: forward-mode derivative of the hidden state after the first blocks; "
+        "hidden: that state itself, at the last token; rds: last hidden states, weighted mean; "
+        "auto: the one that a pilot finds to cost least for landmarks.recall",
     )
-    blocks: PositiveInt = 4
-    tangents: PositiveInt = 2
-    tangent: Literal["rank1", "dense"] = "rank1"
-    dim: PositiveInt = 4096
+    blocks: PositiveInt = Field(4, description="jvp, hidden: the first so many decoder blocks")
+    tangents: PositiveInt = Field(2, description="jvp: random directions of their parameters")
+    tangent: Literal["rank1", "dense"] = Field(
+        "rank1", description="jvp: outer products, which cost next to nothing, or dense Gaussians"
+    )
+    dim: PositiveInt = Field(4096, description="length at most; longer ones are projected")
     pilot: Annotated[int, Field(ge=16)] = Field(
         256, description="auto: random candidates that are embedded in every way to choose from"
     )

@@ -41,5 +41,7 @@ class EvaluationConfig(Section):
     group_influence: GroupInfluenceConfig | None = None
     reductions: ReductionsConfig | None = None
     exact_inverse: ExactInverseConfig | None = None
-    fidelity: FidelityConfig | None = None
+    fidelity: FidelityConfig | None = Field(
+        None, description="predicted scores against exact ones, over a grid of settings"
+    )
     seeds: PositiveInt = 3

@@ -25,8 +25,10 @@ class FidelityConfig(Section):
     embeddings: Annotated[list[NamedEmbedding], Field(min_length=1)] | None = Field(
         None, description="beside the config's own; default: those that `auto` chooses from"
     )
-    kernels: list[Kernel] = Field(["laplace", "rbf", "linear", "cosine"])
-    damping: list[PositiveFloat] = Field([0.001, 0.01, 0.1])
+    kernels: list[Kernel] = Field(
+        ["laplace", "rbf", "linear", "cosine"], description="beside landmarks.kernel"
+    )
+    damping: list[PositiveFloat] = Field([0.001, 0.01, 0.1], description="beside landmarks.damping")
     design: Literal["star", "full"] = Field(
         "star", description="star: one thing changed at a time, from the config's own; full: all"
     )

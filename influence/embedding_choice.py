@@ -30,6 +30,7 @@ from influence.exact_work import Chosen
 from influence.job import Job, run_units, timed
 from influence.load import Load
 from influence.model_shape import ModelShape, model_shape
+from influence.pool_units import embedding_units
 from influence.records import to_json
 from influence.report_format import amount, decimal
 from influence.units import ExactUnits, Unit, sparse_units
@@ -45,8 +46,12 @@ def kinds_to_choose(config: Config, blocks: int) -> list[EmbeddingKind]:
     return distinct([kind_of(section) for section in config.embedding.choices])
 
 
-def choose_embedding(job: Job, reduce: Any, exact: ExactUnits, chosen: Chosen) -> Sequence[Unit]:
-    """Decide on the job's embedding, from here on; returns what is still to do of `exact`.
+def choose_embedding(
+    job: Job, reduce: Any, exact: ExactUnits, chosen: Chosen
+) -> tuple[list[Unit], list[Unit]]:
+    """Decide on the job's embedding, from here on.
+
+    Returns what is still to do of `exact`, and the units of all candidates' embeddings.
 
     chosen: the landmarks, of which `exact` holds the exact scores.
 
@@ -75,7 +80,8 @@ def choose_embedding(job: Job, reduce: Any, exact: ExactUnits, chosen: Chosen) -
     take_embedding(job, found)
     job.log.manifest.embedding = found
     job.progress.note("\n".join(choice_lines(found)))
-    return waiting
+    kind = EmbeddingKind(*found.settings)
+    return waiting, [replace(unit, embedding=kind) for unit in embedding_units(job)]
 
 
 def pilot_units(
@@ -109,7 +115,7 @@ def take_embedding(job: Job, choice: EmbeddingChoice) -> None:
     kind = EmbeddingKind(*choice.settings)
     found = embedding_fingerprint(job.fingerprints["embedding"], job.config, kind)
     job.fingerprints = {**job.fingerprints, "embedding": found}
-    job.config, job.embedding = named(job.config, kind), kind
+    job.config = named(job.config, kind)
 
 
 def recorded_choice(cache: str, digest: str) -> EmbeddingChoice | None:

@@ -80,7 +80,7 @@ def plan_embedding(missing: MissingWork, chosen: Chosen) -> tuple[StageWork | No
 def _as_named(job: Job, kind: EmbeddingKind) -> Job:
     print_ = embedding_fingerprint(job.fingerprints["embedding"], job.config, kind)
     prints = {**job.fingerprints, "embedding": print_}
-    return replace(job, config=named(job.config, kind), fingerprints=prints, embedding=kind)
+    return replace(job, config=named(job.config, kind), fingerprints=prints)
 
 
 def _together(stages: list[StageWork]) -> StageWork:

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from influence.cache import Cache
 from influence.candidates import SourceFile
 from influence.config import Config
-from influence.embedding_kind import EmbeddingKind
 from influence.errors import ShardsFailedError
 from influence.fingerprints import Fingerprint
 from influence.model_shape import ModelShape
@@ -48,7 +47,6 @@ class Job:
     `replicas` work at once at most, where that does not follow from the config; `chosen` are the
     first landmarks, or the pilot on which layers are chosen; `asked` is a digest of everything that
     decides what follows from them. `own_training` is one that the job itself makes first.
-    `embedding` is the one that a pilot has chosen.
     """
 
     config: Config
@@ -68,7 +66,6 @@ class Job:
     chosen: Sequence[tuple[SourceFile, Sequence[int]]] | None = None
     asked: str = ""
     own_training: OwnTraining | None = None
-    embedding: EmbeddingKind | None = None
 
 
 def run_units(job: Job, units: Sequence[Unit]) -> None:

@@ -155,10 +155,10 @@ def influence_distillation(job: Job, reduce: Any) -> None:
     """Exact gradients for landmarks and targets, embeddings for all, a regression between them."""
     chosen = job.chosen if job.chosen is not None else reduce.choose_landmarks()
     exact = exact_units(job, reduce, chosen)
-    waiting = exact.all
     if job.config.embedding.kind == "auto":
-        waiting = choose_embedding(job, reduce, exact, chosen)
-    embedding = embedding_units(job)
+        waiting, embedding = choose_embedding(job, reduce, exact, chosen)
+    else:
+        waiting, embedding = exact.all, embedding_units(job)
     run_units(job, [*waiting, *embedding])
     if job.config.landmarks.choose == "certified":
         _rounds(job, reduce, embedding, exact)

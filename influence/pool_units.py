@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from influence.job import Job
 from influence.units import Unit, range_units
 
@@ -24,13 +22,12 @@ def catalogue_units(job: Job) -> tuple[list[Unit], dict[str, list[Unit]]]:
 
 def embedding_units(job: Job) -> list[Unit]:
     """Embeddings of every candidate."""
-    units = range_units(
+    return range_units(
         "embedding",
         job.fingerprints["embedding"].hex,
         job.files,
         job.config.replicas.rows_per_shard,
     )
-    return units if job.embedding is None else [replace(u, embedding=job.embedding) for u in units]
 
 
 def rds_target_units(job: Job) -> dict[str, list[Unit]]:

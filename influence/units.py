@@ -27,9 +27,9 @@ class Unit:
         last: last row, inclusive.
         rows: the rows, when not the whole range; increasing.
         group_by: the column that holds a target row's group.
+        embedding: `influence.embedding_kind.EmbeddingKind`, where it is not the config's own.
         needs: keys of shards that this unit reads (target vectors).
         beside: rows of further files that count with it; only the fingerprint tells of them.
-        embedding: `influence.embedding_kind.EmbeddingKind`, where it is not the config's own.
     """
 
     stage: str
@@ -39,9 +39,9 @@ class Unit:
     last: int
     rows: tuple[int, ...] | None = None
     group_by: str | None = None
+    embedding: tuple[str, int, int, str, int] | None = None
     needs: tuple[str, ...] = ()
     beside: tuple[tuple[SourceFile, tuple[int, ...]], ...] = ()
-    embedding: tuple[str, int, int, str, int] | None = None
 
     @property
     def key(self) -> str:

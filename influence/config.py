@@ -18,6 +18,7 @@ from pydantic import (
 from influence.budget import parse_budget
 from influence.config_baselines import MethodName, PerplexityConfig, SemanticConfig
 from influence.config_defaults import fill_defaults
+from influence.config_embedding import EmbeddingConfig
 from influence.config_evaluation import EvaluationConfig
 from influence.config_finetune import FinetuneConfig, ReferenceConfig, WarmupConfig
 from influence.config_section import PositiveFloat, PositiveInt, Section, Share
@@ -74,16 +75,6 @@ class TargetConfig(Section):
             # `group_by` alone is a request for groups: it says nothing else.
             object.__setattr__(self, "per", "group")
         return self
-
-
-class EmbeddingConfig(Section):
-    """The cheap embedding of every candidate."""
-
-    kind: Literal["jvp", "hidden", "rds", "auto"] = "jvp"
-    blocks: PositiveInt = 4
-    tangents: PositiveInt = 2
-    tangent: Literal["rank1", "dense"] = "rank1"
-    dim: PositiveInt = 4096
 
 
 class GradientsConfig(Section):

@@ -22,10 +22,10 @@ from influence.certified_result import recall_certificate
 from influence.checkpoint_reduce import CheckpointReduce
 from influence.config import Config
 from influence.coverage_reduce import Likeness, coverage_of, likeness_of
+from influence.embedding_reduce import Judged, draw_pilot, judge_embeddings
 from influence.errors import InputError
 from influence.in2core_reduce import InfluenceReduce
 from influence.landmark_reduce import LandmarkReduce, RoundsReduce, RoundStep, draw_landmarks
-from influence.layer_choice import draw_pilot
 from influence.load import Load
 from influence.methods import METHODS
 from influence.pool_counts import pool_counts
@@ -210,8 +210,13 @@ class Reducer:
         return len(self.columns.columns)
 
     def choose_pilot(self) -> list[tuple[SourceFile, list[int]]]:
-        """Draw the rows on which layers are chosen; returns the rows of each file."""
-        return draw_pilot(self.config.seed, self.config.layer_economy.pilot, self._pool)
+        """Draw the rows on which layers or an embedding are chosen: the rows of each file."""
+        return draw_pilot(self.config, self._pool)
+
+    def judge_embeddings(self, exact: ExactUnits, pilots: Sequence[Sequence[Unit]]) -> list[Judged]:
+        """What the landmarks' exact scores say of every embedding of a pilot."""
+        known, where = self._exact_scores(exact), (self.cache, self._pool, self.columns)
+        return judge_embeddings(self.config, *where, self._rule, known, pilots)
 
     def choose_layers(self, pilot: ExactUnits) -> LayerChoice:
         """The layers to keep, by the gradients of the pilot's rows."""

@@ -27,6 +27,7 @@ class Unit:
         last: last row, inclusive.
         rows: the rows, when not the whole range; increasing.
         group_by: the column that holds a target row's group.
+        embedding: `influence.embedding_kind.EmbeddingKind`, where it is not the config's own.
         needs: keys of shards that this unit reads (target vectors).
         beside: rows of further files that count with it; only the fingerprint tells of them.
         checkpoint: folder or URL of the adapter, with the optimiser's state, that the model has for
@@ -40,6 +41,7 @@ class Unit:
     last: int
     rows: tuple[int, ...] | None = None
     group_by: str | None = None
+    embedding: tuple[str, int, int, str, int] | None = None
     needs: tuple[str, ...] = ()
     beside: tuple[tuple[SourceFile, tuple[int, ...]], ...] = ()
     checkpoint: str | None = None

@@ -290,10 +290,10 @@ class Worker:
 
     def _stage(self, bundle: Bundle, tools: Toolbox) -> Callable[[list[Any]], list[Vectors]]:
         """What computes the columns of every unit from batches; all that it needs is set up."""
-        stage = bundle.units[0].stage
-        tools.set_up(stage)
+        stage, embedding = bundle.units[0].stage, bundle.units[0].embedding
+        tools.set_up(stage, embedding)
         if stage == "embedding":
-            return lambda batches: [stages.embed(tools, batches)]
+            return lambda batches: [stages.embed(tools, batches, embedding)]
         if stage in stages.VECTOR_STAGES:
             return lambda batches: [stages.gradient_vectors(tools, batches, stage)]
         if stage == "inner_products":

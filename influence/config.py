@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from influence.budget import parse_budget
+from influence.config_contamination import Contamination, ContaminationConfig
 from influence.config_evaluation import EvaluationConfig
 from influence.config_finetune import FinetuneConfig, ReferenceConfig, WarmupConfig
 from influence.config_section import PositiveFloat, PositiveInt, Section, Share
@@ -292,6 +293,7 @@ class Config(Section):
     coverage: CoverageConfig = CoverageConfig()  # pyright: ignore[reportCallIssue]
     transfer: TransferConfig = TransferConfig()  # pyright: ignore[reportCallIssue]
     selection: SelectionConfig = SelectionConfig()  # pyright: ignore[reportCallIssue]
+    contamination: Contamination = ContaminationConfig()  # pyright: ignore[reportCallIssue]
     finetune: FinetuneConfig = FinetuneConfig()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationConfig = EvaluationConfig()
     prices: PricesConfig = PricesConfig()  # pyright: ignore[reportCallIssue]

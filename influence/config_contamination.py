@@ -32,3 +32,9 @@ class ContaminationConfig(Section):
             if not name or any(character in name for character in "/\\: \t\n"):
                 raise ValueError(f"name {name!r}: use letters, digits, '-', '_' and '.'")
         return value
+
+
+Contamination = Annotated[
+    ContaminationConfig | None,
+    Field(description="candidates that are (nearly) target rows; null: not looked for"),
+]

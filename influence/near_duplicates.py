@@ -123,9 +123,7 @@ class NearDuplicates:
     def _shingled(self, texts: Sequence[Sequence[str]]) -> list[str]:
         """What shingles are made of: nothing of a text that has fewer than n words of its own."""
         own = self._grams.without_templates(texts)
-        return [
-            " ".join(text) if len(text) - text.count(PARTED) >= self._n else "" for text in own
-        ]
+        return [" ".join(text) if len(text) - text.count(PARTED) >= self._n else "" for text in own]
 
 
 def _better(one: Match | None, other: Match) -> Match:

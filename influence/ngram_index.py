@@ -203,4 +203,3 @@ def _among(
 def _code(word: str) -> int:
     digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") | 1  # 0 stands for words that are not indexed
-

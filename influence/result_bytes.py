@@ -10,6 +10,7 @@ from influence.budget import parse_budget
 from influence.input_bytes import file_bytes
 from influence.job import Job
 from influence.outputs import (
+    CONTAMINATION,
     COVERAGE,
     ROWS_PER_PART,
     SAMPLE_CHARACTERS,
@@ -23,7 +24,14 @@ WALKS = 9
 _LABELS, _TEXT_SHARE, _PER_COLUMN, _DOCUMENTS = 12, 0.6, 130, 5_000
 # Of a row as a line of JSON: bytes of a token, and of names and marks.
 _PER_TOKEN, _MARKS = 4.2, 170
-_NAMES = ("selection.jsonl", "fidelity.json", "landmarks.parquet", "samples.json", COVERAGE)
+_NAMES = (
+    "selection.jsonl",
+    "fidelity.json",
+    "landmarks.parquet",
+    "samples.json",
+    COVERAGE,
+    CONTAMINATION,
+)
 # A column of the coverage as JSON.
 _COVERAGE = 320
 
@@ -65,7 +73,7 @@ def of_results(
     footers = _PER_COLUMN * (parts * wide + parts_selected * 8)
     signed = config.method == "in2core"
     beside += _COVERAGE * columns if signed else 0
-    documents = 3 + (landmarks > 0) + signed
+    documents = 3 + (landmarks > 0) + signed + ("contamination" in counts)
     return scores + selection + beside + footers, parts + parts_selected + documents
 
 

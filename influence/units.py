@@ -29,6 +29,7 @@ class Unit:
         group_by: the column that holds a target row's group.
         needs: keys of shards that this unit reads (target vectors).
         beside: rows of further files that count with it; only the fingerprint tells of them.
+        against: names and files whose rows it is compared with; the fingerprint has their contents.
     """
 
     stage: str
@@ -40,6 +41,7 @@ class Unit:
     group_by: str | None = None
     needs: tuple[str, ...] = ()
     beside: tuple[tuple[SourceFile, tuple[int, ...]], ...] = ()
+    against: tuple[tuple[str, SourceFile], ...] = ()
 
     @property
     def key(self) -> str:
@@ -74,6 +76,9 @@ class Unit:
 
 # The end of such a key: FIRST-LAST, a digest of chosen rows, a digest of the group's column.
 _RANGE = re.compile(r"-(\d+)-(\d+)(?:-([0-9a-f]{16}))?(?:-[0-9a-f]{8})?\.parquet\Z")
+
+
+Units = Sequence[Unit]
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,13 +32,14 @@ def contamination_print(config: Config, guards: Guards) -> dict[str, Fingerprint
     settings = config.contamination
     if settings is None:
         return {}
+    texts = sorted({(file.content_hash, file.rows) for _name, file in guards})
     found = fingerprint(
         {
             "matching": _VERSION,
             "ngram": settings.ngram,
             "overlap": settings.overlap,
             "jaccard": settings.jaccard,
-            "texts": sorted({(file.content_hash, file.rows) for _name, file in guards}),
+            "texts": fingerprint({"files": texts}).hex,
         }
     )
     return {STAGE: found}
@@ -82,6 +83,7 @@ class Contamination:
             "fingerprint": unit.fingerprint,
             "first": unit.first,
             "last": unit.last,
+            "device": "cpu",
         }
         return self._cache.commit(unit, table, meta), len(rows)
 

@@ -34,7 +34,7 @@ class TargetRows:
 
     name: list[str]
     label: list[str]
-    example: list[Example]
+    example: list[Example | None]
 
 
 @dataclass(frozen=True)
@@ -194,23 +194,29 @@ def _target_rows(
     against: Sequence[tuple[str, SourceFile]], places: Sequence[tuple[str, int]]
 ) -> TargetRows:
     """The names and texts of target rows, given by their files' contents."""
-    found = TargetRows([], [], [])
-    for content, row in places:
-        # The first name whose rows have it: targets come before further files.
-        name, file = next(
-            (name, file)
-            for name, file in against
-            if file.content_hash == content and row < file.rows
-        )
-        short = short_names([each.url for other, each in against if other == name])[file.url]
-        (example,) = read_rows(file, [row])
-        found.name.append(name)
-        found.label.append(f"{name}:{row_id(example.id, short, row)}")
-        found.example.append(example)
+    found = TargetRows([""] * len(places), [""] * len(places), [None] * len(places))
+    short = {
+        name: short_names([file.url for other, file in against if other == name])
+        for name, _file in against
+    }
+    left = dict(enumerate(places))
+    # Targets come before further files: the first name whose rows have it is told.
+    for name, file in against:
+        here = [
+            index
+            for index, (content, row) in left.items()
+            if content == file.content_hash and row < file.rows
+        ]
+        examples = read_rows(file, [left.pop(index)[1] for index in here])
+        for index, example in zip(here, examples, strict=True):
+            label = row_id(example.id, short[name][file.url], example.row)
+            found.name[index], found.label[index] = name, f"{name}:{label}"
+            found.example[index] = example
     return found
 
 
-def _text(example: Example) -> str:
+def _text(example: Example | None) -> str:
     """The turns of a row, one below the other, cut to a length."""
+    assert example is not None  # every place is of a file that was looked for
     text = "\n".join(f"{message.role}: {message.content}" for message in example.messages)
     return text if len(text) <= CHARACTERS else text[:CHARACTERS] + " […]"

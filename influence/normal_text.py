@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ _WITHOUT_SPACES = (
 )
 # Beside the mathematical symbols: 3 / 4 is not 3 + 4.
 _OPERATORS = "/%"
+# Brackets that stand by themselves are what a text is about, as in "not ( True and False )"; those
+# around or behind a word are punctuation. They pass as characters that no text has a use for.
+_ALONE = re.compile(r"(?<!\S)[()\[\]{}]+(?!\S)")
+_BRACKETS = {ord(bracket): 0xF0000 + i for i, bracket in enumerate("()[]{}")}
+_KEPT = frozenset(_BRACKETS.values())
 
 
 class _Spaced(dict[int, str]):
@@ -37,7 +43,7 @@ class _Spaced(dict[int, str]):
         if kind[0] in "LMN":
             apart = any(first <= code <= last for first, last in _WITHOUT_SPACES)
             made = f" {character} " if apart else character
-        elif kind == "Sm" or character in _OPERATORS:
+        elif kind == "Sm" or character in _OPERATORS or code in _KEPT:
             made = f" {character} "
         self[code] = made
         return made
@@ -55,15 +61,18 @@ class Views:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text: NFKC, case folded, letters and digits; operators such as + are words.
+    """The words of a text: NFKC, case folded, letters and digits.
 
-    Everything else parts words. Of scripts without spaces every character is a word. The words of a
-    text without any are its characters.
+    Operators such as + are words, and so are brackets between spaces. Everything else parts words.
+    Of scripts without spaces every character is a word. The words of a text without any are its
+    characters.
     """
     if not text.isascii():
         # Folding may undo a composition (of capitals with accents), so it is composed once more.
         folded = unicodedata.normalize("NFKC", text).casefold()
         text = unicodedata.normalize("NFKC", folded)
+    if _ALONE.search(text):
+        text = _ALONE.sub(lambda match: match[0].translate(_BRACKETS), text)
     found = text.lower().translate(_SPACED).split()
     return found or [character for character in text if not character.isspace()]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from influence import storage
 from influence.budget import parse_budget
+from influence.contamination_reduce import CHARACTERS, EXAMPLES
 from influence.input_bytes import file_bytes
 from influence.job import Job
 from influence.outputs import (
@@ -34,6 +35,8 @@ _NAMES = (
 )
 # A column of the coverage as JSON.
 _COVERAGE = 320
+# Counts of contamination by kind and by target.
+_MATCHES = 500
 
 
 def selected_rows(budget: str | int | float, counts: Mapping[str, Any]) -> int:
@@ -73,6 +76,9 @@ def of_results(
     footers = _PER_COLUMN * (parts * wide + parts_selected * 8)
     signed = config.method == "in2core"
     beside += _COVERAGE * columns if signed else 0
+    if "contamination" in counts:
+        shown = min(EXAMPLES, counts["contamination"]["all"]["rows"])
+        beside += _MATCHES + shown * (_MARKS + 2 * round(min(line, CHARACTERS)))
     documents = 3 + (landmarks > 0) + signed + ("contamination" in counts)
     return scores + selection + beside + footers, parts + parts_selected + documents
 

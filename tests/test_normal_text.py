@@ -22,6 +22,7 @@ from influence.row_formats import Message
         ("Stra\u00dfe", "STRASSE"),
         ("数学 问题。", "数学问题"),
         ("**bold** `code`", "bold code"),
+        ("(A) this [one]", "A) this one"),
     ],
 )
 def test_case_spaces_and_punctuation_do_not_count(one: str, other: str) -> None:
@@ -38,6 +39,8 @@ def test_case_spaces_and_punctuation_do_not_count(one: str, other: str) -> None:
         ("1.5", "15"),
         ("数学", "学数"),
         ("( [ {", "( ( {"),
+        ("close them: ( [ {", "close them: ( ( {"),
+        ("not ( True and False )", "( not True ) and False"),
     ],
 )
 def test_what_means_something_counts(one: str, other: str) -> None:
@@ -52,7 +55,8 @@ def test_scripts_without_spaces_are_split_into_characters() -> None:
 
 
 def test_a_text_without_a_word_is_its_characters() -> None:
-    assert words("[ ( )") == ["[", "(", ")"]
+    assert words("?! ...") == ["?", "!", ".", ".", "."]
+    assert len(words("[ ( )")) == 3
     assert words(" \n\t") == []
 
 

@@ -78,6 +78,7 @@ class MinhashIndex:
         self._shift = np.uint64(64 - bits)
         slots = np.arange((1 << bits) + 1, dtype=np.uint64)
         self._begin = np.searchsorted(self._values >> self._shift, slots).astype(np.int32)
+        self._used = np.diff(self._begin) > 0
         self._deepest = int(np.diff(self._begin).max(initial=0))
         self._signatures = np.stack(
             [signature(each) for each in sets] or [np.empty(FUNCTIONS, np.uint64)]
@@ -131,9 +132,8 @@ class MinhashIndex:
     ) -> tuple[Int[np.ndarray, " h"], Int[np.ndarray, " h"]]:
         """(position among these, place among the index's) of the shingles that are indexed."""
         slot = hashed >> self._shift
-        place = self._begin[slot]
-        at = np.flatnonzero(self._begin[slot + np.uint64(1)] > place)
-        place, hashed = place[at], hashed[at]
+        at = np.flatnonzero(self._used[slot])
+        place, hashed = self._begin[slot[at]], hashed[at]
         last, hit = len(self._values) - 1, np.zeros(len(at), dtype=bool)
         for _ in range(self._deepest):
             hit |= self._values[place] == hashed

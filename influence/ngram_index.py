@@ -46,9 +46,10 @@ class _Hashed:
 def rolling(codes: UInt64[np.ndarray, " c"], n: int) -> UInt64[np.ndarray, " c-n+1"]:
     """Hashes of all runs of n codes: polynomials in an odd base, modulo 2^64."""
     count = max(0, len(codes) - n + 1)
-    found = np.zeros(count, dtype=np.uint64)
-    for step in range(n):
-        found = found * _BASE + codes[step : step + count]
+    found = codes[:count].copy()
+    for step in range(1, n):
+        found *= _BASE
+        found += codes[step : step + count]
     return found
 
 

@@ -20,7 +20,9 @@ from tiny_run import (
 
 from influence import storage
 from influence.config import Config
+from influence.errors import InputError
 from influence.one_process import run_select
+from influence.plan import make_plan
 
 
 def _lines(path: str) -> list[dict[str, Any]]:
@@ -189,6 +191,61 @@ def test_a_run_does_not_depend_on_the_size_of_its_shards(planted: Setup, tmp_pat
         run_select(config, quiet=True)
         found.append(config.run)
     assert results_of(found[0]) == results_of(found[1])
+
+
+def test_a_plan_counts_the_stage_and_what_is_dropped(planted: Setup, tmp_path: Path) -> None:
+    drop = {"method": "random", "contamination__action": "drop"}
+    config = _config(planted, tmp_path, "planned", **drop)
+    plan = make_plan(config)
+    stage = plan.work.stages["contamination"]
+    assert (stage.shards, stage.cached, stage.missing) == (6, 6, ()), "it is made for the plan"
+    assert plan.counts["reasons"]["contaminated"] == 3, "the plan counts rows that are dropped"
+    run_select(config, quiet=True)
+    bill = manifest_of(config.run).bill
+    assert bill is not None
+    assert bill.stages["contamination"].planned.shards == 0
+    fresh = _config(planted, tmp_path, "fresh", **drop, cache=str(tmp_path / "other"))
+    run_select(fresh, quiet=True)
+    bill = manifest_of(fresh.run).bill
+    assert bill is not None
+    stage = bill.stages["contamination"]
+    assert stage.took is not None
+    assert stage.planned.shards == stage.took.shards == 6
+    assert stage.planned.rows == stage.took.rows == manifest_of(fresh.run).counts["rows"]
+    assert_same_results(config.run, fresh.run, "shards of a plan gave other results")
+
+
+def test_a_damaged_shard_is_made_anew(planted: Setup, tmp_path: Path) -> None:
+    config = _config(planted, tmp_path, "first", method="random")
+    run_select(config, quiet=True)
+    key = next(key for key in sorted(shards_in(config.cache_url)) if key.startswith("contam"))
+    path = Path(config.cache_url, key)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    again = _config(planted, tmp_path, "again", method="random")
+    run_select(again, quiet=True)
+    assert path.read_bytes() == whole, "half a shard was believed, or another one was made"
+    assert manifest_of(again.run).stages["contamination"].damaged == 1
+    assert_same_results(config.run, again.run, "a damaged shard changed the results")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"contamination__against": {"sums": "FILE"}}, "against.sums: a target has this name"),
+        ({"contamination__against": {"held": "nowhere.jsonl"}}, "contamination.against.held"),
+    ],
+)
+def test_further_files_have_names_and_places(
+    planted: Setup, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    named = changes["contamination__against"]
+    known = {
+        name: path.replace("FILE", planted.targets["sums"]["path"]) for name, path in named.items()
+    }
+    config = _config(planted, tmp_path, "run", method="random", contamination__against=known)
+    with pytest.raises(InputError, match=words):
+        run_select(config, quiet=True)
 
 
 def test_further_files_are_looked_for(planted: Setup, tmp_path: Path) -> None:

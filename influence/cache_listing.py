@@ -25,6 +25,7 @@ from influence.schemas import layout_of
 #: later version, say) is no shard here, and so is never pruned.
 STAGES = (
     "catalogue",
+    "contamination",
     "embedding",
     "target_vectors",
     "target_gradients",

@@ -32,6 +32,7 @@ class Unit:
         beside: rows of further files that count with it; only the fingerprint tells of them.
         checkpoint: folder or URL of the adapter, with the optimiser's state, that the model has for
             it instead of its own; only the fingerprint tells of it.
+        against: names and files whose rows it is compared with; the fingerprint has their contents.
     """
 
     stage: str
@@ -45,6 +46,7 @@ class Unit:
     needs: tuple[str, ...] = ()
     beside: tuple[tuple[SourceFile, tuple[int, ...]], ...] = ()
     checkpoint: str | None = None
+    against: tuple[tuple[str, SourceFile], ...] = ()
 
     @property
     def key(self) -> str:
@@ -85,6 +87,7 @@ _RANGE = re.compile(r"-(\d+)-(\d+)(?:-([0-9a-f]{16}))?(?:-[0-9a-f]{8})?\.parquet
 #: product with a direction takes a backward pass of its own beside the pass that is shared: few of
 #: them share most of that, and leave work for other replicas.
 SHARED: dict[str, int | None] = {"inner_products": None, "directions": None, "hessian_products": 4}
+Units = Sequence[Unit]
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,6 +199,10 @@ def evaluate(
     second order. `{reductions: {}}`: the ways to turn token gradients into a row's, and their
     length bias. `{exact_inverse: {}}`: how far DataInf is from the inverse that it stands for.
 
+    `evaluation: {fidelity: {}}`: predicted scores against exact ones of random candidates, for a
+    grid of landmarks, embeddings, kernels and dampings, what the certificate says of each, and its
+    cost.
+
     Gradients and embeddings come from the cache that `influence select` fills, and go there. An
     interrupted evaluation goes on where it was. The results are in RUN/evaluation.json, and in
     RUN/report.html where there is a selection; RUN/evaluations/NAME is what

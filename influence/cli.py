@@ -202,6 +202,10 @@ def evaluate(
     `{downstream: {methods: {...}, tests: {...}}}`: fine-tune on every method's selection with
     several seeds, and compare the test losses with those of random rows and of the whole pool.
 
+    `{fidelity: {}}`: predicted scores against exact ones of random candidates, for a
+    grid of landmarks, embeddings, kernels and dampings, what the certificate says of each, and its
+    cost.
+
     Gradients and embeddings come from the cache that `influence select` fills, and go there. An
     interrupted evaluation goes on where it was. The results are in RUN/evaluation.json, and in
     RUN/report.html where there is a selection; RUN/evaluations/NAME is what

@@ -19,7 +19,7 @@ from influence.fidelity_grid import Played, Setting, Trial, play, play_settings,
 from influence.landmarks import choose_uniform, row_keys
 from influence.selection import Rule
 from influence.selection_rule import selection_rule
-from influence.shard_reader import read_embeddings
+from influence.shard_reader import read_embeddings, read_exact_scores
 from influence.target_columns import TargetColumns
 from influence.text_columns import Labels
 from influence.units import ExactUnits, Unit
@@ -46,7 +46,8 @@ class FidelityReduce(OwnReduce):
         """
         own = self.reducer
         assert own.pool is not None
-        self._rows, scores = own._exact_scores(exact)
+        where = (own.cache, exact, own.pool, own.targets, own.columns)
+        self._rows, scores = read_exact_scores(*where, own.config.gradients.normalize)
         if len(self._rows) < 16:
             raise InputError(
                 f"evaluation.fidelity: {len(self._rows)} rows have exact scores; expected 16"

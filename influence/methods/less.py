@@ -19,6 +19,7 @@ gradients.projection: rademacher gives).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from influence.checkpoint_units import (
@@ -32,6 +33,7 @@ from influence.cost import SHARD_BYTES, check_vector_bytes
 from influence.errors import InputError
 from influence.job import Job, run_units, timed
 from influence.methods.kind import Method
+from influence.missing_work import PREDICTOR_BYTES
 from influence.model_shape import model_shape
 from influence.optimizer_use import TARGET_GRADIENTS
 from influence.score_map import map_scores
@@ -80,6 +82,17 @@ def plan(planner: Planner) -> None:
     )
     width = _width(planner.job.config, planner.missing.shape)
     planner.scores(gradients, candidates, width, planner.columns)
+    scores = planner.work.stages["scores"]
+    # One predictor is counted there; every checkpoint has its own.
+    further, numbers = len(checkpoints) - 1, planner.columns * (width + planner.columns)
+    written = further * (8 * numbers + PREDICTOR_BYTES)
+    least = replace(
+        scores.least,
+        objects=scores.least.objects + further,
+        read=scores.least.read + planner.missing.replicas * written,
+        written=(scores.least.written or 0) + written,
+    )
+    planner.add(replace(scores, least=least))
     planner.selection(0)
 
 

@@ -33,7 +33,7 @@ class RetrainingConfig(Section):
         description="NAME: what it changes in this config, {method: rds} say; default: the "
         "config's own method",
     )
-    tests: dict[str, HeldOutTest] | None = Field(
+    tests: dict[str, HeldOutConfig] | None = Field(
         None, description="TARGET: path of held-out rows; default: each target's own rows"
     )
     finetune: FinetuneConfig | None = Field(

@@ -286,7 +286,9 @@ def adapted(model: Any, settings: FinetuneSettings, adapter: str | None) -> Iter
                 for name in module.lora_A:
                     module.reset_lora_parameters(name, True)
     else:
-        wrapped = PeftModel.from_pretrained(model, local_adapter(adapter), is_trainable=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the same
+            wrapped = PeftModel.from_pretrained(model, local_adapter(adapter), is_trainable=True)
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable()
     try:

@@ -3,6 +3,7 @@ as it was."""
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +16,13 @@ import torch
 
 from influence.array_files import read_arrays
 from influence.cache import Cache
-from influence.candidates import SourceFile, read_rows
+from influence.candidates import SourceFile, read_examples, read_rows
 from influence.config import Config
+from influence.exact_match import same_answer
 from influence.finetune import adapted, finetune
 from influence.finetune_job import adapter_to_start, identity_of, settings_of, start_of
 from influence.finetune_settings import FinetuneSettings
+from influence.generation import Question, generate_answers, make_questions
 from influence.held_out import row_losses
 from influence.replica import Replica, load_replica, load_tokenizer
 from influence.retraining_rows import ReadTraining, places, read_training
@@ -35,17 +38,40 @@ _NEVER = 10**9
 
 
 @dataclass(frozen=True)
-class Retrained:
-    """What a retraining gives: mean response losses of every test's rows, and what it took.
+class HeldOutRows:
+    """A test as tokens; with the questions of its rows, where answers are generated, too."""
+
+    encoded: list[Encoded]
+    questions: list[Question | None] | None = None
+    max_new_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model makes of a test, by row.
 
     Attributes:
-        losses: {test: one for each row, in nats per token; NaN without a response}.
+        losses: mean response losses in nats per token; NaN without a response.
+        correct: 1 where the generated answer is the row's, else 0, NaN where there is none to
+            generate; None where none was asked for.
+    """
+
+    losses: list[float]
+    correct: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What a retraining gives, and what it took.
+
+    Attributes:
+        tests: by name.
         tokens: that were trained on, all epochs together.
         steps: of the optimiser.
         seconds: of the steps alone.
     """
 
-    losses: dict[str, list[float]]
+    tests: dict[str, Measured]
     tokens: int = 0
     steps: int = 0
     seconds: float = 0.0
@@ -54,25 +80,27 @@ class Retrained:
 def retrain(
     model: Any,
     rows: TrainingRows | None,
-    tests: Mapping[str, Sequence[Encoded]],
+    measure: Callable[[], dict[str, Measured]],
     settings: FinetuneSettings,
     adapter: str | None = None,
 ) -> Retrained:
-    """Train LoRA factors on the rows (None: none), then take the losses; the model stays as it was.
+    """Train LoRA factors on the rows (None: none), then measure; the model stays as it was.
 
     Args:
         model: a causal LM on its device, without an adapter.
+        measure: is called with the factors in the model, which is in evaluation mode.
         adapter: folder of an adapter to go on from, instead of fresh factors.
 
     Raises:
         InputError: not one row can be trained on, or a loss that is not finite.
     """
 
-    def tested(folder: str | None) -> dict[str, list[float]]:
+    def tested(folder: str | None) -> dict[str, Measured]:
         if folder is None:
-            return losses_of(model, tests, settings.token_budget)
+            return measure()
         with adapted(model, settings, folder):
-            return losses_of(model, tests, settings.token_budget)
+            model.eval()
+            return measure()
 
     if rows is None:
         return Retrained(tested(adapter))
@@ -83,12 +111,23 @@ def retrain(
         return Retrained(tested(folder), record.tokens, record.total_steps, record.seconds)
 
 
-def losses_of(
-    model: Any, tests: Mapping[str, Sequence[Encoded]], token_budget: int
-) -> dict[str, list[float]]:
-    """Mean response losses of every test's rows, with the model in evaluation mode."""
-    model.eval()
-    return {name: row_losses(model, rows, token_budget) for name, rows in tests.items()}
+def measured(model: Any, test: HeldOutRows, tokenizer: Any, token_budget: int) -> Measured:
+    """Losses of a test's rows and, where it has questions, whether the answers are right."""
+    losses = row_losses(model, test.encoded, token_budget)
+    if test.questions is None:
+        return Measured(losses)
+    asked = [(i, question) for i, question in enumerate(test.questions) if question is not None]
+    answers = generate_answers(
+        model,
+        tokenizer,
+        [question for _, question in asked],
+        max_new_tokens=test.max_new_tokens,
+        token_budget=token_budget,
+    )
+    correct = [math.nan] * len(losses)
+    for (place, question), answer in zip(asked, answers, strict=True):
+        correct[place] = float(same_answer(answer, question.reference))
+    return Measured(losses, correct)
 
 
 @dataclass(frozen=True)
@@ -118,8 +157,9 @@ class RetrainingUnits:
     ) -> None:
         self._config, self._shared, self._device = config, shared, device
         self._cache, self._url = Cache(config.cache_url), scoring_url(config.run)
-        self._held: tuple[str, dict[str, list[Encoded]]] | None = None
+        self._held: tuple[str, dict[str, HeldOutRows]] | None = None
         self._own: Replica | None = None
+        self._tokenizer: Any = None
         self._ready: tuple[Encoder, dict[str, Any], str | None] | None = None
 
     def run(self, unit: Unit) -> CommittedRetraining:
@@ -129,13 +169,20 @@ class RetrainingUnits:
         encode, identity, adapter = self._prepared()
         replica = self._replica(identity["dtype"])
         training = read_training(self._url, rows_key)
-        tests = self._tests(tests_key, encode)
+        tests = self._tests(tests_key, encode, identity["max_length"])
         rows = None
         if len(training.positions):
             rows = TrainingRows.of(encoded_rows(training, encode), training.weights)
         settings = replace(settings_of(self._config), seed=training.seed)
         set_up = time.monotonic() - start
-        found = retrain(replica.model, rows, tests, settings, adapter)
+
+        def measure() -> dict[str, Measured]:
+            budget = settings.token_budget
+            return {
+                n: measured(replica.model, t, self._tokenizer, budget) for n, t in tests.items()
+            }
+
+        found = retrain(replica.model, rows, measure, settings, adapter)
         seconds = time.monotonic() - start - set_up
         facts = {
             "rows": len(rows.encoded) if rows else 0,
@@ -152,7 +199,7 @@ class RetrainingUnits:
             "device": replica.device_name,
             "torch": torch.__version__,
         }
-        table = loss_table(tests, found.losses)
+        table = held_out_table(tests, found.tests)
         outcome = self._cache.commit(unit, table, meta)
         notes = (*replica.notes, *_left_out(rows, tests))
         return CommittedRetraining(
@@ -164,20 +211,32 @@ class RetrainingUnits:
         if self._ready is None:
             config = self._config
             identity = identity_of(config)
-            tokenizer = load_tokenizer(config.model)
-            encode = make_encoder(tokenizer, identity["max_length"], config.data.loss_on)
+            self._tokenizer = load_tokenizer(config.model)
+            length, loss_on = identity["max_length"], config.data.loss_on
+            encode = make_encoder(self._tokenizer, length, loss_on)
             self._ready = encode, identity, adapter_to_start(start_of(config))
         return self._ready
 
-    def _tests(self, key: str, encode: Encoder) -> dict[str, list[Encoded]]:
+    def _tests(self, key: str, encode: Encoder, max_length: int) -> dict[str, HeldOutRows]:
         if self._held is None or self._held[0] != key:
             asked, _ = read_arrays(self._url, key)
-            tests = {}
-            for name, test in asked["tests"].items():
-                files = [SourceFile(**each) for each in test["files"]]
-                tests[name] = [row for rows in encoded_chunks(files, encode) for row in rows]
-            self._held = key, tests
+            self._held = (
+                key,
+                {
+                    name: self._test(test, encode, max_length)
+                    for name, test in asked["tests"].items()
+                },
+            )
         return self._held[1]
+
+    def _test(self, test: Mapping[str, Any], encode: Encoder, max_length: int) -> HeldOutRows:
+        files = [SourceFile(**each) for each in test["files"]]
+        encoded = [row for rows in encoded_chunks(files, encode) for row in rows]
+        if not test["exact_match"]:
+            return HeldOutRows(encoded)
+        examples = [row for file in files for row in read_examples(file, 0, file.rows - 1)]
+        questions = make_questions(self._tokenizer, examples, max_length)
+        return HeldOutRows(encoded, questions, test["max_new_tokens"])
 
     def _replica(self, dtype: str) -> Replica:
         """The model without an adapter, in the dtype of fine-tuning."""
@@ -203,28 +262,38 @@ def encoded_rows(training: ReadTraining, encode: Encoder) -> list[Encoded]:
     return [row for row in found if row is not None]
 
 
-def loss_table(
-    tests: Mapping[str, Sequence[Encoded]], losses: Mapping[str, Sequence[float]]
-) -> pa.Table:
+def held_out_table(tests: Mapping[str, HeldOutRows], found: Mapping[str, Measured]) -> pa.Table:
     """The rows of a retraining's shard."""
+    answers = any(test.questions is not None for test in tests.values())
     parts = []
-    for name, rows in tests.items():
-        values = np.asarray(losses[name], dtype=np.float64)
+    for name, test in tests.items():
+        rows, measured = test.encoded, found[name]
         columns = {
             "test": [name] * len(rows),
             "position": np.arange(len(rows)),
             "id": [row.id for row in rows],
-            "loss": pa.array(values, mask=np.isnan(values)),
+            "loss": _nullable(measured.losses),
             "n_response_tokens": [row.n_response_tokens for row in rows],
             "reason": [row.reason for row in rows],
         }
-        parts.append(pa.table(columns, schema=retraining_schema(answers=False)))
+        if answers:
+            correct = measured.correct or [math.nan] * len(rows)
+            columns["correct"] = _nullable(correct).cast(pa.int8())
+        parts.append(pa.table(columns, schema=retraining_schema(answers=answers)))
     return pa.concat_tables(parts)
 
 
-def _left_out(rows: TrainingRows | None, tests: Mapping[str, Sequence[Encoded]]) -> list[str]:
+def _nullable(values: Sequence[float]) -> pa.Array:
+    numbers = np.asarray(values, dtype=np.float64)
+    return pa.array(numbers, mask=np.isnan(numbers))
+
+
+def _left_out(rows: TrainingRows | None, tests: Mapping[str, HeldOutRows]) -> list[str]:
     notes = [f"rows left out of a training: {reason}" for reason in (rows.left_out if rows else ())]
-    for name, members in tests.items():
-        if without := sum(row.reason is not None for row in members):
-            notes.append(f"{name}: {without} of {len(members)} rows have no loss and are left out")
+    for name, test in tests.items():
+        total = len(test.encoded)
+        if without := sum(row.reason is not None for row in test.encoded):
+            notes.append(f"{name}: {without} of {total} rows have no loss and are left out")
+        if without := sum(question is None for question in test.questions or ()):
+            notes.append(f"{name}: {without} of {total} rows have no question to answer")
     return notes

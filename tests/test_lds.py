@@ -17,6 +17,7 @@ from influence import one_process
 from influence.candidates import scan_files
 from influence.cli import main
 from influence.config import Config
+from influence.config_loading import parse_config
 from influence.datamodeling import draw_subsets, left_out_weights
 from influence.errors import InputError
 from influence.evaluations import EVALUATIONS
@@ -280,3 +281,36 @@ def test_on_ray_the_figures_are_the_same(
     assert caught.value.code == 0
     assert result_of(config) == result_of(evaluated), "a figure depends on who computed what"
     assert "Linear datamodeling score" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_method_is_the_config_with_its_changes_and_nothing_of_another(
+    setup: Setup, tmp_path: Path
+) -> None:
+    """In2Core's reference and its gradients are no part of RDS+, and the pool is the small one."""
+    config = lds_config(
+        setup,
+        tmp_path / "run",
+        method="in2core",
+        reference={"finetune": {"epochs": 1}},
+        selection={"budget": 10, "per_source": {"maths": {"max": 0.5}}},
+        evaluation={
+            "lds": {"methods": {"own": {}, "exact": {"method": "exact", "gradients": {"dim": 32}}}}
+        },
+    )
+    own = EVALUATIONS["lds"].settings(config)
+    assert own.evaluation.lds is not None
+    whole = {name: parse_config(each) for name, each in own.evaluation.lds.methods.items()}
+    assert whole["own"].method == "in2core"
+    assert whole["own"].reference.finetune is not None
+    assert whole["own"].gradients.parameters == "lora"
+    exact = whole["exact"]
+    assert exact.reference.finetune is None
+    assert (exact.gradients.parameters, exact.gradients.projection) == ("linear", "kronecker")
+    assert (exact.gradients.side, exact.gradients.dim) == (8, 32)
+    for name, each in whole.items():
+        assert each.data.candidates == [f"{own.run}/pool.jsonl"]
+        assert each.run == f"{own.run}/{name}"
+        assert each.cache_url == config.cache_url
+        assert float(str(each.selection.budget).rstrip("%")) == 50
+        assert not each.selection.per_source
+        assert list(each.targets) == ["sums", "mixed", "sums.rows", "mixed.rows"]

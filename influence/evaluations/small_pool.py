@@ -153,13 +153,14 @@ def read_tests(config: Config, name: str) -> dict[str, Tested]:
         InputError: files that are not there.
     """
     section: RetrainingConfig = section_of(config, name)
-    if section.tests is not None:
-        return scan_tests(f"evaluation.{name}.tests", section.tests)
-    own = {
-        name: HeldOutTest(path=each.path, limit=each.limit)  # pyright: ignore[reportCallIssue]
-        for name, each in config.targets.items()
+    named = section.tests
+    key = "targets" if named is None else f"evaluation.{name}.tests"
+    chosen: Mapping[str, Any] = config.targets if named is None else named
+    tests = {
+        target: HeldOutTest(path=each.path, limit=each.limit)  # pyright: ignore[reportCallIssue]
+        for target, each in chosen.items()
     }
-    return scan_tests("targets", own)
+    return scan_tests(key, tests)
 
 
 def draw_pool(job: Job, reduce: Any, name: str) -> Int[np.ndarray, " n"]:

@@ -79,7 +79,7 @@ def check_kept(uses: Sequence[Use], pruning: Pruning, url: str) -> None:
     Raises:
         InputError: shards would go, and none would stay for the configs that are to be kept.
     """
-    # Comparisons with the targets' texts know of no model: a config of other settings has them, too.
+    # Comparisons with targets' texts know of no model: a config of other settings has them, too.
     kept = [place for place in pruning.kept if place[0] != STAGE]
     if uses and pruning.doomed and not kept:
         caches = ", ".join(dict.fromkeys(use.cache for use in uses if use.cache))

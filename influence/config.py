@@ -16,8 +16,10 @@ from pydantic import (
 )
 
 from influence.budget import parse_budget
+from influence.config_embedding import EmbeddingConfig
 from influence.config_evaluation import EvaluationConfig
 from influence.config_finetune import FinetuneConfig, ReferenceConfig, WarmupConfig
+from influence.config_replicas import PricesConfig, ReplicasConfig
 from influence.config_section import PositiveFloat, PositiveInt, Section, Share
 from influence.config_weights import SECOND_ORDER, WeightsConfig
 from influence.memory_budget import parse_memory
@@ -29,12 +31,14 @@ class ModelConfig(Section):
     name: str = Field(description="hub name, folder, or package:NAME of an installed package")
     adapter: str | None = Field(None, description="PEFT adapter: folder, s3:// or hub name")
     gguf_file: str | None = Field(None, description="GGUF file inside the model's folder")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        "auto", description="of the weights; auto: bfloat16 on GPUs, float32 on CPUs"
+    )
     revision: str | None = Field(None, description="commit, tag or branch of a hub model")
     adapter_revision: str | None = Field(None, description="the same of a hub adapter")
     trust_remote_code: bool = Field(False, description="run code that the model's repository ships")
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="fused, or written out")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: by replicas.num_gpus")
 
 
 class DataConfig(Section):
@@ -44,7 +48,7 @@ class DataConfig(Section):
         min_length=1, description="files or globs, local, s3://, gs:// or hf://"
     )
     limit: PositiveInt | None = Field(None, description="take the first rows in file order")
-    max_length: Annotated[int, Field(ge=2)] = 2048
+    max_length: Annotated[int, Field(ge=2)] = Field(2048, description="tokens; the rest is cut")
     loss_on: Literal["response", "all"] = Field(
         "response", description="tokens that are learnt: the responses', or all but the first"
     )
@@ -58,8 +62,8 @@ class DataConfig(Section):
 class TargetConfig(Section):
     """One target: what the selected candidates should help with."""
 
-    path: str
-    limit: PositiveInt | None = None
+    path: str = Field(description="a file of rows like the candidates'; local, s3://, gs://, hf://")
+    limit: PositiveInt | None = Field(None, description="take the first rows")
     per: Literal["row", "group"] = Field(
         "row", description="a score for each target row, or one for the target (or each group)"
     )
@@ -71,16 +75,6 @@ class TargetConfig(Section):
             # `group_by` alone is a request for groups: it says nothing else.
             object.__setattr__(self, "per", "group")
         return self
-
-
-class EmbeddingConfig(Section):
-    """The cheap embedding of every candidate."""
-
-    kind: Literal["jvp", "hidden", "rds", "auto"] = "jvp"
-    blocks: PositiveInt = 4
-    tangents: PositiveInt = 2
-    tangent: Literal["rank1", "dense"] = "rank1"
-    dim: PositiveInt = 4096
 
 
 class GradientsConfig(Section):
@@ -97,14 +91,16 @@ class GradientsConfig(Section):
     blocks: str = Field("all", description="all, 'last K' or 'random K' decoder blocks")
     projection: Literal[
         "exact", "kronecker", "srht", "rademacher", "countsketch", "layerwise", "none"
-    ] = "kronecker"
+    ] = Field("kronecker", description="how a gradient is kept; exact: as products with targets")
     norms: Literal["projected", "exact"] = Field(
         "projected", description="of the projected gradients, or (a quarter slower) of the whole"
     )
-    side: Annotated[int, Field(ge=2)] = Field(64, description="random directions on each side")
-    dim: Annotated[int, Field(ge=2)] = Field(8192, description="length of a stored vector")
+    side: Annotated[int, Field(ge=2)] = Field(
+        64, description="random directions on each side; even"
+    )
+    dim: Annotated[int, Field(ge=2)] = Field(8192, description="length of a stored vector; even")
     layer_dim: Annotated[int, Field(ge=2)] = Field(
-        256, description="layerwise: numbers that are kept of each layer"
+        256, description="layerwise: numbers that are kept of each layer; even"
     )
     layer_sketch: Literal["srht", "rademacher", "countsketch"] = Field(
         "srht", description="layerwise: how each layer is projected"
@@ -112,7 +108,7 @@ class GradientsConfig(Section):
     reduction: Literal["mean", "sum", "sqrt", "token_max"] = Field(
         "mean", description="of token losses; token_max: in2core, the token with the highest score"
     )
-    normalize: bool = True
+    normalize: bool = Field(True, description="bring rows to length 1: scores are cosines")
 
     @field_validator("side", "dim", "layer_dim")
     @classmethod
@@ -142,8 +138,10 @@ class LandmarksConfig(Section):
     audit: PositiveInt | None = Field(
         None, description="certified: random rows at the end; default 1 %, but 256 at least"
     )
-    kernel: Literal["laplace", "rbf", "linear", "cosine"] = "laplace"
-    damping: PositiveFloat = 0.01
+    kernel: Literal["laplace", "rbf", "linear", "cosine"] = Field(
+        "laplace", description="of the regression; laplace, rbf: bandwidth by median distance"
+    )
+    damping: PositiveFloat = Field(0.01, description="ridge, in means of the kernel's diagonal")
 
 
 class LayerEconomyConfig(Section):
@@ -200,8 +198,8 @@ class CoverageConfig(Section):
 class Quota(Section):
     """Smallest and largest share of the budget for one source."""
 
-    min: Share = 0.0
-    max: Share = 1.0
+    min: Share = Field(0.0, description="of the budget, at least")
+    max: Share = Field(1.0, description="of the budget, at most")
 
     @model_validator(mode="after")
     def _ordered(self) -> Quota:
@@ -216,42 +214,18 @@ class SelectionConfig(Section):
     budget: int | float | str = Field(
         "5%", description="rows (5000), a share (5%) or tokens (2M tokens)"
     )
-    combine: Literal["mean", "max", "round_robin"] = "round_robin"
-    per_source: dict[str, Quota] = Field(default_factory=dict)
+    combine: Literal["mean", "max", "round_robin"] = Field(
+        "round_robin", description="several targets: each picks in turn, or by one combined score"
+    )
+    per_source: dict[str, Quota] = Field(
+        default_factory=dict, description="least and most of the sources that a pattern names"
+    )
 
     @field_validator("budget")
     @classmethod
     def _readable(cls, value: int | float | str) -> int | float | str:
         parse_budget(value)  # its error says what is expected, and is the package's own
         return value
-
-
-class PricesConfig(Section):
-    """What a node costs, for the bill of `influence plan` and of a run."""
-
-    node_hour: PositiveFloat | None = Field(None, description="price of one node for an hour")
-    replicas_per_node: PositiveInt = Field(1, description="replicas that share a node")
-    currency: str = Field("USD", pattern="^([A-Za-z]{1,8}|[$€£¥])$")
-
-
-class ReplicasConfig(Section):
-    """The pool of replica actors, and what each one holds."""
-
-    min: PositiveInt = 1
-    max: PositiveInt = 8
-    num_gpus: Annotated[float, Field(ge=0)] = Field(1, description="0 on machines without a GPU")
-    num_cpus: PositiveInt = 4
-    token_budget: PositiveInt = Field(4096, description="tokens of a batch, padding included")
-    rows_per_shard: PositiveInt = Field(512, description="candidates of an embedding shard")
-    gradient_rows_per_shard: PositiveInt = Field(64, description="rows of a gradient shard")
-    retries: Annotated[int, Field(ge=0)] = Field(3, description="attempts after the first one")
-    shard_seconds: PositiveFloat = Field(3600, description="time limit of one shard")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> ReplicasConfig:
-        if self.min > self.max:
-            raise ValueError(f"min {self.min} is larger than max {self.max}")
-        return self
 
 
 Method = Literal[
@@ -274,8 +248,10 @@ class Config(Section):
     cache: str | None = Field(None, description="cache directory; default RUN/cache")
     model: ModelConfig
     data: DataConfig
-    targets: dict[str, TargetConfig] = Field(min_length=1)
-    method: Method = "influence_distillation"
+    targets: dict[str, TargetConfig] = Field(
+        min_length=1, description="what the selected candidates should help with, each by its name"
+    )
+    method: Method = Field("influence_distillation", description="how rows are scored")
     embedding: EmbeddingConfig = EmbeddingConfig()  # pyright: ignore[reportCallIssue]
     gradients: GradientsConfig = GradientsConfig()  # pyright: ignore[reportCallIssue]
     landmarks: LandmarksConfig = LandmarksConfig()  # pyright: ignore[reportCallIssue]
@@ -296,7 +272,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     prices: PricesConfig = PricesConfig()  # pyright: ignore[reportCallIssue]
     replicas: ReplicasConfig = ReplicasConfig()  # pyright: ignore[reportCallIssue]
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of everything random")
 
     @field_validator("targets")
     @classmethod

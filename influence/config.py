@@ -19,7 +19,7 @@ from influence.budget import parse_budget
 from influence.config_embedding import EmbeddingConfig
 from influence.config_evaluation import EvaluationConfig
 from influence.config_finetune import FinetuneConfig, ReferenceConfig, WarmupConfig
-from influence.config_replicas import PricesConfig, ReplicasConfig
+from influence.config_prices import PricesConfig
 from influence.config_section import PositiveFloat, PositiveInt, Section, Share
 from influence.config_weights import SECOND_ORDER, WeightsConfig
 from influence.memory_budget import parse_memory
@@ -228,6 +228,28 @@ class SelectionConfig(Section):
         return value
 
 
+class ReplicasConfig(Section):
+    """The pool of replica actors, and what each one holds."""
+
+    min: PositiveInt = Field(1, description="replicas that stay up, however little work there is")
+    max: PositiveInt = Field(8, description="replicas while there is work for them")
+    num_gpus: Annotated[float, Field(ge=0)] = Field(
+        1, description="of one replica; 0 on machines without a GPU"
+    )
+    num_cpus: PositiveInt = Field(4, description="of one replica: its threads")
+    token_budget: PositiveInt = Field(4096, description="tokens of a batch, padding included")
+    rows_per_shard: PositiveInt = Field(512, description="candidates of an embedding shard")
+    gradient_rows_per_shard: PositiveInt = Field(64, description="rows of a gradient shard")
+    retries: Annotated[int, Field(ge=0)] = Field(3, description="attempts after the first one")
+    shard_seconds: PositiveFloat = Field(3600, description="time limit of one shard")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ReplicasConfig:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is larger than max {self.max}")
+        return self
+
+
 Method = Literal[
     "influence_distillation",
     "in2core",
@@ -269,7 +291,7 @@ class Config(Section):
     transfer: TransferConfig = TransferConfig()  # pyright: ignore[reportCallIssue]
     selection: SelectionConfig = SelectionConfig()  # pyright: ignore[reportCallIssue]
     finetune: FinetuneConfig = FinetuneConfig()  # pyright: ignore[reportCallIssue]
-    evaluation: EvaluationConfig = EvaluationConfig()  # pyright: ignore[reportCallIssue]
+    evaluation: EvaluationConfig = EvaluationConfig()
     prices: PricesConfig = PricesConfig()  # pyright: ignore[reportCallIssue]
     replicas: ReplicasConfig = ReplicasConfig()  # pyright: ignore[reportCallIssue]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of everything random")

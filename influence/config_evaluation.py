@@ -36,16 +36,8 @@ class ExactInverseConfig(Section):
 class EvaluationConfig(Section):
     """What `influence evaluate` measures; null: not, {}: with the defaults."""
 
-    class_detection: ClassDetectionConfig | None = Field(
-        None, description="DataInf's benchmark of classes; see its section"
-    )
-    group_influence: GroupInfluenceConfig | None = Field(
-        None, description="the effect of leaving the whole selection out"
-    )
-    reductions: ReductionsConfig | None = Field(
-        None, description="the ways to turn token gradients into a row's; has no keys"
-    )
-    exact_inverse: ExactInverseConfig | None = Field(
-        None, description="DataInf against the inverse that it stands for"
-    )
-    seeds: PositiveInt = Field(3, description="no evaluation reads it yet")
+    class_detection: ClassDetectionConfig | None = None
+    group_influence: GroupInfluenceConfig | None = None
+    reductions: ReductionsConfig | None = None
+    exact_inverse: ExactInverseConfig | None = None
+    seeds: PositiveInt = 3

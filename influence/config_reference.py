@@ -91,7 +91,7 @@ def _row(key: str, field: FieldInfo) -> Row:
     else:
         shown = _type(field.annotation) + _bounds(field.metadata)
     if key in UNUSED:
-        description += " (nothing but the default is accepted)"
+        description = f"{description} (nothing but the default is accepted)".strip()
     return Row(key, shown, _default(field), description)
 
 

@@ -270,9 +270,7 @@ class Config(Section):
     cache: str | None = Field(None, description="cache directory; default RUN/cache")
     model: ModelConfig
     data: DataConfig
-    targets: dict[str, TargetConfig] = Field(
-        min_length=1, description="what the selected candidates should help with, each by its name"
-    )
+    targets: dict[str, TargetConfig] = Field(min_length=1)
     method: Method = Field("influence_distillation", description="how rows are scored")
     embedding: EmbeddingConfig = EmbeddingConfig()  # pyright: ignore[reportCallIssue]
     gradients: GradientsConfig = GradientsConfig()  # pyright: ignore[reportCallIssue]

@@ -289,7 +289,7 @@ class Config(Section):
     transfer: TransferConfig = TransferConfig()  # pyright: ignore[reportCallIssue]
     selection: SelectionConfig = SelectionConfig()  # pyright: ignore[reportCallIssue]
     finetune: FinetuneConfig = FinetuneConfig()  # pyright: ignore[reportCallIssue]
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()  # pyright: ignore[reportCallIssue]
     prices: PricesConfig = PricesConfig()  # pyright: ignore[reportCallIssue]
     replicas: ReplicasConfig = ReplicasConfig()  # pyright: ignore[reportCallIssue]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of everything random")

@@ -40,4 +40,4 @@ class EvaluationConfig(Section):
     group_influence: GroupInfluenceConfig | None = None
     reductions: ReductionsConfig | None = None
     exact_inverse: ExactInverseConfig | None = None
-    seeds: PositiveInt = 3
+    seeds: PositiveInt = Field(3, description="trainings of each selection")

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from influence.config import Config
-from influence.config_loading import BUILT, UNUSED
+from influence.config_loading import BUILT
 from influence.config_section import Section
 
 _HEAD = """\
@@ -90,8 +90,6 @@ def _row(key: str, field: FieldInfo) -> Row:
         shown = ", ".join(f"`{value}`" for value in built)
     else:
         shown = _type(field.annotation) + _bounds(field.metadata)
-    if key in UNUSED:
-        description = f"{description} (nothing but the default is accepted)".strip()
     return Row(key, shown, _default(field), description)
 
 

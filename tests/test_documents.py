@@ -96,9 +96,9 @@ def test_files_and_python_names_exist(page: Path) -> None:
     shown = set(re.findall(r"^```\w*\n# (\S+)$", page.read_text(), flags=re.M))
     for said in spans(page):
         word = said.text.removeprefix("../").split()[0].rstrip(":,")
-        if word.startswith(REPOSITORY) and not re.search(r"[A-Z*<{]|\.\.\.", word.split("/")[-1]):
-            if word not in shown and not (ROOT / word).exists():
-                wrong.append(f"{said}: no such file")
+        ours = word.startswith(REPOSITORY) and word not in shown
+        if ours and not re.search(r"[A-Z*<{]|\.\.\.", word.split("/")[-1]):
+            wrong += [f"{said}: no such file"] if not (ROOT / word).exists() else []
         dotted = re.fullmatch(r"((?:influence|ray_jobs)(?:\.\w+)+)(?:\(.*\))?", said.text)
         if dotted is not None and not resolves(dotted.group(1)):
             wrong.append(f"{said}: no such module, class or function")

@@ -1,13 +1,18 @@
 """Predicted and actual change of the target loss after one weighted step of the optimiser.
 
-    python benchmarks/one_step.py --run gd1=RUN1 --run adam2=RUN2 --dev dev=DEV.jsonl \
-        --test test=TEST.jsonl --eta 1e-3 --eta 1e-2 --out FOLDER [--threads 1]
+    python benchmarks/one_step.py --config CONFIG --set KEY=VALUE --curvature fisher \
+        --curvature hvp --dev dev=DEV.jsonl --test test=TEST.jsonl --eta sgd=0.1 \
+        --eta adamw=5e-4 --out FOLDER [--threads 1]
+    python benchmarks/one_step.py --run gd1=RUN1 --run adam2=RUN2 ...
 
-Every RUN is a done run whose weights are tried: theta - eta (a * (G'w)/n + b), with the optimiser
-step that the run's scores are about, taken on the model (after the run's warm-up) and undone. The
-prediction is the Taylor expansion of the dev rows' mean loss along that very step, with the exact
-gradient and one exact Hessian-vector product; beside it what the run itself had predicted. All runs
-have to share model and warm-up. A run whose result is in FOLDER is not tried again.
+Every RUN is a done run whose weights are tried; `--config` makes them first, where they are not
+done: gradient descent and AdamW, each in the first order and in the second with every
+`--curvature`, for the largest of its step sizes. Tried is theta - eta (a * (G'w)/n + b), with the
+optimiser step that the run's scores are about, taken on the model (after the run's warm-up) and
+undone. The prediction is the Taylor expansion of the dev rows' mean loss along that very step, with
+the exact gradient and one exact Hessian-vector product; beside it what the run itself had
+predicted. All runs have to share model and warm-up. The model is where `model.device` says (auto: a
+CUDA device, if there is one). A run whose result is in FOLDER is not tried again.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ import numpy as np
 import torch
 from common import named_paths, read_scores, write_json
 from jaxtyping import Float
+from one_step_runs import CURVATURES, make_runs, parse_etas
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -59,15 +65,16 @@ class Trial:
     token_budget: int
 
     def batches(self, rows: Sequence[Encoded]) -> list[Batch]:
-        """Token-budgeted batches of the rows."""
-        return make_batches(rows, self.token_budget)
+        """Token-budgeted batches of the rows, on the model's device."""
+        batches = make_batches(rows, self.token_budget)
+        return [batch.to(self.layers[0].parameter.device) for batch in batches]
 
 
 def load_trial(run: str, dev: str, test: str, limits: tuple[int, int], budget: int) -> Trial:
     """The model of a run, after its warm-up, and evenly spread rows of both files."""
     config = with_made_training(load_config(f"{run}/config.yaml"))
     gradients = config.gradients
-    replica = load_replica(config.model, "float32", "cpu")
+    replica = load_replica(config.model, "float32", config.model.device)
     chosen = attributed_layers(
         replica.model, gradients.parameters, blocks=gradients.blocks, seed=config.seed
     )
@@ -159,7 +166,7 @@ def mean_losses(trial: Trial) -> dict[str, float]:
 
 
 def try_run(
-    trial: Trial, run: str, etas: Sequence[float], before: Mapping[str, float]
+    trial: Trial, run: str, etas: Mapping[str, Sequence[float]], before: Mapping[str, float]
 ) -> dict[str, Any]:
     """The step of a run's weights: expansion, and what every step size does."""
     start = time.monotonic()
@@ -173,7 +180,7 @@ def try_run(
     direction = step_of(trial, run, step)
     slope, bend = expansion(trial, direction)
     tried = []
-    for eta in etas:
+    for eta in etas[own.optimizer.kind]:
         with stepped(trial, direction, eta):
             after = mean_losses(trial)
         tried.append(
@@ -189,6 +196,8 @@ def try_run(
         "run": run,
         "optimizer": step.note,
         "order": config.weights.order,
+        "curvature": config.weights.curvature if config.weights.order == 2 else None,
+        "device": trial.layers[0].parameter.device.type,
         "slope": slope,
         "bend": bend,
         "step_norm": size,
@@ -240,7 +249,13 @@ def markdown(results: Mapping[str, dict[str, Any]]) -> str:
 
 def work(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every run that has no result yet; returns all results."""
+    etas = parse_etas(arguments.eta)
     runs = named_runs(arguments.run)
+    if arguments.config is not None:
+        curvatures = arguments.curvature or CURVATURES[:1]
+        runs |= make_runs(arguments.config, arguments.set, curvatures, etas, arguments.directions)
+    if not runs:
+        raise InputError("expected --config CONFIG or --run NAME=RUN: there is nothing to try")
     ((_dev, dev),) = named_paths(arguments.dev, "--dev").items()
     ((_test, test),) = named_paths(arguments.test, "--test").items()
     out = Path(arguments.out)
@@ -255,7 +270,7 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
                 first = next(iter(runs.values()))
                 trial = load_trial(first, dev, test, limits, arguments.token_budget)
                 before = mean_losses(trial)
-            found = try_run(trial, run, arguments.eta, before)
+            found = try_run(trial, run, etas, before)
             write_json(path, {**found, "before": before})
         results[name] = json.loads(path.read_text(encoding="utf-8"))
         print(markdown({name: results[name]}), flush=True)
@@ -279,12 +294,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--run", action="append", default=[], required=True, metavar="NAME=RUN")
+    add("--run", action="append", default=[], metavar="NAME=RUN")
+    add("--config", help="config of the runs that are made, such as redundancy/step.yaml")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="of the config")
+    add("--curvature", action="append", choices=CURVATURES, help="of the second order; fisher")
+    add("--directions", type=int, default=16, help="of hvp")
     add("--dev", action="append", required=True, metavar="NAME=FILE")
     add("--test", action="append", required=True, metavar="NAME=FILE")
     add("--dev-limit", type=int, default=64, help="first rows, as the target's limit")
     add("--test-limit", type=int, default=128)
-    add("--eta", type=float, action="append", required=True)
+    add("--eta", action="append", required=True, metavar="[KIND=]ETA", help="of one optimizer")
     add("--out", required=True, help="folder for a JSON file of each run, and all.json")
     add("--threads", type=int, default=2)
     add("--token-budget", type=int, default=1024)

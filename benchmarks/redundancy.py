@@ -27,6 +27,7 @@ from influence import storage
 from influence.config_loading import load_config
 from influence.errors import InfluenceError, InputError
 from influence.exact_work import plan_exact
+from influence.own_training import with_made_training
 from influence.pipeline import catalogue_units, prepare
 from influence.progress import Progress
 from influence.reducer import Reducer
@@ -42,7 +43,7 @@ def unit_gradients(run: str) -> tuple[list[str], Float[np.ndarray, "n d"]]:
 
     Raises InputError if the run has no sketches of every row.
     """
-    config = load_config(storage.join(run, "config.yaml"))
+    config = with_made_training(load_config(storage.join(run, "config.yaml")))
     if config.method != "exact" or config.gradients.projection == "exact":
         raise InputError(f"{run}: expected a run of method: exact with a sketch")
     job = prepare(config, Progress(quiet=True), RunLog.unsaved(run, config.method))

@@ -7,87 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from influence.errors import InputError
+from influence.paired import DRAWS, LEVEL, difference, variance_ratio
 
-DRAWS = 10_000
-LEVEL = 0.95
 BASELINE = "random"
 UNTRAINED = "none"
 OVERALL = "mean of the tests"
-
-Losses = Mapping[str, Float[np.ndarray, "seeds rows"]]
-"""One selection's losses by test name; every test has the same seeds."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of a - b over seeds and rows, its interval, and how it compares with seed noise.
-
-    Attributes:
-        value: negative means that a's loss is lower.
-        low: lower end of the percentile interval of the bootstrap.
-        high: its upper end.
-        seed_sd: standard deviation over seeds of the difference (of one seed), NaN for one seed.
-        seeds_needed: seeds after which |value| is twice its standard error over seeds.
-    """
-
-    value: float
-    low: float
-    high: float
-    seed_sd: float
-    seeds_needed: float
-
-
-def paired_bootstrap(
-    differences: Sequence[Float[np.ndarray, "seeds rows"]], *, draws: int, seed: int
-) -> Float[np.ndarray, " draws"]:
-    """Bootstrap draws of the mean difference, resampling seeds and rows, each with replacement.
-
-    `differences`: per test set the losses of a minus those of b, by seed and test row, so that
-    the pairing is kept. One draw resamples the seeds once for all test sets and the rows of each
-    test set on their own, and takes the mean over tests of the mean over seeds and rows.
-    """
-    generator = np.random.default_rng(seed)
-    seeds = len(differences[0])
-    chance = np.full(seeds, 1 / seeds)
-    seed_weights = generator.multinomial(seeds, chance, size=draws) / seeds
-    total = np.zeros(draws)
-    for values in differences:
-        rows = values.shape[1]
-        row_weights = generator.multinomial(rows, np.full(rows, 1 / rows), size=draws) / rows
-        total += np.einsum("bs,sr,br->b", seed_weights, values, row_weights, optimize=True)
-    return total / len(differences)
-
-
-def difference(a: Losses, b: Losses, *, draws: int = DRAWS, seed: int = 0) -> Difference:
-    """Compare two selections over the same tests, seeds and rows."""
-    values = [a[name] - b[name] for name in a]
-    sample = paired_bootstrap(values, draws=draws, seed=seed)
-    low, high = np.quantile(sample, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    by_seed = np.mean([each.mean(axis=1) for each in values], axis=0)
-    mean = float(by_seed.mean())
-    sd = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else float("nan")
-    needed = (2 * sd / mean) ** 2 if mean else float("inf")
-    return Difference(mean, float(low), float(high), sd, needed)
-
-
-def variance_ratio(means: Float[np.ndarray, "selections seeds"]) -> tuple[float, float]:
-    """(variance between seeds of one selection, variance between selections), one-way ANOVA.
-
-    The first is the mean within-selection variance W; the second is the variance of the
-    selections' means less W / seeds, which seed noise alone puts there; it can be negative.
-    """
-    within = float(means.var(axis=1, ddof=1).mean())
-    between = float(means.mean(axis=1).var(ddof=1)) - within / means.shape[1]
-    return within, between
 
 
 def read_results(out: str) -> dict[str, dict[int, dict[str, Any]]]:
@@ -203,11 +134,10 @@ def difference_table(results: Mapping[str, Mapping[int, Any]], tests: Sequence[s
             continue
         left, right = losses_of(results[a], seeds), losses_of(results[b], seeds)
         found = difference({t: left[t] for t in tests}, {t: right[t] for t in tests})
-        sure = found.low > 0 or found.high < 0
-        value = f"**{found.value:+.4f}**" if sure else f"{found.value:+.4f}"
+        value = f"**{found.value:+.4f}**" if found.sure else f"{found.value:+.4f}"
         noise = "| |"
         if np.isfinite(found.seed_sd):
-            noise = f"| {found.seed_sd:.4f} | {found.seeds_needed:.1f}"
+            noise = f"| {found.seed_sd:.4f} | {found.seeds_until(2):.1f}"
         interval = f"{found.low:+.4f} to {found.high:+.4f}"
         lines.append(f"| {a} | {b} | {len(seeds)} | {value} | {interval} {noise} |")
     return "\n".join(lines) if len(lines) > 2 else ""

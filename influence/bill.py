@@ -6,19 +6,13 @@ import os
 from collections.abc import Iterable, Mapping
 from math import ceil
 
+from influence import cost
 from influence.config import Config
 from influence.plan_schemas import COMPARED, Amounts, Bill, StageBill
 from influence.quantities import Quantities, StageWork
+from influence.row_stages import row_stage
 from influence.speeds import Speed, Speeds, kind_of
 
-_MODEL_STAGES = (
-    "embedding",
-    "target_vectors",
-    "target_gradients",
-    "gradients",
-    "inner_products",
-    "token_scores",
-)
 _COUNTS = ("shards", "rows", "tokens", "flops", "read_bytes", "written_bytes", "objects")
 _SUMMED = (*_COUNTS, "seconds", "gpu_hours", "node_hours", "money")
 
@@ -55,7 +49,8 @@ def planned_bill(
         if work.workers is not None:
             set_up = speeds.set_up()[0]
         most = 0 if work.most is None else work.most.bundles
-        begins = work.name in _MODEL_STAGES and max(work.least.bundles, most) > 0
+        models = work.name in cost.STAGES or row_stage(config, work.name) is not None
+        begins = models and max(work.least.bundles, most) > 0
         if begins and not bill.set_up:
             bill.set_up_seconds, bill.set_up = speeds.set_up()
             set_up = bill.set_up_seconds

@@ -10,6 +10,7 @@ from influence.bill import planned_bill, replicas_at_once, settled
 from influence.cache import Cache
 from influence.errors import InfluenceError
 from influence.job import Job
+from influence.methods import METHODS
 from influence.model_shape import ModelShape, model_shape
 from influence.own_training import STAGES as TRAINED
 from influence.own_training_work import training_bytes, training_flops
@@ -18,6 +19,7 @@ from influence.planned_work import plan_work
 from influence.quantities import DRIVER, OF_RUN, StageWork
 from influence.records import Manifest, StageRecord
 from influence.result_bytes import result_sizes
+from influence.row_stages import row_stage
 from influence.score_shards import scoring_url
 from influence.speeds import Speeds
 from influence.stored import Stored
@@ -43,7 +45,7 @@ def begin_bill(job: Job, reduce: Any, counts: Mapping[str, Any], catalogue: Stag
 
 def shape_of(job: Job) -> ModelShape | None:
     """The shape of the job's model, if its method has one."""
-    if job.config.method == "random":
+    if not METHODS[job.config.method].runs_model:
         return None
     return job.shape if job.shape is not None else model_shape(job.config)
 
@@ -101,7 +103,10 @@ def _took(job: Job, name: str, record: StageRecord) -> Amounts:
         took.tokens = job.log.scored_tokens[name] or None
     if name in TRAINED:
         took.flops = training_flops(job, record.load)
-    if shape is not None and name in cost.STAGES:
+    own = row_stage(job.config, name)
+    if own is not None:
+        took.flops = own.flops(job.config, shape, record.load)
+    elif shape is not None and name in cost.STAGES:
         took.flops = cost.STAGES[name](job.config, shape, record.load)
     return took
 
@@ -158,7 +163,8 @@ def _remember(job: Job, exact: int) -> None:
     measured = measured_of(manifest, storage.absolute(job.config.run))
     if measured is None:
         return
-    decides = job.config.method == "in2core" or job.config.landmarks.choose == "certified"
+    rounds = job.config.landmarks.choose == "certified"
+    decides = rounds or not METHODS[job.config.method].draws_landmarks
     if decides and job.chosen is not None:
         names = [n for n in ("gradients", "inner_products") if n in manifest.stages]
         measured.decided = job.asked

@@ -26,10 +26,10 @@ from influence.replica import adapter_arguments, load_description
 _SCALE = 0.01
 
 
-def write_blank(training: Config, folder: str, *, optimizer: bool = False) -> None:
+def write_blank(training: Config, folder: str, *, optimizer: bool = False, seed: int = 0) -> None:
     """Write what the config's fine-tuning would give, untrained, into a folder.
 
-    optimizer: also AdamW's state, by names, as after one step.
+    optimizer: also AdamW's state, by names, as after one step. seed: of the numbers.
 
     Raises:
         InputError: finetune.target_modules that the model does not have.
@@ -59,7 +59,7 @@ def write_blank(training: Config, folder: str, *, optimizer: bool = False) -> No
             wrapped = get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"finetune.target_modules: {error}") from error
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
     shapes = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     numbers = {
         name: _SCALE * torch.randn(value.shape, generator=draw) for name, value in shapes.items()

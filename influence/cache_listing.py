@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from influence import storage
 from influence.cache_use import Place, Use
 from influence.history import FOLDER
+from influence.methods import METHODS
 from influence.own_training import STAGES as TRAINED
 from influence.records import CachedFingerprint, CacheListing, OtherObjects
 from influence.schemas import layout_of
@@ -28,6 +29,7 @@ STAGES = (
     "target_gradients",
     "gradients",
     "inner_products",
+    *(stage.name for method in METHODS.values() for stage in method.stages),
     *TRAINED,
 )
 

@@ -13,14 +13,16 @@ import yaml
 
 from influence import storage
 from influence.cache import Cache
+from influence.checkpoint_units import checkpoint_fingerprints
 from influence.config import Config
 from influence.config_loading import load_config, parse_config
 from influence.errors import InputError
 from influence.evaluations import EVALUATIONS
 from influence.exact_work import product_fingerprints, target_vector_units
 from influence.hub import resolve_revision
+from influence.methods import METHODS
 from influence.own_training import OwnTraining, planned_training
-from influence.pipeline import NEED_GRADIENTS, Job, catalogue_units, prepare_targets
+from influence.pipeline import Job, catalogue_units, prepare_targets
 from influence.progress import Progress
 from influence.records import Manifest
 from influence.reducer import Reducer
@@ -70,7 +72,7 @@ def use_of(named: str, cache: str) -> Use:
         places = _resolved(own) | _of_transfer(own)
         with _after_warmup(own) as (ready, _trained):
             evaluated = [
-                evaluation.settings(ready)
+                evaluation.settings(own if evaluation.as_written else ready)
                 for name, evaluation in EVALUATIONS.items()
                 if getattr(config.evaluation, name) is not None
             ]
@@ -82,11 +84,25 @@ def use_of(named: str, cache: str) -> Use:
     # says.
     by_record = config.layers == "auto" or config.weights.order == 2
     runs = [named] if is_run else [config.run] * by_record
-    for run in [*runs, *(settings.run for settings in evaluated if by_record)]:
+    runs += [settings.run for settings in evaluated if by_record]
+    runs += _made_by(config)
+    for run in runs:
         recorded = read_manifest(run)
         if recorded is not None:
             places = {**_recorded(recorded), **places}
     return Use(named, named if is_run else config.run, config.cache_url, places)
+
+
+def _made_by(config: Config) -> list[str]:
+    """The runs of evaluations that make select runs of their own, and those runs."""
+    folders = [
+        storage.join(config.run, "evaluations", name)
+        for name, evaluation in EVALUATIONS.items()
+        if evaluation.as_written and getattr(config.evaluation, name) is not None
+    ]
+    listed = [info.url for folder in folders for info in storage.list_objects(folder)]
+    end = "/manifest.json"
+    return [url.removesuffix(end) for url in listed if url.endswith(end)]
 
 
 def recorded_use(run: str) -> Use:
@@ -163,10 +179,14 @@ def _places(config: Config) -> dict[Place, dict[str, Any]]:
     log = RunLog.unsaved(config.run, config.method)
     job = prepare_targets(config, Progress(quiet=True), log)
     places = {(stage, found.hex): found.values for stage, found in job.fingerprints.items()}
-    if config.method in NEED_GRADIENTS and config.gradients.projection == "exact":
+    if METHODS[config.method].needs_gradients and config.gradients.projection == "exact":
         vectors = target_vector_units(job, _reducer_of_targets(job))
         for name, found in product_fingerprints(job, vectors).items():
             places["inner_products", found.hex] = {"target": name, **found.values}
+    if METHODS[config.method].at_checkpoints:
+        template = job.fingerprints["catalogue"].values["template"]
+        for each in checkpoint_fingerprints(config, template):
+            places |= {(stage, found.hex): found.values for stage, found in each.items()}
     return places
 
 

@@ -10,18 +10,22 @@ from torch import Tensor
 
 from influence import cost, history, stages
 from influence.batching import Batch, make_batches
+from influence.checkpoint_tools import CheckpointTools
+from influence.checkpoint_units import checkpoint_fingerprints, checkpoint_folders
 from influence.config import Config
 from influence.errors import InputError
 from influence.fingerprints import stage_fingerprints
 from influence.hub import resolve_revision
-from influence.model_shape import model_shape
+from influence.load import Load
+from influence.methods import METHODS
+from influence.model_shape import ModelShape, model_shape
 from influence.numerics import spread_rows
 from influence.optimizer_use import TARGET_GRADIENTS
 from influence.own_training import planned_training
-from influence.pipeline import NEED_GRADIENTS
 from influence.plan_schemas import Measured, MeasuredStage
 from influence.reference import with_reference
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
+from influence.row_stages import Rows, RowStage, row_stage
 from influence.speeds import kind_of
 from influence.stages import Toolbox
 from influence.tokenization import Encoded, template_fingerprint
@@ -42,8 +46,10 @@ def measure_speeds(config: Config, count: int) -> Measured:
             above 0 and no CUDA device here.
         ModelLoadError: the model cannot be loaded.
     """
-    if config.method == "random":
-        raise InputError("--measure: method random runs no model; there is nothing to measure")
+    if not METHODS[config.method].runs_model:
+        raise InputError(
+            f"--measure: method {config.method} runs no model; there is nothing to measure"
+        )
     with planned_training(resolve_revision(with_reference(config))) as (ready, _own):
         return _measured(ready, count)
 
@@ -55,12 +61,17 @@ def _measured(config: Config, count: int) -> Measured:
         torch.set_num_threads(config.replicas.num_cpus)
     dtype = resolve_dtype(config.model.dtype, config.replicas.num_gpus, config.model.device)
     tools = Toolbox(load_replica(config.model, dtype, device), stage_settings(config))
+    template = template_fingerprint(load_tokenizer(config.model))
+    prints = stage_fingerprints(config, template)
+    if METHODS[config.method].at_checkpoints:
+        tools = CheckpointTools(tools, config.model.adapter).at(checkpoint_folders(config)[0])
+        prints |= checkpoint_fingerprints(config, template)[0]
     measured = Measured(source=SOURCE, finished=history.now(), replica=kind_of(config))
-    prints = stage_fingerprints(config, template_fingerprint(load_tokenizer(config.model)))
     shape, budget = model_shape(config), config.replicas.token_budget
     seconds = {}
     for name, compute in stage_runners(config, tools).items():
-        tools.set_up(name)
+        if row_stage(config, name) is None:
+            tools.set_up(name)
         compute(rows[:1])
         start = time.monotonic()
         compute(rows)
@@ -73,10 +84,22 @@ def _measured(config: Config, count: int) -> Measured:
             fingerprint=covered.hex,
             values=covered.values,
             devices=[tools.replica.device_name],
-            effort=cost.STAGES[name](config, shape, load),
+            effort=_effort(config, shape, name, load),
             seconds=spent,
         )
     return measured
+
+
+def _effort(config: Config, shape: ModelShape, name: str, load: Load) -> float:
+    own = row_stage(config, name)
+    compute = cost.STAGES[name] if own is None else own.flops
+    return compute(config, shape, load)
+
+
+def _runner(stage: RowStage, config: Config, tools: Toolbox) -> Compute:
+    loaded = stage.load(config, lambda: tools, lambda: tools.replica.device.type)
+    budget = config.replicas.token_budget
+    return lambda rows: loaded.compute(Rows(rows, (), budget))
 
 
 def stage_runners(config: Config, tools: Toolbox) -> dict[str, Compute]:
@@ -89,13 +112,16 @@ def stage_runners(config: Config, tools: Toolbox) -> dict[str, Compute]:
         return stages.target_vector(tools, batches(rows), [str(row.row) for row in rows])[0]
 
     found: dict[str, Compute] = {}
-    if config.method in ("influence_distillation", "rds"):
+    for stage in METHODS[config.method].stages:
+        if not stage.reads_texts:
+            found[stage.name] = _runner(stage, config, tools)
+    if METHODS[config.method].embeds:
         found["embedding"] = lambda rows: stages.embed(tools, batches(rows))
-    if config.method not in NEED_GRADIENTS:
+    if not METHODS[config.method].needs_gradients:
         return found
     if config.gradients.projection != "exact":
         found["gradients"] = lambda rows: stages.gradient_vectors(tools, batches(rows))
-        if tools.settings.scaled:
+        if tools.settings.scaled or tools.settings.updates:
             found[TARGET_GRADIENTS] = lambda rows: stages.gradient_vectors(
                 tools, batches(rows), TARGET_GRADIENTS
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ OPTIMIZER_FILE = "optimizer.pt"
 #: What is kept of a checkpoint of transformers' Trainer. Not its pickled arguments; nor the states
 #: of random generators, which are seeded anew at every step.
 FILES = (*ADAPTER_FILES, OPTIMIZER_FILE, "scheduler.pt", "trainer_state.json")
+#: What later stages read of a state of the training.
+RESULT_FILES = (*ADAPTER_FILES, OPTIMIZER_FILE)
+_EPOCH = re.compile(r"checkpoint-\d+")
 #: While a training goes on, so many stay at least: the newest might be damaged.
 AT_LEAST = 2
 
@@ -88,6 +92,31 @@ class Checkpoints:
         return data if whole else None
 
 
+def epoch_folder(number: int) -> str:
+    """The folder in a training's output for what there is after an epoch, counted from 1."""
+    return f"checkpoint-{number}"
+
+
+def epoch_files(epochs: int) -> list[str]:
+    """The names in a training's output of all files of such folders."""
+    return [f"{epoch_folder(k + 1)}/{name}" for k in range(epochs) for name in RESULT_FILES]
+
+
+def remove_epochs(output: str) -> None:
+    """Remove what was left after each epoch."""
+    for info in storage.list_objects(output):
+        *_, folder, name = info.url.rsplit("/", 2)
+        if _EPOCH.fullmatch(folder) and name in RESULT_FILES:
+            storage.delete(info.url)
+
+
+def publish(folder: str, output: str) -> None:
+    """Put the adapter and the optimiser's state of a local checkpoint into OUTPUT."""
+    for name in RESULT_FILES:
+        with open(os.path.join(folder, name), "rb") as file:
+            storage.put(storage.join(output, name), file.read())
+
+
 def fetch_adapter(output: str, folder: str) -> str:
     """Copy the adapter (and the optimiser's state) of a finished training to a local folder.
 
@@ -96,7 +125,7 @@ def fetch_adapter(output: str, folder: str) -> str:
     Raises:
         InputError: there is no finished training.
     """
-    copy(output, folder, (*ADAPTER_FILES, OPTIMIZER_FILE))
+    copy(output, folder, RESULT_FILES)
     return folder
 
 

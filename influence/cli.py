@@ -199,6 +199,9 @@ def evaluate(
     second order. `{reductions: {}}`: the ways to turn token gradients into a row's, and their
     length bias. `{exact_inverse: {}}`: how far DataInf is from the inverse that it stands for.
 
+    `{downstream: {methods: {...}, tests: {...}}}`: fine-tune on every method's selection with
+    several seeds, and compare the test losses with those of random rows and of the whole pool.
+
     Gradients and embeddings come from the cache that `influence select` fills, and go there. An
     interrupted evaluation goes on where it was. The results are in RUN/evaluation.json, and in
     RUN/report.html where there is a selection; RUN/evaluations/NAME is what

@@ -16,6 +16,8 @@ from pydantic import (
 )
 
 from influence.budget import parse_budget
+from influence.config_baselines import MethodName, PerplexityConfig, SemanticConfig
+from influence.config_defaults import fill_defaults
 from influence.config_embedding import EmbeddingConfig
 from influence.config_evaluation import EvaluationConfig
 from influence.config_finetune import FinetuneConfig, ReferenceConfig, WarmupConfig
@@ -23,6 +25,7 @@ from influence.config_prices import PricesConfig
 from influence.config_section import PositiveFloat, PositiveInt, Section, Share
 from influence.config_weights import SECOND_ORDER, WeightsConfig
 from influence.memory_budget import parse_memory
+from influence.methods import METHODS
 
 
 class ModelConfig(Section):
@@ -250,19 +253,6 @@ class ReplicasConfig(Section):
         return self
 
 
-Method = Literal[
-    "influence_distillation",
-    "in2core",
-    "less",
-    "rds",
-    "exact",
-    "perplexity",
-    "semantic",
-    "length",
-    "random",
-]
-
-
 class Config(Section):
     """The whole config of a run. Only `run`, `model`, `data` and `targets` have no default."""
 
@@ -271,9 +261,11 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     targets: dict[str, TargetConfig] = Field(min_length=1)
-    method: Method = Field("influence_distillation", description="how rows are scored")
+    method: MethodName = Field("influence_distillation", description="how rows are scored")
     embedding: EmbeddingConfig = EmbeddingConfig()  # pyright: ignore[reportCallIssue]
     gradients: GradientsConfig = GradientsConfig()  # pyright: ignore[reportCallIssue]
+    perplexity: PerplexityConfig = PerplexityConfig()  # pyright: ignore[reportCallIssue]
+    semantic: SemanticConfig = SemanticConfig()  # pyright: ignore[reportCallIssue]
     landmarks: LandmarksConfig = LandmarksConfig()  # pyright: ignore[reportCallIssue]
     optimizer: OptimizerConfig = OptimizerConfig()  # pyright: ignore[reportCallIssue]
     warmup: WarmupConfig | None = Field(
@@ -312,8 +304,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _defaults_of_the_method(self) -> Config:
         own: dict[str, object] = {} if self.warmup is None else {"parameters": "lora"}
-        if self.method == "in2core":
-            own = {"parameters": "lora", "projection": "layerwise", "normalize": False}
+        own |= METHODS[self.method].gradient_defaults
+        fill_defaults(self, METHODS[self.method])
         given = self.gradients.model_fields_set
         self._fill("gradients", {name: own[name] for name in own if name not in given})
         if self.weights.order == 2:
@@ -327,6 +319,8 @@ class Config(Section):
         """Values that the rest of the config decides, where none are given."""
         if values:
             filled = getattr(self, section).model_copy(update=values)
+            # They are no choice of the user's: another method has others.
+            filled.model_fields_set.difference_update(values)
             object.__setattr__(self, section, filled)
 
     @property

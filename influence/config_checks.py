@@ -7,17 +7,15 @@ from influence.config import Config
 from influence.config_finetune import POOL, FinetuneConfig
 from influence.config_weights import WeightsConfig
 from influence.errors import InputError
+from influence.methods import METHODS, those_that
 
 LAYERED = ("layerwise", "none")
 """Projections that keep layers apart, which DataInf's curvature needs."""
 
-STEPPING = ("influence_distillation", "exact")
-"""Methods whose scores are about an optimiser's step, and may be taken after a warm-up."""
-
 
 def check_together(config: Config, name: str = "config") -> None:
     """Raise `InputError`, naming the keys, for the first values that do not go together."""
-    of_method = _of_in2core if config.method == "in2core" else _of_others
+    of_method = METHODS[config.method].check or of_others
     of_order = _of_second_order if config.weights.order == 2 else _of_first_order
     together = _of_optimizer(config) or _of_warmup(config)
     problem = together or of_method(config) or of_order(config)
@@ -28,12 +26,14 @@ def check_together(config: Config, name: str = "config") -> None:
 def _of_warmup(config: Config) -> str | None:
     if config.warmup is None:
         return None
-    if config.method not in STEPPING:
+    method = METHODS[config.method]
+    if not (method.steps or method.at_checkpoints):
         instead = ""
-        if config.method == "in2core":
+        if METHODS[config.method].reference_model:
             instead = "; its reference model is fine-tuned by reference.finetune"
+        able = ", ".join((*those_that("at_checkpoints"), " and ".join(those_that("steps"))))
         return (
-            f"warmup: it is for method: {' and '.join(STEPPING)}; with method: {config.method} "
+            f"warmup: it is for method: {able}; with method: {config.method} "
             f"expected null (or warmup.fraction: 0){instead}"
         )
     return _of_own_training("warmup", config.warmup)
@@ -41,10 +41,10 @@ def _of_warmup(config: Config) -> str | None:
 
 def _of_optimizer(config: Config) -> str | None:
     kind, state, method = config.optimizer.kind, config.optimizer.state, config.method
-    if method not in STEPPING and (kind != "sgd" or state is not None):
+    if not METHODS[method].steps and (kind != "sgd" or state is not None):
         asked = f"kind: {kind}" if kind != "sgd" else f"state: {state!r}"
         return (
-            f"optimizer.{asked} is for method influence_distillation or exact, whose scores are "
+            f"optimizer.{asked} is for method {' or '.join(those_that('steps'))}, whose scores are "
             f"about an optimiser's step; with method: {method} leave the section out"
         )
     if kind != "sgd" and state is None and config.warmup is None:
@@ -56,7 +56,8 @@ def _of_optimizer(config: Config) -> str | None:
     return None
 
 
-def _of_in2core(config: Config) -> str | None:
+def check_in2core(config: Config) -> str | None:
+    """What is wrong with a config of method in2core, or None."""
     gradients = config.gradients
     if gradients.projection not in LAYERED:
         return (
@@ -118,7 +119,8 @@ def _of_own_training(key: str, section: FinetuneConfig) -> str | None:
     return None
 
 
-def _of_others(config: Config) -> str | None:
+def of_others(config: Config) -> str | None:
+    """What is wrong with a config of a method that has no rules of its own, or None."""
     method = config.method
     if config.gradients.reduction == "token_max":
         return (
@@ -168,10 +170,9 @@ def _of_second_order(config: Config) -> str | None:
         "gradients.normalize": (config.gradients.normalize, False, "gradients of unit length"),
         "selection.combine": (config.selection.combine, "mean", "several losses taken in turn"),
     }
-    if config.method not in STEPPING:
-        return (
-            f"weights.order: 2 is for method: influence_distillation or exact, not {config.method}"
-        )
+    if not METHODS[config.method].steps:
+        able = " or ".join(those_that("steps"))
+        return f"weights.order: 2 is for method: {able}, not {config.method}"
     for key, (value, expected, why) in given.items():
         if value != expected:
             return (
@@ -189,7 +190,8 @@ def _of_second_order(config: Config) -> str | None:
             "selection.per_source: the programme of weights.order: 2 has no quotas; drop them or "
             "use weights.order: 1"
         )
-    if config.method != "exact" and config.landmarks.choose not in ("uniform", "stratified"):
+    drawn = METHODS[config.method].draws_landmarks
+    if drawn and config.landmarks.choose not in ("uniform", "stratified"):
         return (
             f"landmarks.choose: {config.landmarks.choose!r}, and with weights.order: 2 it is not "
             "a score alone that decides on a row; expected uniform or stratified"

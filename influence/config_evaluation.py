@@ -6,6 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from influence.config_downstream import DownstreamConfig
+from influence.config_retraining import LdsConfig, LeaveOneOutConfig
 from influence.config_section import PositiveInt, Section
 
 
@@ -40,4 +42,7 @@ class EvaluationConfig(Section):
     group_influence: GroupInfluenceConfig | None = None
     reductions: ReductionsConfig | None = None
     exact_inverse: ExactInverseConfig | None = None
+    lds: LdsConfig | None = None
+    leave_one_out: LeaveOneOutConfig | None = None
+    downstream: DownstreamConfig | None = None
     seeds: PositiveInt = Field(3, description="trainings of each selection")

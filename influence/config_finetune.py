@@ -103,3 +103,8 @@ class WarmupConfig(FinetuneConfig):
     fraction: Share = Field(
         0.05, description="random part of the pool, drawn with the seed; 0: no warm-up"
     )
+    keep_epochs: bool = Field(
+        False,
+        description="keep what there is after each epoch, too; less, which takes gradients there: "
+        "true",
+    )

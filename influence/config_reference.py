@@ -18,6 +18,7 @@ from pydantic_core import PydanticUndefined
 from influence.config import Config
 from influence.config_loading import BUILT
 from influence.config_section import Section
+from influence.methods import NAMES
 
 _HEAD = """\
 # Configuration reference
@@ -30,6 +31,8 @@ A key of a section is written with a dot, as `--set` and errors write it:
 a wrong type or a value out of range is an error that names the key, what was expected, and the
 nearest valid name. NAME stands for a name of your own.
 """
+#: Values that stand in a registry, or whose code is not all there; the types do not tell.
+_VALUES: dict[str, Sequence[object]] = {"method": NAMES, **BUILT}
 _PLAIN = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "anything"}
 
 
@@ -85,7 +88,7 @@ def rows(section: type[Section], path: str) -> list[Row]:
 
 def _row(key: str, field: FieldInfo) -> Row:
     description = field.description or _own_section(field)
-    built = BUILT.get(key)
+    built = _VALUES.get(key)
     if built is not None:
         shown = ", ".join(f"`{value}`" for value in built)
     else:
@@ -125,7 +128,7 @@ def _type(annotation: Any) -> str:
     if origin is list:
         return f"list of {_type(parts[0])}"
     if origin is dict:
-        return f"NAME: {_type(parts[1])}"
+        return "mapping" if parts[1] is Any else f"NAME: {_type(parts[1])}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         (path,) = (path for path, section in sections() if section is annotation)
         return f"[section](#{_anchor(path)})"

@@ -130,8 +130,9 @@ def directions(shape: ModelShape, load: Load) -> float:
 
 
 def hessian_products(shape: ModelShape, load: Load) -> float:
-    """A training pass, and a backward pass through both of its own."""
-    return 3.0 * training(shape, load)
+    """A training pass, and for every direction a backward pass through both of its own."""
+    along = load.products / max(1, load.rows)
+    return (1.0 + 2.0 * along) * training(shape, load)
 
 
 def token_scores(shape: ModelShape, load: Load) -> float:

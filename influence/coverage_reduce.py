@@ -13,7 +13,7 @@ from influence.catalogue import Catalogue
 from influence.landmarks import row_keys
 from influence.records import Coverage, CoverageRow
 from influence.score_table import ScoreTable
-from influence.sentence_encoder import SentenceEncoder
+from influence.sentence_encoder import SentenceEncoder, text_of
 from influence.target_columns import TargetColumns
 from influence.target_coverage import Nearest, ProponentSums, over_rows
 
@@ -94,4 +94,4 @@ def _texts(catalogue: Catalogue, positions: Int[np.ndarray, " r"]) -> Iterator[l
     for file, rows in catalogue.by_file(positions):
         for first in range(0, len(rows), _CHUNK):
             examples = read_rows(file, rows[first : first + _CHUNK])
-            yield ["\n".join(m.content for m in example.messages) for example in examples]
+            yield [text_of(example.messages) for example in examples]

@@ -4,8 +4,9 @@ Influence Distillation (arXiv 2505.19051, section 3): the second-order Taylor ex
 target loss after one step on the weighted pool has the quadratic term w'Qw with
 Q = (1/n) A H_T A', where the rows of A are the candidates' steps a * g_i (not normalised) and H_T
 is the Hessian of the mean target loss. Q is n x n and of low rank: it is only ever a factor B with
-Q = B B'. Two ways to have H_T are here: the targets' own gradients (the empirical Fisher matrix),
-and exact Hessian-vector products along a few directions that span the landmarks' rows.
+Q = B B'. Two ways to have H_T are here: the covariance of the targets' own gradients (the empirical
+Fisher matrix about their mean), and exact Hessian-vector products along a few directions that span
+the landmarks' rows.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from scipy.linalg import eigh
 from influence.errors import InputError
 from influence.loss import Reduction
 
+# f_t = T_t^power: a row's H_t = n_t F and Cov(g_t) = (n_t^2 / T_t) F, with n_t = T_t^(1 - power).
 _FISHER_POWER = {"mean": 1.0, "sqrt": 0.5, "sum": 0.0}
 # Singular values below this share of the largest are rounding: float32 rows hold seven digits.
 _RANK_TOLERANCE = 1e-6
+_SUM_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -65,48 +68,76 @@ class Directions:
     uncovered: float
 
 
-def fisher_weights(
-    response_tokens: Int[np.ndarray, " m"], reduction: Reduction = "mean"
-) -> Float[np.ndarray, " m"]:
-    """The numbers f_t with which H_T is estimated by the mean over target rows of f_t g_t g_t'.
-
-    With token scores of mean zero and covariance F (the Fisher matrix of one token) a row's
-    gradient has the second moment F / T under the `mean` loss, whose Hessian is F: f_t = T_t, the
-    row's response tokens. Under `sqrt` it is sqrt(T_t), under `sum` 1.
-    """
-    return np.asarray(response_tokens, dtype=np.float64) ** _FISHER_POWER[reduction]
-
-
 def fisher_curvature(
     products: Float[np.ndarray, "n m"],
     shares: Float[np.ndarray, " m"],
-    strengths: Float[np.ndarray, " m"],
+    response_tokens: Int[np.ndarray, " m"],
     offset_products: Float[np.ndarray, " m"] | None = None,
     *,
+    reduction: Reduction = "mean",
     total: int | None = None,
 ) -> Curvature:
-    """Q with H_T ~ sum_t shares_t strengths_t g_t g_t', from <a * g_i, g_t>, not normalised.
+    """Q with H_T from the covariance of the target rows' gradients, from <a * g_i, g_t>.
 
-    `shares` are the target rows' shares of the mean target loss (1/m each), `strengths` those of
-    `fisher_weights`, `offset_products` <b, g_t> of the step's offset (None: there is none). `total`
-    is n, the number of rows that the weights are spread over, where `products` has fewer.
-    B = P diag(sqrt(share strength / n)), q = P (share strength * <b, g_t>).
-    Raises InputError for shares or strengths that are negative or do not fit.
+    Let a token's score (the gradient of its own loss) have mean mu and covariance C. Where the
+    labels are the model's own, mu is 0 and C is F, the Fisher matrix of one token, which is the
+    Hessian of its loss. The gradient g_t of a row of T_t tokens under the `mean` loss then has
+    mean mu and covariance C / T_t, so that T_t (g_t - mu)(g_t - mu)' estimates C. Away from the
+    optimum mu is not 0, and the second moment T_t g_t g_t' is C + T_t mu mu': a part that is no
+    curvature and grows with the rows' length (the empirical Fisher matrix; Kunstner et al., arXiv
+    1905.12558, section 3). Therefore about the mean, as gradient noise is measured (McCandlish et
+    al., arXiv 1812.06162, section 2.2):
+
+        H_T ~ c sum_t share_t T_t (g_t - g_T)(g_t - g_T)',    g_T = sum_t share_t g_t,
+        1/c = 1 - 2 sum share_t^2 + (sum share_t T_t) (sum share_t^2 / T_t),
+
+    where c makes up for g_T being made of the same rows: m / (m - 1) for m equal rows of equal
+    length. Under `sqrt` and `sum` a row's gradient and Hessian are n_t = sqrt(T_t) and T_t times
+    as large: with h_t = g_t / n_t and u_t = share_t n_t / N, N = sum share_t n_t, it is N times the
+    same of h_t and u_t in place of g_t and share_t.
+
+    `shares` are the target rows' shares of the mean target loss (1/m each), `offset_products`
+    <b, g_t> of the step's offset (None: there is none). `total` is n, the number of rows that the
+    weights are spread over, where `products` has fewer.
+    Raises InputError for fewer than two target rows, which have no covariance, and for shares or
+    tokens that do not fit.
     """
-    weights = np.asarray(shares, np.float64) * np.asarray(strengths, np.float64)
-    if weights.shape != products.shape[1:] or (weights < 0).any() or not np.isfinite(weights).all():
-        raise InputError(
-            f"curvature: weights of shape {weights.shape} for products with {products.shape[1]} "
-            "target rows; expected one finite weight of at least 0 for each"
-        )
+    centred, weights = _covariance(shares, response_tokens, reduction, products.shape[1])
     n = len(products) if total is None else total
-    factor = products * np.sqrt(weights / n).astype(products.dtype)
+    # One product instead of P - mean: of 10^7 rows every copy is gigabytes.
+    factor = products @ (centred * np.sqrt(weights / n)).astype(products.dtype)
     none = np.empty((len(products), 0))
     if offset_products is None:
         return Curvature(factor, none, np.zeros(len(products)))
-    along = np.asarray(offset_products, np.float64)
-    drift = (products @ (weights * along).astype(products.dtype)).astype(np.float64)
+    along = np.asarray(offset_products, np.float64) @ centred
+    drift = (factor @ (np.sqrt(weights * n) * along).astype(products.dtype)).astype(np.float64)
     return Curvature(factor, none, drift, offset=float(weights @ along**2))
+
+
+def _covariance(
+    shares: Float[np.ndarray, " m"], response_tokens: Int[np.ndarray, " m"], reduction: str, m: int
+) -> tuple[Float[np.ndarray, "m m"], Float[np.ndarray, " m"]]:
+    """(M, w): H_T ~ sum_t w_t d_t d_t', where the deviations d are the columns of G' M."""
+    share, tokens = np.asarray(shares, np.float64), np.asarray(response_tokens, np.float64)
+    if m < 2:
+        raise InputError(
+            f"weights.curvature: fisher is the covariance of the target rows' gradients, and there "
+            f"is {m} target row; expected at least 2: add target rows, or use "
+            "weights.curvature: hvp"
+        )
+    fits = share.shape == tokens.shape == (m,) and (share > 0).all() and (tokens >= 1).all()
+    if not fits or abs(share.sum() - 1) > _SUM_TOLERANCE:
+        raise InputError(
+            f"curvature: {share.size} shares with sum {share.sum():g} and {tokens.size} numbers of "
+            f"response tokens for products with {m} target rows; expected a share above 0 and at "
+            "least 1 token for each, and shares with sum 1"
+        )
+    size = tokens ** (1.0 - _FISHER_POWER[reduction])
+    whole = float(share @ size)
+    part = share * size / whole
+    lost = 2 * (part**2).sum() - (part @ tokens) * (part**2 / tokens).sum()
+    centred = np.eye(m) - np.outer(share, size / whole)
+    return centred, share * tokens ** _FISHER_POWER[reduction] / (1.0 - lost)
 
 
 def choose_directions(rows: Float[np.ndarray, "l d"], count: int) -> Directions:

@@ -19,7 +19,7 @@ from influence.errors import InputError
 from influence.evaluation_tables import FILE, read_evaluation
 from influence.evaluations import EVALUATIONS, Evaluation
 from influence.hub import resolve_revision
-from influence.job import Execute, Job
+from influence.job import Execute, Job, SelectRun
 from influence.lease import driving
 from influence.own_training import with_made_training
 from influence.own_training_run import Train, make_training
@@ -31,8 +31,8 @@ from influence.resume import EVALUATION_FREE, claim_run
 from influence.run_log import RunLog
 from influence.score_shards import remove_scoring
 
-Workers = Callable[[Job, Evaluation], AbstractContextManager[tuple[Execute, Any]]]
-"""What executes the units of a job, and the reducer that the evaluation asks for."""
+Workers = Callable[[Job, Evaluation], AbstractContextManager[tuple[Execute, Any, SelectRun]]]
+"""What executes the units of a job, the reducer that the evaluation asks for, and select runs."""
 
 
 def evaluate(
@@ -55,9 +55,7 @@ def evaluate(
         ShardsFailedError: some shards failed for good; everything else is committed.
     """
     chosen = named(config)
-    # They have a method of their own, and are of the model that the run's scores are of.
-    ready = config if config.warmup is None else with_made_training(config)
-    own = {name: _settings(each, ready) for name, each in chosen.items()}
+    own = {name: _settings(each, config) for name, each in chosen.items()}
     progress = Progress(quiet=quiet)
     with driving(config.run, progress.note) as lease:
         jobs, inputs = {}, {}
@@ -70,8 +68,8 @@ def evaluate(
         with session():
             for name, job in jobs.items():
                 progress.note(f"{name} ...")
-                with workers(job, chosen[name]) as (execute, reduce):
-                    job = replaced(job, execute=execute)
+                with workers(job, chosen[name]) as (execute, reduce, select_run):
+                    job = replaced(job, execute=execute, select_run=select_run)
                     measure = partial(chosen[name].run, job, reduce, inputs[name])
                     _run(config.run, name, job, measure)
         lease.check()
@@ -100,6 +98,9 @@ def named(config: Config) -> dict[str, Evaluation]:
 
 
 def _settings(evaluation: Evaluation, config: Config) -> Config:
+    if config.warmup is not None and not evaluation.as_written:
+        # It has a method of its own, and is of the model that the run's scores are of.
+        config = with_made_training(config)
     return resolve_revision(with_reference(evaluation.settings(config)))
 
 

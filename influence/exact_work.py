@@ -58,6 +58,7 @@ class _Candidates:
             plan = sparse_units(self.stage, digest, file, members, rows, needs)
             reuse = reuse_rows(self.job.cache, plan, listed, rows, self.job.held_rows)
             found += reuse.units
+            self.job.log.chosen(plan, reuse.units)
             self.lenders.update(unit.key for unit in reuse.lenders)
             self.borrowed += reuse.borrowed
         return found

@@ -7,7 +7,6 @@ workers of a torch.distributed group.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -19,7 +18,7 @@ import torch
 
 from influence import storage
 from influence.adapters import local_adapter
-from influence.checkpoints import ADAPTER_FILES, AT_LEAST, OPTIMIZER_FILE, Checkpoints
+from influence.checkpoints import AT_LEAST, Checkpoints, epoch_folder, publish
 from influence.errors import InputError, InterruptedRunError, RunTakenError, StorageError
 from influence.finetune_settings import FinetuneSettings
 from influence.finetune_steps import Steps, effective_rows
@@ -198,6 +197,7 @@ class _Run:
         """A checkpoint is in a local folder: commit it; after the last step it is the result."""
         record = self.record
         self._take(history)
+        self._publish_epoch(step, folder)
         last = step >= record.total_steps
         try:
             self._checkpoints.commit(step, folder)
@@ -214,6 +214,12 @@ class _Run:
             self._publish(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
+    def _publish_epoch(self, step: int, folder: str) -> None:
+        """Before the checkpoint counts: a training that goes on from it has the epochs before."""
+        ends = _steps(self.rows, self.settings).ends
+        if self.settings.keep_epochs and step in ends:
+            publish(folder, storage.join(self.output, epoch_folder(ends.index(step) + 1)))
+
     def _take(self, history: list[dict[str, Any]]) -> None:
         """The log of everything up to a checkpoint, into the record."""
         record = self.record
@@ -222,9 +228,7 @@ class _Run:
         record.tokens = sum(each.tokens for each in record.steps)
 
     def _publish(self, folder: str) -> None:
-        for name in (*ADAPTER_FILES, OPTIMIZER_FILE):
-            with open(os.path.join(folder, name), "rb") as file:
-                storage.put(storage.join(self.output, name), file.read())
+        publish(folder, self.output)
         self.finish("done")
         self._checkpoints.prune(self.settings.keep_checkpoints)
 
@@ -286,7 +290,9 @@ def adapted(model: Any, settings: FinetuneSettings, adapter: str | None) -> Iter
                 for name in module.lora_A:
                     module.reset_lora_parameters(name, True)
     else:
-        wrapped = PeftModel.from_pretrained(model, local_adapter(adapter), is_trainable=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the same
+            wrapped = PeftModel.from_pretrained(model, local_adapter(adapter), is_trainable=True)
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable()
     try:

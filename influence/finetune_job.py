@@ -126,7 +126,7 @@ def prepare_finetune(
     return FinetuneJob(
         model=model.model_copy(update={"adapter": None, "adapter_revision": None}),
         dtype=identity["dtype"],
-        adapter=_local(start),
+        adapter=adapter_to_start(start),
         rows=rows,
         sets=sets,
         settings=settings_of(config),
@@ -184,7 +184,7 @@ def _adapter_content(start: ModelConfig, *, own: bool) -> str | None:
         ) from None
 
 
-def _local(start: ModelConfig) -> str | None:
+def adapter_to_start(start: ModelConfig) -> str | None:
     """The adapter to go on from; one of the hub with its commit as a local folder."""
     arguments = adapter_arguments(start)
     if start.adapter is None or not arguments:

@@ -11,7 +11,7 @@ from influence.finetune_steps import SCHEDULES
 from influence.loss import REDUCTIONS, Reduction
 
 #: What changes no more than the rounding of a result, and may so be changed under way.
-FREE = ("token_budget", "save_every", "keep_checkpoints", "gradient_checkpointing")
+FREE = ("token_budget", "save_every", "keep_checkpoints", "gradient_checkpointing", "keep_epochs")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class FinetuneSettings:
     rows of an optimiser step, of all workers together. token_budget: tokens of a micro-batch,
     padding included. reduction: of a row's token losses. evaluate_every, save_every: steps, None
     for every epoch; the last step always counts. keep_checkpoints: how many of the newest stay
-    when training is done, None for all.
+    when training is done, None for all. keep_epochs: whether what there is after each epoch
+    stays, too (see `influence.checkpoints.epoch_folder`).
     """
 
     rank: int = 8
@@ -43,6 +44,7 @@ class FinetuneSettings:
     save_every: int | None = 100
     keep_checkpoints: int | None = 0
     gradient_checkpointing: bool = False
+    keep_epochs: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

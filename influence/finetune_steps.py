@@ -47,6 +47,14 @@ class Steps:
         first = place * self.batch_size
         return _order(self.rows, self.seed, epoch)[first : first + self.batch_size]
 
+    @property
+    def ends(self) -> list[int]:
+        """The steps after which each epoch ends, the last one's where training does."""
+        return [
+            min(self.total, first + self.per_epoch)
+            for first in range(0, self.total, self.per_epoch)
+        ]
+
     def due(self, done: int, every: int | None) -> bool:
         """Whether what happens every so many steps (None: every epoch) happens after `done`."""
         return done >= self.total or done % (every or self.per_epoch) == 0
@@ -74,6 +82,21 @@ def rate_factor(step: int, steps: int, warmup_ratio: float, schedule: str) -> fl
     if schedule == "constant":
         return 1.0
     return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def epoch_rates(
+    steps: Steps, learning_rate: float, warmup_ratio: float, schedule: str
+) -> list[float]:
+    """The mean learning rate of each epoch's steps; of a broken last one as far as it goes.
+
+    LESS (Xia et al., arXiv 2402.04333, section 2) weighs an epoch's checkpoint with it.
+    """
+    rates = [
+        learning_rate * rate_factor(step, steps.total, warmup_ratio, schedule)
+        for step in range(steps.total)
+    ]
+    epochs = range(0, steps.total, steps.per_epoch)
+    return [math.fsum(own) / len(own) for own in (rates[e : e + steps.per_epoch] for e in epochs)]
 
 
 def share_of(lengths: Sequence[int], worker: int, workers: int) -> list[int]:

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from influence.adapters import local_adapter
 from influence.config import Config, ModelConfig
 from influence.errors import ModelLoadError
 from influence.hub import hub_commit
+from influence.methods import METHODS
 from influence.optimizer_file import local_state
 from influence.optimizer_use import TARGET_GRADIENTS, scaled_stages
 from influence.replica import check_adapter, load_description, resolve_dtype, resolve_name
@@ -52,7 +53,9 @@ def stage_fingerprints(config: Config, template: str) -> dict[str, Fingerprint]:
     if config.data.loss_on != "response":
         tokens["loss_on"] = config.data.loss_on
     stages = {"catalogue": fingerprint(tokens)}
-    if config.method == "random":
+    for stage in METHODS[config.method].stages:
+        stages[stage.name] = fingerprint({**tokens, **stage.values(config)})
+    if not METHODS[config.method].runs_model:
         return stages
     model = {**tokens, **model_values(config)}
     gradients = config.gradients
@@ -126,7 +129,7 @@ def _projection_values(config: Config) -> dict[str, Any]:
 def embedding_values(config: Config) -> dict[str, Any]:
     """The embedding settings that the kind in use reads."""
     embedding = config.embedding
-    kind = "rds" if config.method == "rds" else embedding.kind
+    kind = METHODS[config.method].embedding_kind or embedding.kind
     values: dict[str, Any] = {"embedding": kind, "dim": embedding.dim, "seed": config.seed}
     if kind in ("jvp", "hidden"):
         values["blocks"] = embedding.blocks
@@ -234,6 +237,11 @@ def folder_content(folder: str, *, code: bool = False) -> str:
     )
     if not any(name.endswith(_WEIGHT_SUFFIXES) for name in names):
         raise ModelLoadError(f"{folder!r} holds no weights (*.safetensors or *.gguf)")
+    return _digest_files(tuple(os.path.join(folder, name) for name in names))
+
+
+def files_content(folder: str, names: Sequence[str]) -> str:
+    """Digest of some files of a folder (their names and bytes, not the folder's path)."""
     return _digest_files(tuple(os.path.join(folder, name) for name in names))
 
 

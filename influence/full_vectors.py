@@ -30,6 +30,10 @@ HESSIAN_MEMORY = 4
 forward and the backward pass, attention's whole matrix of probabilities in both. Measured: 18 GB
 for 2,048 tokens of a model of 135M parameters, whose gradients take 5 GB."""
 
+ALONG_BYTES = 2 * 10**9
+"""What directions that share a pass may take; a worker holds about four times as much: themselves
+as parameters are stored, too, and the sums of products twice."""
+
 
 def full_vectors(
     bundle: Bundle,
@@ -61,8 +65,7 @@ def full_vectors(
     elif unit.stage == "directions":
         found = _directions(bundle, tools, batches, scoring)
     else:
-        along = read_vectors(cache, [unit.needs], tools.replica.device)
-        found = [_hessian_product(tools, batches, {name: v[0] for name, v in along.items()})]
+        found = _hessian_products(bundle, tools, batches, cache)
     return [{name: value.float().cpu() for name, value in each.items()} for each in found]
 
 
@@ -131,15 +134,30 @@ def _weights(scoring: str, unit: Unit) -> Float[np.ndarray, " rows"]:
     return read_arrays(scoring, key)[1]["weights"]
 
 
-def _hessian_product(
-    tools: Toolbox, batches: Sequence[Batch], along: Mapping[str, Float[Tensor, "1 out in"]]
-) -> Vector:
-    """H v of the mean loss of the rows."""
+def _hessian_products(
+    bundle: Bundle, tools: Toolbox, batches: Sequence[Batch], cache: Cache
+) -> list[Vector]:
+    """H v of the mean loss of the rows for every unit's v, some from one pass.
 
+    The same bits whatever directions share the pass: each has a backward pass of its own.
+    """
+    keys = [unit.needs[0] for unit in bundle.units]
+    at_once = max(1, ALONG_BYTES // (4 * sum(layer.size for layer in tools.layers)))
+    found = []
+    for start in range(0, len(keys), at_once):
+        blocks = read_vectors(cache, [keys[start : start + at_once]], tools.replica.device)
+        found += _products(tools, batches, {name: block[0] for name, block in blocks.items()})
+    return found
+
+
+def _products(
+    tools: Toolbox, batches: Sequence[Batch], along: Mapping[str, Float[Tensor, "r out in"]]
+) -> list[Vector]:
     def compute(_parts: Sequence[Batch], moved: Iterable[Batch]) -> tuple[dict[str, Tensor], int]:
         return hessian_products(
             tools.replica.model, tools.layers, moved, along, reduction=tools.settings.reduction
         )
 
     sums, count = restarted(batches, tools.limit, tools.replica.device, compute)
-    return {name: each[0] / count for name, each in sums.items()}
+    directions = len(next(iter(sums.values())))
+    return [{name: each[k] / count for name, each in sums.items()} for k in range(directions)]

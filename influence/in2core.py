@@ -43,8 +43,6 @@ def check_beside(config: Config) -> None:
     Raises:
         InputError: names coverage.encoder, transfer.model or transfer.finetune.
     """
-    if config.method != "in2core":
-        return
     if config.coverage.encoder is not None:
         find_encoder(config.coverage.encoder)
     check_target(config)

@@ -25,6 +25,17 @@ from influence.watch import Watch
 from influence.worker import UnitResult
 
 
+class SelectRun(Protocol):
+    """Makes a select run of another config: its folder, its stages, workers of its own.
+
+    `after` is called with its job and its reducer once the selection is written.
+    """
+
+    def __call__(
+        self, config: Config, *, after: Callable[[Job, Any], None] = ...
+    ) -> dict[str, Any]: ...
+
+
 class Execute(Protocol):
     """Runs bundles of units in any order; reports each one exactly once."""
 
@@ -47,6 +58,7 @@ class Job:
     `replicas` work at once at most, where that does not follow from the config; `chosen` are the
     first landmarks, or the pilot on which layers are chosen; `asked` is a digest of everything that
     decides what follows from them. `own_training` is one that the job itself makes first.
+    `select_run` is there for evaluations, whose own units have no replicas while it works.
     """
 
     config: Config
@@ -66,6 +78,7 @@ class Job:
     chosen: Sequence[tuple[SourceFile, Sequence[int]]] | None = None
     asked: str = ""
     own_training: OwnTraining | None = None
+    select_run: SelectRun | None = None
 
 
 def run_units(job: Job, units: Sequence[Unit]) -> None:

@@ -17,6 +17,7 @@ from influence.load import Load
 from influence.model_shape import ModelShape
 from influence.pool_units import catalogue_units
 from influence.quantities import Quantities, StageWork
+from influence.row_stages import row_stage
 from influence.schemas import VectorLayout
 from influence.stored import Stored
 from influence.unit_loads import UnitLoad
@@ -118,6 +119,9 @@ class MissingWork:
 
     def price(self, stage: str, load: Load) -> float:
         """Operations of a load."""
+        own = row_stage(self.job.config, stage)
+        if own is not None:
+            return own.flops(self.job.config, self.given_shape, load)
         return cost.STAGES[stage](self.job.config, self.shape, load)
 
     def rest_load(self, chosen: Chosen) -> Load:
@@ -144,7 +148,9 @@ class MissingWork:
 
     def layout(self, stage: str, columns: int) -> VectorLayout:
         """How a stage's vectors are kept."""
-        config = self.job.config.gradients
+        config, own = self.job.config.gradients, row_stage(self.job.config, stage)
+        if own is not None:
+            return own.layout(self.job.config, self.given_shape)
         if stage == "embedding":
             return VectorLayout(dtype="float16", dim=self.width)
         if stage in ("inner_products", "offset_products"):
@@ -161,7 +167,7 @@ class MissingWork:
     @property
     def shape(self) -> ModelShape:
         """The model's."""
-        assert self.given_shape is not None  # only method: random has no model
+        assert self.given_shape is not None  # a method that asks has a model
         return self.given_shape
 
     @property

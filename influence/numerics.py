@@ -16,6 +16,7 @@ from influence.batching import make_batches
 from influence.candidates import read_examples, scan_files
 from influence.config import Config
 from influence.errors import InputError
+from influence.methods import METHODS
 from influence.own_training import planned_training
 from influence.reference import with_reference
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
@@ -71,7 +72,7 @@ def _compared(config: Config, count: int) -> Numerics:
     dtype = resolve_dtype(config.model.dtype, config.replicas.num_gpus, config.model.device)
     reference = "float64" if dtype in ("float32", "float64") else "float32"
     rows = spread_rows(config, count)
-    embeds = config.method in ("influence_distillation", "rds")
+    embeds = METHODS[config.method].embeds
     ours, theirs = (_vectors(config, each, rows, embeds) for each in (dtype, reference))
     found = []
     for position, row in enumerate(rows):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -11,10 +11,10 @@ from influence.config import Config
 from influence.evaluate import evaluate
 from influence.evaluations import Evaluation
 from influence.hub import resolve_revision
-from influence.in2core import check_beside
-from influence.job import Execute, Job
+from influence.job import Execute, Job, SelectRun
 from influence.lease import driving
 from influence.local import local_execute
+from influence.methods import METHODS
 from influence.own_training_run import make_training, train_here
 from influence.pipeline import prepare, select
 from influence.progress import Progress
@@ -27,12 +27,19 @@ from influence.run_log import RunLog
 from influence.transfer import compare_models
 
 
-def run_select(config: Config, *, replace: bool = False, quiet: bool = False) -> dict[str, Any]:
+def run_select(
+    config: Config,
+    *,
+    replace: bool = False,
+    quiet: bool = False,
+    after: Callable[[Job, Any], None] = lambda job, reduce: None,
+) -> dict[str, Any]:
     """Select in this process and write the report; returns the reducer's summary.
 
     Args:
         replace: put the results over those of another config in the same run directory.
         quiet: show no progress.
+        after: is called with the job and its reducer once the selection is written.
 
     Raises:
         InputError: among others, `replicas.num_gpus` above 0 and no CUDA device here.
@@ -42,9 +49,11 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
         >>> summary["counts"]["scored"], summary["counts"]["selected"]
         (64, 8)
     """
-    if config.method != "random":
+    method = METHODS[config.method]
+    if method.runs_model or method.stages:
         choose_device(config.model.device, config.replicas.num_gpus)
-    check_beside(config)
+    if method.check_files is not None:
+        method.check_files(config)
     given, nested = config, {"replace": True, "quiet": quiet}
     config = resolve_revision(with_reference(config))
     progress = Progress(quiet=quiet)
@@ -54,7 +63,9 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
         config, own = make_training(config, progress, log, train_here)
         job = prepare(config, progress, log, own)
         job.replicas = 1
-        summary = select(job, local_execute(config, job.watch), Reducer(config))
+        reduce = Reducer(config)
+        summary = select(job, local_execute(config, job.watch), reduce)
+        after(job, reduce)
         lease.check()
         compare_models(given, job.files, progress, partial(run_select, **nested), train_here)
         summary["report"] = build_report(config.run)
@@ -82,5 +93,6 @@ def run_evaluate(config: Config, *, replace: bool = False, quiet: bool = False) 
 
 
 @contextmanager
-def _workers(job: Job, evaluation: Evaluation) -> Iterator[tuple[Execute, Any]]:
-    yield local_execute(job.config, job.watch), evaluation.reducer(job.config)
+def _workers(job: Job, evaluation: Evaluation) -> Iterator[tuple[Execute, Any, SelectRun]]:
+    select_run = partial(run_select, replace=True, quiet=True)
+    yield local_execute(job.config, job.watch), evaluation.reducer(job.config), select_run

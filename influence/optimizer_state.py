@@ -64,6 +64,14 @@ class AdamState:
         """The optimiser's own number of steps: the largest of its parameters'."""
         return max(self.steps.values())
 
+    @property
+    def note(self) -> str:
+        """How far it is, and its settings."""
+        return (
+            f"AdamW after {self.step} steps (betas {self.beta1:g} and {self.beta2:g}, eps "
+            f"{self.eps:g})"
+        )
+
 
 def adam_scale(
     exp_avg_sq: Float[Tensor, "..."], *, step: int, beta1: float, beta2: float, eps: float

@@ -89,10 +89,7 @@ def _adamw(
     scale = layer_scales(state, layers)
     blank = sum(int((state.exp_avg_sq[layer.name] == 0).sum()) for layer in layers)
     size = sum(layer.size for layer in layers)
-    note = (
-        f"AdamW after {state.step} steps (betas {state.beta1:g} and {state.beta2:g}, eps "
-        f"{state.eps:g}); {_coverage(layers, state.exp_avg_sq)}"
-    )
+    note = f"{state.note}; {_coverage(layers, state.exp_avg_sq)}"
     if blank:
         note += (
             f"; {blank:,} of their {size:,} entries ({blank / size:.2%}) never had a gradient and "

@@ -9,7 +9,7 @@ but where directions have to span the candidates' steps a * g_i themselves (weig
 from __future__ import annotations
 
 from influence.config import Config
-from influence.config_checks import STEPPING
+from influence.methods import METHODS
 from influence.optimizer_step import has_scale
 
 CANDIDATES = frozenset({"gradients", "inner_products"})
@@ -24,7 +24,8 @@ def scaled_stages(config: Config) -> frozenset[str]:
         InputError: an optimiser without its state, or one whose file cannot be read.
     """
     optimizer = config.optimizer
-    if config.method not in STEPPING or not has_scale(optimizer.kind, optimizer.state):
+    steps = METHODS[config.method].steps
+    if not steps or not has_scale(optimizer.kind, optimizer.state):
         return frozenset()
     weights = config.weights
     spanned = weights.order == 2 and weights.curvature == "hvp"

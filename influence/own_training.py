@@ -8,6 +8,8 @@ same; `STAGE.json` there is put last, and makes it count.
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +19,9 @@ from pydantic import ValidationError
 
 from influence import storage
 from influence.candidates import SourceFile, scan_files
-from influence.checkpoints import OPTIMIZER_FILE
+from influence.checkpoints import OPTIMIZER_FILE, epoch_files, epoch_folder
 from influence.config import Config
-from influence.config_finetune import POOL
+from influence.config_finetune import POOL, FinetuneConfig, WarmupConfig
 from influence.errors import InputError
 from influence.finetune_job import identity_of, settings_of
 from influence.fingerprints import Fingerprint, fingerprint
@@ -64,6 +66,16 @@ class OwnTraining:
         return self.kind.stage
 
     @property
+    def epochs(self) -> int:
+        """Checkpoints that are kept, one for each epoch that was begun; 0: none but the result."""
+        return epochs_kept(self.training.finetune)
+
+    @property
+    def result_files(self) -> list[str]:
+        """The names of what later stages read, apart from the marker."""
+        return [*self.kind.files, *epoch_files(self.epochs)]
+
+    @property
     def key(self) -> str:
         """The cache key of what is put last."""
         return f"{self.stage}/{self.fingerprint.hex}/{self.kind.marker}"
@@ -81,7 +93,7 @@ class OwnTraining:
             return None
         if record is None:
             return None
-        for name in self.kind.files:
+        for name in self.result_files:
             found = storage.load(storage.join(self.url, name))
             if found is None or digest_of_file(found[0]) != record.files.get(name):
                 return None
@@ -91,6 +103,13 @@ class OwnTraining:
 def digest_of_file(data: bytes) -> str:
     """32 hex digits of a file's bytes."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def epochs_kept(section: FinetuneConfig) -> int:
+    """The checkpoints beside the result that such a training leaves."""
+    if not isinstance(section, WarmupConfig) or not section.keep_epochs:
+        return 0
+    return math.ceil(section.epochs - 1e-9)  # as the steps are counted
 
 
 def own_training(config: Config) -> OwnTraining | None:
@@ -121,9 +140,15 @@ def own_training(config: Config) -> OwnTraining | None:
 
 
 def training_fingerprint(training: Config, files: list[SourceFile]) -> Fingerprint:
-    """Of the rows' contents, the model, what is in force of the settings, and the seed."""
+    """Of the rows' contents, the model, what is in force of the settings, and the seed.
+
+    A training that keeps its epochs is another one, though its result is the same: what reads the
+    result alone need not wait for the rest, nor be made again for it.
+    """
     settings = settings_of(training).that_count()
     del settings[_OF_EVALUATION]
+    if epochs_kept(training.finetune):
+        settings["keep_epochs"] = True
     pool = [[file.content_hash, file.rows] for file in files]
     return fingerprint(
         {
@@ -166,7 +191,11 @@ def planned_training(config: Config) -> Iterator[tuple[Config, OwnTraining | Non
 
     with tempfile.TemporaryDirectory(prefix=f"{own.stage}-") as folder:
         try:
-            write_blank(own.training, folder, optimizer=OPTIMIZER_FILE in own.kind.files)
+            whole = OPTIMIZER_FILE in own.kind.files
+            write_blank(own.training, folder, optimizer=whole)
+            for k in range(1, own.epochs + 1):
+                into = os.path.join(folder, epoch_folder(k))
+                write_blank(own.training, into, optimizer=whole, seed=k)
         except InputError as error:
             raise type(error)(own.kind.own_keys(str(error))) from error
         yield own.kind.apply(config, folder), own

@@ -11,15 +11,23 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from influence import storage
+from influence.checkpoints import epoch_folder
 from influence.config import Config
 from influence.errors import InputError, RunBusyError
-from influence.finetune_job import FinetuneJob, claim, prepare_finetune, train
+from influence.finetune_job import FinetuneJob, claim, prepare_finetune, settings_of, train
+from influence.finetune_steps import Steps, epoch_rates
 from influence.lease import Lease, driving
 from influence.load import Load
 from influence.memory import give_back_memory
 from influence.own_training import OwnTraining, digest_of_file, own_training
 from influence.progress import Progress
-from influence.records import OwnTrainingRecord, OwnTrainingUse, StageRecord, to_json
+from influence.records import (
+    EpochCheckpoint,
+    OwnTrainingRecord,
+    OwnTrainingUse,
+    StageRecord,
+    to_json,
+)
 from influence.replica import choose_device
 from influence.run_log import RunLog
 from influence.tokenization import Encoded
@@ -138,7 +146,7 @@ def _train(
 
 def _clear_damaged(own: OwnTraining, progress: Progress) -> None:
     """A result that is not whole is removed; one that only lacks its marker is as good as new."""
-    urls = [storage.join(own.url, name) for name in (own.kind.marker, *own.kind.files)]
+    urls = [storage.join(own.url, name) for name in (own.kind.marker, *own.result_files)]
     marked, *files = [storage.head(url) is not None for url in urls]
     done = read_record(own.url)
     if not marked and (done is None or not done.done or all(files)):
@@ -161,7 +169,7 @@ def load_of_rows(rows: Sequence[Encoded]) -> Load:
 def _publish(own: OwnTraining, found: TrainingRecord) -> OwnTrainingRecord:
     files = {
         name: digest_of_file(storage.read_bytes(storage.join(own.url, name)))
-        for name in own.kind.files
+        for name in own.result_files
     }
     record = OwnTrainingRecord(
         fingerprint=own.fingerprint.hex,
@@ -174,11 +182,24 @@ def _publish(own: OwnTraining, found: TrainingRecord) -> OwnTrainingRecord:
         workers=found.workers,
         device=found.device,
         epoch_losses=epoch_losses(found),
+        checkpoints=_kept(own, found),
         versions=versions(),
         files=files,
     )
     storage.put(storage.join(own.url, own.kind.marker), to_json(record))
     return record
+
+
+def _kept(own: OwnTraining, found: TrainingRecord) -> list[EpochCheckpoint]:
+    """What is left of each epoch, with the mean of its steps' learning rates."""
+    settings = settings_of(own.training)
+    steps = Steps(found.rows.trained, settings.batch_size, settings.epochs, settings.seed)
+    schedule = (settings.warmup_ratio, settings.schedule)
+    rates = epoch_rates(steps, settings.learning_rate, *schedule)
+    return [
+        EpochCheckpoint(folder=epoch_folder(k + 1), step=steps.ends[k], learning_rate=rates[k])
+        for k in range(own.epochs)
+    ]
 
 
 def epoch_losses(record: TrainingRecord) -> list[float]:

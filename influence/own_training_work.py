@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from influence import cost, storage
-from influence.checkpoints import ADAPTER_FILES, OPTIMIZER_FILE
+from influence.checkpoints import RESULT_FILES
 from influence.finetune_job import settings_of
 from influence.input_bytes import file_bytes
 from influence.job import Job
@@ -14,7 +14,7 @@ from influence.model_shape import ModelShape, model_shape
 from influence.quantities import Quantities, StageWork
 from influence.training_record import NAME
 
-_FILES = (*ADAPTER_FILES, OPTIMIZER_FILE, NAME)  # and the marker
+_FILES = (*RESULT_FILES, NAME)  # and the marker
 # A LoRA factor's number and its two moments; what a factor takes beside its numbers in the two
 # files, the files' own headers, and a step in the record.
 _NUMBER_BYTES, _FACTOR_BYTES, _FILE_BYTES, _STEP_BYTES = 12, 800, 8_000, 200
@@ -35,7 +35,9 @@ def training_work(job: Job, reduce: Any) -> StageWork:
     flops = training_flops(job, load, shape)
     steps = load.rows / settings.batch_size
     written = _NUMBER_BYTES * shape.attributed + _FACTOR_BYTES * shape.layers
-    written += _FILE_BYTES + round(_STEP_BYTES * steps)
+    written += _FILE_BYTES
+    written *= 1 + own.epochs
+    written += round(_STEP_BYTES * steps)
     least = Quantities(
         shards=1,
         bundles=1,
@@ -45,7 +47,7 @@ def training_work(job: Job, reduce: Any) -> StageWork:
         effort=flops,
         read=sum(file_bytes(file) for file in own.files),
         written=written,
-        objects=len(_FILES) + 1,
+        objects=len(_FILES) + own.epochs * len(RESULT_FILES) + 1,
     )
     return StageWork(own.stage, least, None, shards=1, **name)
 
@@ -63,7 +65,7 @@ def training_bytes(job: Job) -> dict[str, int]:
     own = job.own_training
     if own is None or not job.log.computed.get(own.stage):
         return {}
-    names = (*_FILES, own.kind.marker)
+    names = {*_FILES, *own.result_files, own.kind.marker}
     found = {name: storage.head(storage.join(own.url, name)) for name in names}
     return {name: info.size for name, info in found.items() if info is not None}
 

@@ -6,7 +6,7 @@ nothing here knows of Ray.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +15,10 @@ from influence.bill_record import begin_bill, end_bill, replicas_of
 from influence.cache import Cache
 from influence.candidates import SourceFile, scan_files
 from influence.config import Config
-from influence.curvature_stages import second_order
 from influence.errors import InputError
-from influence.exact_work import exact_units, further_units
 from influence.fingerprints import stage_fingerprints
-from influence.in2core import in2core
 from influence.job import Execute, Job, run_units, timed
+from influence.methods import METHODS
 from influence.missing_work import catalogue_work
 from influence.model_shape import model_shape
 from influence.own_training import OwnTraining
@@ -30,10 +28,9 @@ from influence.records import Fidelity
 from influence.replica import load_tokenizer
 from influence.report_format import step_phrase
 from influence.run_log import RunLog
-from influence.score_map import map_scores
 from influence.score_shards import remove_scoring
 from influence.tokenization import template_fingerprint
-from influence.units import ExactUnits, Unit
+from influence.units import Unit
 from influence.watch import Watch
 
 __all__ = [
@@ -50,8 +47,6 @@ __all__ = [
     "select",
 ]
 
-NEED_GRADIENTS = ("influence_distillation", "exact", "in2core")
-
 
 def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
     """Run the whole job and write the run directory; returns the reducer's summary.
@@ -63,9 +58,10 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
         ShardsFailedError: some shards failed for good; everything else is committed.
     """
     config, log = job.config, job.log
+    method = METHODS[config.method]
     job = replace(job, execute=execute)
     storage.probe_create_only(config.cache_url)
-    if config.method in NEED_GRADIENTS:
+    if method.needs_gradients:
         job.shape = model_shape(config)
         log.manifest.coverage = job.shape.coverage
         if step := step_phrase(config.optimizer.kind, config.optimizer.state):
@@ -78,7 +74,7 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
             log.manifest.counts = reduce.load_catalogue(pool, targets)
         job.tokens = reduce.tokens_of
         begin_bill(job, reduce, log.manifest.counts, before)
-        METHODS[config.method](job, reduce)
+        method.run(job, reduce)
         with timed(job, "selection"):
             # Where the results are written, which may be another process, the lease counts too.
             summary = reduce.select(None if log.lease is None else log.lease.owner)
@@ -148,73 +144,3 @@ def catalogue(job: Job) -> tuple[list[Unit], dict[str, list[Unit]]]:
     pool, targets = catalogue_units(job)
     run_units(job, [*(unit for units in targets.values() for unit in units), *pool])
     return pool, targets
-
-
-def influence_distillation(job: Job, reduce: Any) -> None:
-    """Exact gradients for landmarks and targets, embeddings for all, a regression between them."""
-    chosen = job.chosen if job.chosen is not None else reduce.choose_landmarks()
-    exact = exact_units(job, reduce, chosen)
-    embedding = embedding_units(job)
-    run_units(job, [*exact.all, *embedding])
-    if job.config.landmarks.choose == "certified":
-        _rounds(job, reduce, embedding, exact)
-        return
-    if job.config.weights.order == 2:
-        second_order(job, reduce, exact)
-    with timed(job, "regression"):
-        predictor = reduce.fit_landmarks(embedding, exact)
-    scores = map_scores(job, embedding, predictor)
-    with timed(job, "scores", quiet=True):
-        reduce.take_predicted(scores)
-
-
-def _rounds(job: Job, reduce: Any, embedding: list[Unit], exact: ExactUnits) -> None:
-    """More exact gradients, where the regression says that they decide (`influence.certified`)."""
-    while True:
-        with timed(job, "regression", quiet=True):
-            predictor = reduce.fit_round(embedding, exact)
-        scores = map_scores(job, embedding, predictor)
-        with timed(job, "regression", quiet=True):
-            step = reduce.next_round(scores)
-        job.progress.note(step.text)
-        if not step.rows:
-            return
-        exact = further_units(job, reduce, step.rows)
-        run_units(job, exact.candidates)
-
-
-def exact(job: Job, reduce: Any) -> None:
-    """First order with every row's gradient: the truth that approximations are judged by."""
-    units = exact_units(job, reduce, None)
-    run_units(job, units.all)
-    if job.config.weights.order == 2:
-        second_order(job, reduce, units)
-    with timed(job, "scores"):
-        reduce.score_exact(units)
-
-
-def rds(job: Job, reduce: Any) -> None:
-    """RDS+ (arXiv 2503.01807): one forward pass, cosine of pooled hidden states."""
-    embedding = embedding_units(job)
-    targets = rds_target_units(job)
-    run_units(job, [*(unit for units in targets.values() for unit in units), *embedding])
-    with timed(job, "regression", quiet=True):
-        predictor = reduce.fit_means(targets)
-    scores = map_scores(job, embedding, predictor)
-    with timed(job, "scores", quiet=True):
-        reduce.take_cosines(scores)
-
-
-def random(job: Job, reduce: Any) -> None:
-    """A uniform draw: the baseline that every claim is judged against."""
-    with timed(job, "scores"):
-        reduce.score_random()
-
-
-METHODS: dict[str, Callable[[Job, Any], None]] = {
-    "influence_distillation": influence_distillation,
-    "exact": exact,
-    "in2core": in2core,
-    "rds": rds,
-    "random": random,
-}

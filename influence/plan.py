@@ -14,12 +14,12 @@ from influence.config import Config
 from influence.cost import ReplicaMemory
 from influence.errors import InputError
 from influence.hub import resolve_revision
-from influence.in2core import check_query_bytes
 from influence.local import local_execute
+from influence.methods import METHODS
 from influence.missing_work import catalogue_work
 from influence.model_shape import ModelShape
 from influence.own_training import OwnTraining, planned_training
-from influence.pipeline import NEED_GRADIENTS, catalogue, prepare
+from influence.pipeline import catalogue, prepare
 from influence.plan_notes import notes_of, unlike_replicas
 from influence.plan_schemas import Bill, Measured, PlanDocument
 from influence.planned_work import Work, plan_work
@@ -89,7 +89,7 @@ def _plan(config: Config, own: OwnTraining | None, asked: Sequence[Measured]) ->
     speeds = Speeds(config, shape, job.fingerprints, runs, asked)
     bill = planned_bill(work.stages.values(), config, speeds, replicas)
     plan = Plan(config, counts, work, bill, shape, _selected(config, counts))
-    if shape is not None and config.method in NEED_GRADIENTS:
+    if shape is not None and METHODS[config.method].needs_gradients:
         plan.memory = _memory(config, shape, counts)
         plan.notes += _refusals(config, shape, work, counts)
     plan.notes += notes_of(job, work, [*runs, *asked])
@@ -122,9 +122,8 @@ def _refusals(config: Config, shape: ModelShape, work: Work, counts: dict[str, A
         cost.check_vector_bytes(config, shape)
         if vectors:
             cost.check_target_bytes(config, shape, len(vectors))
-        if config.method == "in2core":
-            columns = sum(target["columns"] for target in counts["targets"].values())
-            check_query_bytes(config, shape, columns)
+        if (check := METHODS[config.method].check_bytes) is not None:
+            check(config, shape, sum(target["columns"] for target in counts["targets"].values()))
     except InputError as error:
         found.append(f"the run will be refused: {error}")
     return found

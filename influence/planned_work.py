@@ -6,29 +6,25 @@ shards that are listed here as missing, and no others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from influence import cost, shard_bytes
-from influence.certified import MAX_INDUCING, rounds_at_most
+from influence.certified import MAX_INDUCING
 from influence.exact_work import Chosen, ExactWork, plan_exact
-from influence.in2core import vector_width
-from influence.in2core_work import curvature_work, together
 from influence.input_bytes import file_bytes
 from influence.job import Job
-from influence.memory_budget import parse_memory
+from influence.methods import METHODS
 from influence.missing_work import PREDICTOR_BYTES, MissingWork
 from influence.model_shape import ModelShape
 from influence.optimizer_use import TARGET_GRADIENTS
 from influence.own_training_work import training_work
-from influence.pool_units import embedding_units, rds_target_units
 from influence.quantities import Decided, Quantities, StageWork, driver_seconds
 from influence.result_bytes import WALKS, of_results
-from influence.rounds_work import most_work, round_scores, rows_of_others
+from influence.rounds_work import round_scores, rows_of_others
 from influence.second_order_work import NOTE, further_columns, second_order_work
-from influence.sentence_encoder import TEXTS_PER_SECOND
 from influence.units import Unit
 
 
@@ -55,28 +51,33 @@ def plan_work(
     Raises:
         InputError: too few candidates for landmarks, and what else the run itself would raise.
     """
-    planner = _Planner(MissingWork(job, reduce, shape, replicas), counts, decided)
+    planner = Planner(MissingWork(job, reduce, shape, replicas), counts, decided)
     planner.own_training()
-    {
-        "influence_distillation": planner.influence_distillation,
-        "exact": planner.exact,
-        "in2core": planner.in2core,
-        "rds": planner.rds,
-        "random": planner.random,
-    }[job.config.method]()
+    METHODS[job.config.method].plan(planner)
     return planner.work
 
 
 @dataclass
-class _Planner:
+class Planner:
+    """What a method's plan is made with: each call adds a stage to `work`, in order.
+
+    Attributes:
+        missing: counts the shards that the cache lacks.
+        counts: of the catalogue.
+        decided: what an earlier run of the same settings went through, where it is known.
+        beside: bytes of the targets' gradients, where they are a stage of their own.
+        score_bytes: of the shards of one map to scores, if there is any.
+    """
+
     missing: MissingWork
     counts: Mapping[str, Any]
     decided: Decided | None
     work: Work = field(default_factory=Work)
-    kept: float = 1.0  # of the numbers of a row's gradient
-    beside: int = 0  # bytes of the targets' gradients, where they are a stage of their own
+    beside: int = 0
+    score_bytes: int = 0
 
     def own_training(self) -> None:
+        """The training that comes first, where the job makes one."""
         if self.job.own_training is None:
             return
         stage = training_work(self.job, self.missing.reduce)
@@ -85,43 +86,6 @@ class _Planner:
             self.work.notes.append(
                 f"{stage.name}: it is fine-tuned first; what is made with it is all new"
             )
-
-    def influence_distillation(self) -> None:
-        job, config = self.job, self.job.config
-        chosen = self.work.chosen = self.missing.reduce.choose_landmarks()
-        landmarks = sum(len(rows) for _file, rows in chosen)
-        gradients = self.gradients(chosen)
-        embedding = self.missing.stage("embedding", embedding_units(job))
-        certified = config.landmarks.choose == "certified"
-        maps, most, centres = 1, None, landmarks
-        if certified and self.decided is not None:
-            maps, gradients = self.decided.maps, self.as_decided(gradients, self.decided)
-            centres = (landmarks + self.decided.rows) // 2  # of all rounds, in the mean
-            landmarks = self.decided.rows
-        elif certified:
-            limit = max(landmarks, min(config.landmarks.count, self.counts["scored"]))
-            rounds = rounds_at_most(landmarks, limit)
-            of_targets = [target["columns"] for target in self.counts["targets"].values()]
-            extra = limit - landmarks
-            all_rounds = most_work(self.missing, gradients, chosen, of_targets, extra, rounds)
-            self.note_others(gradients)
-            gradients, most = replace(gradients, most=all_rounds), (limit, rounds + 1)
-        self.add(gradients)
-        self.add(embedding)
-        self.second_order(gradients, chosen)
-        self.fit(embedding, gradients, landmarks, maps, most)
-        self.scores(embedding, self.missing.width, centres, maps, most, variance=certified)
-        self.selection(landmarks)
-
-    def exact(self) -> None:
-        gradients = self.gradients(None)
-        self.add(gradients)
-        self.second_order(gradients, None)
-        numbers = float(self.counts["rows"] * (self.columns + 8))
-        read = gradients.whole + self.beside
-        scoring = Quantities(read=read, effort=driver_seconds(1, 0.0, numbers))
-        self.add(StageWork("scores", scoring, replicas=False))
-        self.selection(0)
 
     def second_order(self, gradients: StageWork, chosen: Chosen | None) -> None:
         """What comes between the gradients and the scores."""
@@ -132,69 +96,6 @@ class _Planner:
             self.add(stage)
         if weights.curvature == "hvp":
             self.work.notes.append(NOTE)
-
-    def rds(self) -> None:
-        units = embedding_units(self.job)
-        of_targets = [u for members in rds_target_units(self.job).values() for u in members]
-        self.add(self.missing.stage("embedding", [*of_targets, *units]))
-        embedding = self.missing.stage("embedding", units)
-        self.scores(embedding, self.missing.width, self.columns)
-        self.selection(0)
-
-    def random(self) -> None:
-        self.selection(0)
-
-    def in2core(self) -> None:
-        config = self.job.config
-        gradients = self.chosen_layers() if config.layers == "auto" else self.gradients(None)
-        self.add(gradients)
-        shape, units = self.missing.shape, self.scored_units
-        width = round(vector_width(config, shape) * self.kept)
-        curvature = curvature_work(units, gradients.whole, self.columns, width, len(shape.sizes))
-        self.add(curvature)
-        if config.gradients.reduction != "token_max":
-            self.scores(gradients, width, self.columns)
-        else:
-            self.add(self.missing.token_scores(units, self.columns, width, self.score_bytes))
-            effort = driver_seconds(1, 0.0, float(self.counts["rows"] * (self.columns + 1)))
-            looking = Quantities(read=self.score_bytes, effort=effort)
-            self.add(StageWork("scores", looking, replicas=False))
-        if config.transfer.model is not None:
-            self.work.notes.append(
-                f"transfer: a pilot of {config.transfer.pilot:,} rows goes through "
-                f"{config.transfer.model.name}, too; its bill is that of the run RUN/transfer"
-            )
-        if config.coverage.encoder is not None:
-            targets = sum(target["rows"] for target in self.counts["targets"].values())
-            texts = targets + min(config.coverage.candidates, self.counts["scored"])
-            effort = driver_seconds(1) + texts / TEXTS_PER_SECOND
-            self.add(StageWork("coverage", Quantities(effort=effort), replicas=False))
-        self.selection(0)
-
-    def chosen_layers(self) -> StageWork:
-        """Gradients of a pilot, all layers, and then of every row those that the pilot chooses."""
-        chosen = self.work.chosen = self.missing.reduce.choose_pilot()
-        pilot = self.gradients(chosen)
-        rows = sum(len(members) for _file, members in chosen)
-        shape, config = self.missing.shape, self.job.config
-        effort = driver_seconds(1, cost.curvature(rows, shape.attributed, self.columns))
-        choosing = Quantities(read=3 * pilot.whole, effort=effort)
-        self.add(StageWork("layers", choosing, replicas=False))
-        self.work.exact = plan_exact(self.job, self.missing.reduce, None)
-        share, memory = parse_memory(config.layer_economy.memory)
-        whole = 4 * vector_width(config, shape) * self.counts["rows"]
-        self.kept = min(1.0, share if share is not None else (memory or 0.0) / whole)
-        if self.decided is not None:
-            return self.as_decided(pilot, self.decided)
-        # Under which name they will be kept is not known, nor whether they are there already.
-        unknown = [replace(unit, fingerprint="unknown") for unit in self.work.exact.units.all]
-        rest = self.missing.stage("gradients", unknown)
-        self.work.notes.append(
-            f"layers: auto: counted with all that layer_economy.memory lets be kept "
-            f"({self.kept:.0%} of the layers' bytes), and the operations of all layers, which is "
-            "the most"
-        )
-        return together(pilot, rest, self.kept)
 
     def gradients(self, chosen: Chosen | None) -> StageWork:
         """The candidates' stage; adds that of the targets' full gradients, if there is any."""
@@ -269,6 +170,7 @@ class _Planner:
     def scores(
         self,
         vectors: StageWork,
+        units: Sequence[Unit],
         width: int,
         centres: int,
         maps: int = 1,
@@ -276,9 +178,9 @@ class _Planner:
         *,
         variance: bool = False,
     ) -> None:
-        """The map from vectors of `width` numbers to scores: once, or once in every round."""
-        units = self.scored_units
+        """The map from the units' vectors, of `width` numbers: once, or once in every round."""
         rows = [unit.count for unit in units]
+        self.score_bytes = self.score_bytes_of(units)
 
         def of(exact: int, times: int) -> Quantities:
             known = min(exact, MAX_INDUCING) if variance else exact
@@ -301,17 +203,18 @@ class _Planner:
     def selection(self, landmarks: int) -> None:
         """Choosing the rows, and the files of the results."""
         written, objects = of_results(self.job, self.counts, landmarks, self.missing.mean_texts)
-        mapped = self.job.config.method in ("influence_distillation", "rds", "in2core")
-        read = sum(map(file_bytes, self.job.files)) + (WALKS * self.score_bytes if mapped else 0)
+        read = sum(map(file_bytes, self.job.files)) + WALKS * self.score_bytes
         effort = driver_seconds(1, 0.0, self.counts["rows"] * (self.columns + 8))
         quantities = Quantities(effort=effort, read=read, written=written, objects=objects)
         self.add(StageWork("selection", quantities, replicas=False))
 
     @property
     def job(self) -> Job:
+        """Whose work it is."""
         return self.missing.job
 
     def add(self, stage: StageWork) -> None:
+        """Put a stage after those that are there."""
         self.work.stages[stage.name] = stage
 
     @cached_property
@@ -320,16 +223,6 @@ class _Planner:
         own = sum(target["columns"] for target in self.counts["targets"].values())
         return own + further_columns(self.job.config, self.counts)
 
-    @cached_property
-    def scored_units(self) -> list[Unit]:
-        """The units whose vectors are mapped to scores."""
-        if self.job.config.method != "in2core":
-            return embedding_units(self.job)
-        assert self.work.exact is not None  # gradients come first
-        return self.work.exact.units.sketches
-
-    @cached_property
-    def score_bytes(self) -> int:
-        """What the shards of one map to scores take."""
-        rows = [unit.count for unit in self.scored_units]
-        return sum(shard_bytes.score_shard(self.columns, each) for each in rows)
+    def score_bytes_of(self, units: Sequence[Unit]) -> int:
+        """What the shards of one map from these units to scores take."""
+        return sum(shard_bytes.score_shard(self.columns, unit.count) for unit in units)

@@ -20,21 +20,25 @@ def catalogue_units(job: Job) -> tuple[list[Unit], dict[str, list[Unit]]]:
     return pool, targets
 
 
+def row_units(job: Job, stage: str) -> list[Unit]:
+    """A stage of every candidate."""
+    rows = job.config.replicas.rows_per_shard
+    return range_units(stage, job.fingerprints[stage].hex, job.files, rows)
+
+
+def target_row_units(job: Job, stage: str) -> dict[str, list[Unit]]:
+    """A stage of every target's rows."""
+    digest, rows = job.fingerprints[stage].hex, job.config.replicas.rows_per_shard
+    return {
+        name: range_units(stage, digest, files, rows) for name, files in job.target_files.items()
+    }
+
+
 def embedding_units(job: Job) -> list[Unit]:
     """Embeddings of every candidate."""
-    return range_units(
-        "embedding",
-        job.fingerprints["embedding"].hex,
-        job.files,
-        job.config.replicas.rows_per_shard,
-    )
+    return row_units(job, "embedding")
 
 
 def rds_target_units(job: Job) -> dict[str, list[Unit]]:
     """Embeddings of every target's rows, which RDS+ compares with."""
-    digest = job.fingerprints["embedding"].hex
-    rows = job.config.replicas.rows_per_shard
-    return {
-        name: range_units("embedding", digest, files, rows)
-        for name, files in job.target_files.items()
-    }
+    return target_row_units(job, "embedding")

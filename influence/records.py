@@ -167,6 +167,14 @@ class Transfer(BaseModel):
     columns: list[TransferColumn] = Field(default_factory=list)
 
 
+class EpochCheckpoint(BaseModel):
+    """What a training left after an epoch: its folder, and the mean rate of the epoch's steps."""
+
+    folder: str
+    step: int
+    learning_rate: float
+
+
 class OwnTrainingRecord(BaseModel):
     """`reference.json`, `warmup.json` in the cache: what a job trained for itself, and of what."""
 
@@ -180,6 +188,9 @@ class OwnTrainingRecord(BaseModel):
     workers: int
     device: str
     epoch_losses: list[float] = Field(default_factory=list, description="mean of each epoch")
+    checkpoints: list[EpochCheckpoint] = Field(
+        default_factory=list, description="after each epoch, where they are kept"
+    )
     versions: dict[str, str] = Field(default_factory=dict)
     files: dict[str, str] = Field(
         default_factory=dict, description="blake2b of the files that later stages read"

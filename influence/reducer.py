@@ -19,21 +19,25 @@ from influence.candidates import SourceFile
 from influence.catalogue import Catalogue
 from influence.certificate import certificate_of
 from influence.certified_result import recall_certificate
+from influence.checkpoint_reduce import CheckpointReduce
 from influence.config import Config
 from influence.coverage_reduce import Likeness, coverage_of, likeness_of
 from influence.errors import InputError
 from influence.in2core_reduce import InfluenceReduce
 from influence.landmark_reduce import LandmarkReduce, RoundsReduce, RoundStep, draw_landmarks
+from influence.layer_choice import draw_pilot
 from influence.load import Load
+from influence.methods import METHODS
 from influence.pool_counts import pool_counts
 from influence.predictor import cosine_predictor, write_predictor
 from influence.records import LayerChoice
 from influence.results import write_results
 from influence.robust_reduce import RobustReduce
+from influence.row_scores import PoolRows, score_rows, without_gradients
 from influence.score_shards import ShardTable, run_table, scoring_url
 from influence.score_table import ArrayTable
 from influence.scores import Scores
-from influence.second_order_plan import Along, DirectionPlan, MadeVectors
+from influence.second_order_plan import Along, DirectionPlan, MadeVectors, check_covariance
 from influence.selection import Rule
 from influence.selection_rule import method_weights, selection_rule
 from influence.shard_reader import (
@@ -86,6 +90,7 @@ class Reducer:
             {name: described[name].per for name in self.targets},
             {name: described[name].group_by is not None for name in self.targets},
         )
+        check_covariance(self.config.weights, self.columns)
 
     def counts(self) -> dict[str, Any]:
         """Rows, reasons, duplicates, truncation: of the pool and of every target."""
@@ -190,10 +195,15 @@ class Reducer:
 
     def take_cosines(self, units: Sequence[Unit]) -> None:
         """The score shards of `fit_means`."""
-        table = self._shard_table(units)
-        positions = self._pool.eligible
-        none = np.empty((0, len(self.columns.columns)))
-        self.scores = Scores(table, self._pool.scorable, positions, none, None, None)
+        self.scores = without_gradients(self._shard_table(units), self._pool)
+
+    def fit_checkpoint(self, exact: ExactUnits) -> str:
+        """LESS: the targets at the next checkpoint; returns the key of what scores by them."""
+        return self._checkpoints.fit(exact)
+
+    def take_checkpoints(self, units: Sequence[Sequence[Unit]], weights: Sequence[float]) -> None:
+        """The weighted sum of the score shards of every `fit_checkpoint`."""
+        self.scores = self._checkpoints.scores(units, weights)
 
     def column_count(self) -> int:
         """Columns of the scores."""
@@ -201,11 +211,7 @@ class Reducer:
 
     def choose_pilot(self) -> list[tuple[SourceFile, list[int]]]:
         """Draw the rows on which layers are chosen; returns the rows of each file."""
-        pool = self._pool
-        eligible = pool.eligible
-        keys = landmarks.row_keys(self.config.seed, pool.digests, purpose=b"pilot")[eligible]
-        drawn = np.argsort(keys, kind="stable")[: self.config.layer_economy.pilot]
-        return pool.by_file(np.sort(eligible[drawn]))
+        return draw_pilot(self.config.seed, self.config.layer_economy.pilot, self._pool)
 
     def choose_layers(self, pilot: ExactUnits) -> LayerChoice:
         """The layers to keep, by the gradients of the pilot's rows."""
@@ -253,12 +259,10 @@ class Reducer:
             seed=self.config.seed,
         )
 
-    def score_random(self) -> None:
-        """Uniform random numbers, the same in every column."""
-        eligible = self._pool.eligible
-        digests = [self._pool.digests[position] for position in eligible]
-        drawn = scoring.random_scores(self.config.seed, digests)
-        self._all_exact(eligible, np.repeat(drawn, len(self.columns.columns), axis=1))
+    def score_rows(self, method: str, units: Sequence[Unit] = ()) -> None:
+        """Scores by the function of a method, from the catalogue and its shards (these units)."""
+        rows = PoolRows(self.config, self._pool, self.targets, self.columns, self.cache, units)
+        self.scores = score_rows(METHODS[method], rows)
 
     def select(self, owner: str | None = None) -> dict[str, Any]:
         """Choose the rows and their weights; certify; write every file but the report.
@@ -287,7 +291,7 @@ class Reducer:
         )
         fidelity.objective = objective
         coverage = None
-        if self.config.method == "in2core":
+        if METHODS[self.config.method].signed:
             coverage = coverage_of(table, pool, self.columns, self._likeness)
         written = write_results(
             self.config,
@@ -305,6 +309,10 @@ class Reducer:
     def _rule(self) -> Rule:
         """The selection rule; made once, as it sorts the ids of the whole pool."""
         return selection_rule(self.config, self._pool, self.columns)
+
+    @cached_property
+    def _checkpoints(self) -> CheckpointReduce:
+        return CheckpointReduce(self.config.run, self.cache, self._pool, self.targets, self.columns)
 
     @property
     def _pool(self) -> Catalogue:

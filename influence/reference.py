@@ -11,6 +11,7 @@ from influence.checkpoints import ADAPTER_FILES
 from influence.config import Config
 from influence.config_finetune import FinetuneConfig
 from influence.errors import InputError
+from influence.methods import METHODS
 from influence.training_kind import TrainingKind
 
 
@@ -24,7 +25,7 @@ def with_reference(config: Config) -> Config:
         InputError: see `reference_adapter`.
     """
     named = config.reference.adapter or config.model.adapter
-    if config.method != "in2core" or config.reference.finetune is not None:
+    if not METHODS[config.method].reference_model or config.reference.finetune is not None:
         return config
     if named is None and config.gradients.parameters != "lora":
         return config  # gradients of the model's own weights: it is the reference
@@ -55,7 +56,7 @@ def with_adapter(config: Config, adapter: str) -> Config:
 
 
 def _section(config: Config) -> FinetuneConfig | None:
-    return config.reference.finetune if config.method == "in2core" else None
+    return config.reference.finetune if METHODS[config.method].reference_model else None
 
 
 REFERENCE = TrainingKind(

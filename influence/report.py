@@ -15,6 +15,7 @@ import numpy as np
 from influence import plots, storage
 from influence.coverage_figures import coverage_report
 from influence.layer_figures import layer_report
+from influence.methods import METHODS
 from influence.records import FailedShard, StageRecord, TargetFidelity
 from influence.report_bill import bill_caption, bill_lines
 from influence.report_data import (
@@ -29,19 +30,6 @@ from influence.report_format import FILTERS, decimal, step_phrase
 from influence.report_objective import objective_report
 
 TOP_SOURCES = 30
-GRADIENT_METHODS = ("influence_distillation", "in2core", "less", "exact")
-
-METHODS = {
-    "influence_distillation": "Influence Distillation",
-    "in2core": "In2Core",
-    "less": "LESS",
-    "rds": "RDS+",
-    "exact": "Exact first-order influence",
-    "perplexity": "Perplexity",
-    "semantic": "Semantic similarity",
-    "length": "Response length",
-    "random": "Random selection",
-}
 
 
 @dataclass(frozen=True)
@@ -119,7 +107,7 @@ def render(run: RunData) -> str:
 
 def context(run: RunData) -> dict[str, Any]:
     """What the template shows, in its order."""
-    counts = run.manifest.counts
+    counts, method = run.manifest.counts, METHODS.get(run.manifest.method)
     sources, other = ([], None)
     if run.scores is not None:
         sources, other = source_table(
@@ -130,7 +118,7 @@ def context(run: RunData) -> dict[str, Any]:
         "run": run,
         "manifest": run.manifest,
         "counts": counts,
-        "method": METHODS.get(run.manifest.method, run.manifest.method),
+        "method": run.manifest.method if method is None else method.title,
         "model": (run.config.get("model") or {}).get("name"),
         "pool": (run.config.get("data") or {}).get("candidates"),
         "share": _ratio(counts.get("selected"), counts.get("scored")),
@@ -312,7 +300,8 @@ def weight_summary(scores: ScoreColumns) -> WeightSummary | None:
 
 def _gradient_settings(run: RunData) -> dict[str, Any] | None:
     """How token gradients became a row's, for methods whose scores come from gradients."""
-    if run.manifest.method not in GRADIENT_METHODS:
+    method = METHODS.get(run.manifest.method)
+    if method is None or not method.needs_gradients:
         return None
     return run.config.get("gradients")
 

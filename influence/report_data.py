@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from influence import storage
 from influence.errors import InputError
+from influence.methods import METHODS
 from influence.outputs import COVERAGE, TRANSFER
 from influence.records import Coverage, Fidelity, Manifest, Transfer
 
@@ -122,7 +123,8 @@ def read_run(run_url: str) -> RunData:
         fidelity = _document(Fidelity, fidelity_raw, run_url, "fidelity.json")
     landmarks, samples = _optional(run_url, "landmarks.parquet"), _optional(run_url, "samples.json")
     parts, selection = _parts(run_url, "scores"), _parts(run_url, "selection")
-    needs_landmarks = manifest.method == "influence_distillation" and not (
+    method = METHODS.get(manifest.method)
+    needs_landmarks = (method is not None and method.draws_landmarks) and not (
         fidelity is not None and fidelity.exact
     )
     found = {

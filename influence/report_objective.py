@@ -10,7 +10,7 @@ from influence import plots
 from influence.objective import Objective
 
 CURVATURES = {
-    "fisher": "the target rows' own gradients (the empirical Fisher matrix)",
+    "fisher": "the covariance of the target rows' own gradients (the Fisher matrix)",
     "hvp": "exact Hessian-vector products on the target rows",
 }
 

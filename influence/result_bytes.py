@@ -9,6 +9,7 @@ from influence import storage
 from influence.budget import parse_budget
 from influence.input_bytes import file_bytes
 from influence.job import Job
+from influence.methods import METHODS
 from influence.outputs import (
     COVERAGE,
     ROWS_PER_PART,
@@ -63,7 +64,7 @@ def of_results(
     selection = round((stored + line) * selected + samples)
     beside = landmarks * (16 * names + 16) + _DOCUMENTS
     footers = _PER_COLUMN * (parts * wide + parts_selected * 8)
-    signed = config.method == "in2core"
+    signed = METHODS[config.method].signed
     beside += _COVERAGE * columns if signed else 0
     documents = 3 + (landmarks > 0) + signed
     return scores + selection + beside + footers, parts + parts_selected + documents

@@ -38,6 +38,7 @@ _RECOMPUTES = {
     "data.max_length": "everything",
     "data.loss_on": "everything",
     "embedding": "the embeddings",
+    "semantic.encoder": "the sentence embeddings",
     "landmarks.count": "the gradients of new landmarks",
     "landmarks.choose": "the gradients of new landmarks",
     "landmarks.initial": "the gradients of new landmarks",

@@ -23,7 +23,6 @@ from influence.curvature import (
     Curvature,
     choose_directions,
     fisher_curvature,
-    fisher_weights,
     subspace_curvature,
 )
 from influence.full_vectors import read_vector
@@ -194,8 +193,10 @@ class RobustReduce:
             self._targets[row.target].n_response_tokens[row.position]
             for row in row_shares(self._columns)
         ]
-        strengths = fisher_weights(np.asarray(tokens), self._config.gradients.loss_reduction)
-        return fisher_curvature(products, shares, strengths, self._along)
+        reduction = self._config.gradients.loss_reduction
+        return fisher_curvature(
+            products, shares, np.asarray(tokens), self._along, reduction=reduction
+        )
 
     def _hvp(self, coefficients: Float[np.ndarray, "n r"]) -> Curvature:
         made = self._made

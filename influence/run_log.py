@@ -54,6 +54,9 @@ class RunLog:
         self.url = storage.join(run, "manifest.json")
         self.manifest = Manifest(method=method, versions=_versions(), started=_now())
         self.computed: dict[str, set[str]] = {}
+        self._begun: dict[str, dict[str, Unit]] = {}
+        self._lent: set[str] = set()
+        self._anew: dict[str, dict[str, Unit]] = {}
         self.maps = 0
         self.scored_rows: Counter[str] = Counter()
         self.scored_tokens: Counter[str] = Counter()
@@ -80,6 +83,19 @@ class RunLog:
         )
         record.planned += [unit.key for unit in units]
         record.shards = len(record.planned)
+        self._begun.setdefault(stage, {}).update((unit.key, unit) for unit in units)
+
+    def chosen(self, plan: Sequence[Unit], found: Sequence[Unit]) -> None:
+        """Shards of other choices of rows are among `found`; without a cache it would be `plan`."""
+        self._lent.update(unit.key for unit in found)
+        for unit in plan:
+            self._anew.setdefault(unit.stage, {})[unit.key] = unit
+
+    def units_without_cache(self, stage: str) -> list[Unit]:
+        """The stage's units so far, as they would have been announced with an empty cache."""
+        begun = self._begun.get(stage, {})
+        own = {key: unit for key, unit in begun.items() if key not in self._lent}
+        return list({**own, **self._anew.get(stage, {})}.values())
 
     def reused(self, unit: Unit) -> None:
         """A shard of an earlier run stands in the cache, whole."""

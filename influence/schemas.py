@@ -106,6 +106,23 @@ def target_vector_schema() -> pa.Schema:
     )
 
 
+def retraining_schema(*, answers: bool) -> pa.Schema:
+    """Schema of a retraining's shard: a row for each test row, its place among the test's rows.
+
+    `loss` in nats per response token, null for a row with a `reason`. With `answers` there is
+    `correct`, too: 1 where the generated answer is the reference's, null where none was asked for.
+    """
+    fields = [
+        pa.field("test", pa.string(), nullable=False),
+        pa.field("position", pa.int64(), nullable=False),
+        pa.field("id", pa.string()),
+        pa.field("loss", pa.float64()),
+        pa.field("n_response_tokens", pa.int32(), nullable=False),
+        pa.field("reason", pa.string()),
+    ]
+    return pa.schema([*fields, pa.field("correct", pa.int8())] if answers else fields)
+
+
 class ExportLayout(BaseModel):
     """What an exported file's `vector` column holds (JSON under `influence` in its metadata).
 

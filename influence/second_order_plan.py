@@ -10,6 +10,8 @@ import numpy as np
 
 from influence.candidates import SourceFile
 from influence.catalogue import Catalogue
+from influence.config_weights import WeightsConfig
+from influence.errors import InputError
 from influence.target_columns import TargetColumns
 from influence.units import Unit
 
@@ -47,6 +49,20 @@ class MadeVectors:
 
     directions: list[str]
     products: list[list[tuple[str, float]]]
+
+
+def check_covariance(weights: WeightsConfig, columns: TargetColumns) -> None:
+    """Before anything is computed: one row's gradient has no covariance.
+
+    Raises InputError for `fisher` in the second order with fewer than two target rows.
+    """
+    rows = sum(len(column.rows) for column in columns.columns)
+    if weights.order == 2 and weights.curvature == "fisher" and rows < 2:
+        raise InputError(
+            f"weights.curvature: fisher is the covariance of the target rows' gradients, and "
+            f"{rows} target row can be scored; expected at least 2: add rows to a target, or use "
+            "weights.curvature: hvp"
+        )
 
 
 def row_shares(columns: TargetColumns) -> list[TargetRow]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import ceil
 from typing import Any
 
 from influence import cost, shard_bytes
@@ -18,7 +20,7 @@ from influence.exact_work import Chosen
 from influence.load import Load
 from influence.missing_work import MissingWork
 from influence.quantities import Quantities, StageWork, driver_seconds
-from influence.units import Unit
+from influence.units import SHARED, Unit
 
 NOTE = (
     "directions: which ones they are follows from the landmarks' gradients; counted as if none "
@@ -100,12 +102,15 @@ def _products(missing: MissingWork, count: int, vector: int) -> StageWork:
     job = missing.job
     files = [file for files in job.target_files.values() for file in files]
     units = [Unit("hessian_products", "", file, 0, file.rows - 1) for file in files]
-    load = sum((each.load for each in missing.reduce.loads_of(units)), Load()).times(count)
+    once = sum((each.load for each in missing.reduce.loads_of(units)), Load())
+    # Of directions that share a pass: rows and tokens count once.
+    passes = ceil(count / (SHARED["hessian_products"] or count))
+    load = replace(once.times(passes), products=count * once.rows)
     flops = cost.STAGES["hessian_products"](job.config, missing.shape, load)
     shards = count * len(files)
     least = Quantities(
         shards=shards,
-        bundles=shards,
+        bundles=passes * len(files),
         rows=load.rows,
         tokens=load.tokens,
         flops=flops,

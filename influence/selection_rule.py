@@ -9,6 +9,7 @@ import numpy as np
 from influence.budget import parse_budget
 from influence.catalogue import Catalogue
 from influence.config import Config
+from influence.methods import METHODS
 from influence.quotas import Quota
 from influence.selection import Rule, Selection
 from influence.target_columns import TargetColumns
@@ -26,15 +27,15 @@ def selection_rule(config: Config, pool: Catalogue, columns: TargetColumns) -> R
         sources=pool.sources,
         n_tokens=pool.n_tokens,
         per_source={name: Quota(q.min, q.max) for name, q in section.per_source.items()},
-        # In2Core keeps proponents: training on the others is expected to do harm.
-        floor=0.0 if config.method == "in2core" else None,
+        # Only proponents are kept: training on the others is expected to do harm.
+        floor=0.0 if METHODS[config.method].signed else None,
     )
 
 
 def method_weights(method: str, selection: Selection) -> Selection:
     """With equal weights where the method only ranks: the closed form's are those of the robust
     objective."""
-    if method not in ("random", "rds", "in2core"):
+    if METHODS[method].solves_weights:
         return selection
     count = len(selection.order)
     return replace(selection, weights=np.full(count, selection.n_scored / count))

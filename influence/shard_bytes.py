@@ -22,6 +22,8 @@ from influence.schemas import (
 )
 from influence.units import Unit
 
+# Stages whose rows have a norm and a loss; those of others have one of them.
+_WITH_BOTH = ("gradients", "target_gradients", "inner_products", "offset_products")
 # A column of a shard that may be null says of every row whether it is: a bit or, in runs, less.
 _NUMBER = {"float16": 2, "float32": 4, "float64": 8}
 
@@ -31,7 +33,7 @@ def vector_shard(
 ) -> int:
     """A shard of so many rows, of which so many have a vector; `texts` are bytes of one row's."""
     schema = shard_schema(layout)
-    numbers = 8 if stage == "embedding" else 16  # the norm, and but for embeddings the loss
+    numbers = 16 if stage in _WITH_BOTH else 8
     if layout.sizes:
         numbers += 4 * len(layout.blocks)  # every layer's norm
     payload = rows * (_fixed(catalogue_schema()) + texts)

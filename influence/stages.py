@@ -25,15 +25,20 @@ from influence.gradients import (
 )
 from influence.loss import Reduction
 from influence.memory import TokenLimit, computed, restarted
+from influence.optimizer_state import load_adam_state
 from influence.optimizer_step import OptimizerStep, load_step
 from influence.optimizer_use import TARGET_GRADIENTS
 from influence.projection import layer_shapes, make_layerwise, make_projection
 from influence.replica import Replica
+from influence.update_engine import make_update_engine
 
 
 @dataclass(frozen=True)
 class StageSettings:
-    """Plain values that the stages read; `scaled`: those whose gradients the optimiser scales."""
+    """Plain values that the stages read; `scaled`: those whose gradients the optimiser scales.
+
+    `updates`: of candidates AdamW's updates take the place (`influence.update_engine`).
+    """
 
     embedding: Mapping[str, Any]
     parameters: Choice
@@ -51,6 +56,7 @@ class StageSettings:
     optimizer: str = "sgd"
     optimizer_state: str | None = None
     scaled: frozenset[str] = frozenset()
+    updates: bool = False
 
 
 VECTOR_STAGES = ("gradients", TARGET_GRADIENTS)
@@ -148,8 +154,17 @@ class Toolbox:
 
         return self._once("offset", build)
 
+    def share(self, other: Toolbox) -> None:
+        """Take over another's layers, which it settles now at the latest, projection and limits."""
+        self.limit, self.notes = other.limit, other.notes
+        self._built["layers"] = other.layers
+        if self.settings.projection != "none":
+            self._built["projection"] = other.projection
+
     def step_notes(self, stage: str) -> tuple[str, ...]:
         """What is to be said of the step that a stage's gradients are scaled by."""
+        if self.settings.updates and stage == "gradients":
+            return (f"update: {self._built['updates'][1]}",)
         return (f"optimizer: {self.step.note}",) if stage in self.settings.scaled else ()
 
     @property
@@ -182,6 +197,8 @@ class Toolbox:
     def vector_engine(self, stage: str = "gradients") -> Any:
         """Per-sample gradients, projected or (`projection: none`) whole."""
         settings, scale = self.settings, self.scale(stage)
+        if settings.updates and stage == "gradients":
+            return self._once("updates", self._updates)[0]
 
         def build() -> Any:
             model, layers, reduction = self.replica.model, self.layers, settings.reduction
@@ -201,6 +218,14 @@ class Toolbox:
             )
 
         return self._once("vectors" if scale is None else "scaled vectors", build)
+
+    def _updates(self) -> tuple[Any, str]:
+        """AdamW's updates by every sample's gradient, in place of these gradients, and a note."""
+        settings, model = self.settings, self.replica.model
+        state = load_adam_state(settings.optimizer_state or "", model)
+        kept = None if settings.projection == "none" else self.projection
+        engine = make_update_engine(model, self.layers, state, settings.reduction, kept)
+        return engine, state.note
 
     def set_up(self, stage: str) -> None:
         """Build what a stage needs, unless it is there: no work on rows, and timed apart."""

@@ -195,6 +195,10 @@ class Digests(Sequence):
     def __iter__(self) -> Iterator[bytes]:
         return (row.tobytes() for row in self._raw)
 
+    def at(self, rows: Int[np.ndarray, " r"]) -> UInt8[np.ndarray, "r 16"]:
+        """The digests of these rows, in the order given."""
+        return self._raw[rows]
+
     def repeats(self, rows: Int[np.ndarray, " r"]) -> Bool[np.ndarray, " r"]:
         """Which of these rows (in increasing order) have the digest of an earlier one of them."""
         again = np.zeros(len(rows), dtype=bool)

@@ -224,7 +224,8 @@ class _Flow(TrainerCallback):
         last = done >= work.steps.total
         if work.sets and work.steps.due(done, work.settings.evaluate_every):
             control.should_evaluate = True
-        if work.steps.due(done, work.settings.save_every):
+        ends = work.settings.keep_epochs and done in work.steps.ends
+        if ends or work.steps.due(done, work.settings.save_every):
             control.should_save = True
         control.should_log |= last or control.should_save or control.should_evaluate
         return control

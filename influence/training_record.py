@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from influence import storage
-from influence.checkpoints import ADAPTER_FILES, OPTIMIZER_FILE, Checkpoints
+from influence.checkpoints import RESULT_FILES, Checkpoints, remove_epochs
 from influence.errors import InputError
 from influence.held_out import SetLoss
 from influence.records import to_json
@@ -191,7 +191,8 @@ def check_claim(output: str, identity: Mapping[str, Any]) -> TrainingRecord | No
 def remove_training(output: str) -> None:
     """Remove what a training wrote, its record last; other files stay."""
     Checkpoints(output).prune(0)
-    for name in (*ADAPTER_FILES, OPTIMIZER_FILE, NAME):
+    remove_epochs(output)
+    for name in (*RESULT_FILES, NAME):
         storage.delete(storage.join(output, name))
 
 

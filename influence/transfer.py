@@ -25,6 +25,7 @@ from influence.finetune_job import identity_of
 from influence.fingerprints import model_values
 from influence.hub import resolve_revision
 from influence.intervals import spearman_interval
+from influence.methods import METHODS
 from influence.outputs import TRANSFER
 from influence.own_training_run import Train, make_training
 from influence.progress import Progress
@@ -48,21 +49,21 @@ def compare_models(
 
     files: of the pool. select: runs a config. train: see `own_training_run.make_training`.
     """
-    if config.method != "in2core":
+    if not METHODS[config.method].reference_model:
         return
     if config.transfer.model is None:
         storage.delete(storage.join(config.run, TRANSFER))  # of an earlier result
         return
     progress.note(f"transfer: a pilot with {config.transfer.model.name}")
     positions = draw_pilot(_scored(config.run), config.transfer.pilot, config.seed)
-    lines = [json.dumps(row) for row in _rows(files, positions)]
+    lines = [json.dumps(row) for row in rows_at(files, positions)]
     pilot = storage.join(config.run, FOLDER, PILOT)
     storage.put(pilot, "".join(line + "\n" for line in lines).encode())
     own = _with_own_adapter(config, progress, train)
     nested = pilot_config(own, config.run)
     select(nested)
-    mine = _scores_at(config.run, positions)
-    theirs = _scores_at(nested.run, np.arange(len(positions)))
+    mine = scores_at(config.run, positions)
+    theirs = scores_at(nested.run, np.arange(len(positions)))
     columns = [_column(name, mine[name], theirs[name]) for name in mine]
     document = Transfer(
         model=config.transfer.model.name,
@@ -86,7 +87,7 @@ def target_config(config: Config) -> Config | None:
     None where it names no target model.
     """
     settings = config.transfer
-    if config.method != "in2core" or settings.model is None:
+    if not METHODS[config.method].reference_model or settings.model is None:
         return None
     reference = ReferenceConfig(finetune=settings.finetune)  # pyright: ignore[reportCallIssue]
     return config.model_copy(update={"model": settings.model, "reference": reference})
@@ -176,7 +177,7 @@ def _scored(run: str) -> Bool[np.ndarray, " n"]:
     return np.isfinite(np.concatenate(parts))
 
 
-def _scores_at(run: str, positions: Int[np.ndarray, " k"]) -> dict[str, Float[np.ndarray, " k"]]:
+def scores_at(run: str, positions: Int[np.ndarray, " k"]) -> dict[str, Float[np.ndarray, " k"]]:
     """The scores of some rows (increasing) by target and group, NaN for none."""
     found: dict[str, list[np.ndarray]] = {}
     start = 0
@@ -200,7 +201,7 @@ def _numbers(part: pa.Table, column: str) -> Float[np.ndarray, " n"]:
     return part.column(column).to_numpy().astype(np.float64)
 
 
-def _rows(files: Sequence[SourceFile], positions: Int[np.ndarray, " k"]) -> list[dict[str, Any]]:
+def rows_at(files: Sequence[SourceFile], positions: Int[np.ndarray, " k"]) -> list[dict[str, Any]]:
     """The pilot's rows, with their positions for ids."""
     found, start = [], 0
     for file in files:

@@ -29,6 +29,8 @@ class Unit:
         group_by: the column that holds a target row's group.
         needs: keys of shards that this unit reads (target vectors).
         beside: rows of further files that count with it; only the fingerprint tells of them.
+        checkpoint: folder or URL of the adapter, with the optimiser's state, that the model has for
+            it instead of its own; only the fingerprint tells of it.
     """
 
     stage: str
@@ -40,6 +42,7 @@ class Unit:
     group_by: str | None = None
     needs: tuple[str, ...] = ()
     beside: tuple[tuple[SourceFile, tuple[int, ...]], ...] = ()
+    checkpoint: str | None = None
 
     @property
     def key(self) -> str:
@@ -76,13 +79,19 @@ class Unit:
 _RANGE = re.compile(r"-(\d+)-(\d+)(?:-([0-9a-f]{16}))?(?:-[0-9a-f]{8})?\.parquet\Z")
 
 
+#: Stages whose units over the same rows share a pass, and how many of them at most (None: all). A
+#: product with a direction takes a backward pass of its own beside the pass that is shared: few of
+#: them share most of that, and leave work for other replicas.
+SHARED: dict[str, int | None] = {"inner_products": None, "directions": None, "hessian_products": 4}
+
+
 @dataclass(frozen=True, slots=True)
 class Bundle:
     """Units over the same rows that are computed in one pass, each with a shard of its own.
 
     Inner products with several targets share the forward and the backward pass, and so do several
-    directions of the same rows; every other stage has bundles of one. Every target keeps its own
-    shards, so that a new one costs only its own.
+    directions of the same rows, and some products of the Hessian with them; every other stage has
+    bundles of one. Every target keeps its own shards, so that a new one costs only its own.
     """
 
     units: tuple[Unit, ...]
@@ -124,9 +133,15 @@ def bundled(units: Iterable[Unit]) -> list[Bundle]:
     groups: dict[tuple[object, ...], list[Unit]] = {}
     for unit in units:
         same = (unit.stage, unit.file, unit.first, unit.last, unit.rows, unit.group_by)
-        alone = () if unit.stage in ("inner_products", "directions") else (unit.fingerprint,)
+        alone = () if unit.stage in SHARED else (unit.fingerprint,)
         groups.setdefault((*same, *alone), []).append(unit)
-    return [Bundle(tuple(members)) for members in groups.values()]
+    bundles = []
+    for members in groups.values():
+        step = SHARED.get(members[0].stage) or len(members)
+        bundles += [
+            Bundle(tuple(members[start : start + step])) for start in range(0, len(members), step)
+        ]
+    return bundles
 
 
 def hash_rows(rows: Sequence[int] | np.ndarray) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +19,14 @@ from influence import storage
 from influence.cache import Cache, DamagedShardError, Shard
 from influence.candidates import SourceFile, short_names
 from influence.catalogue import row_id
+from influence.checkpoint_units import checkpoint_units, fingerprints_of
+from influence.checkpoints import epoch_folder
 from influence.config import Config
 from influence.errors import InputError
 from influence.exact_work import plan_exact
 from influence.hub import resolve_revision
 from influence.in2core import keep_layers
+from influence.methods import METHODS
 from influence.optimizer_use import TARGET_GRADIENTS
 from influence.own_training import with_made_training
 from influence.pipeline import Job, embedding_units, prepare, rds_target_units
@@ -35,24 +38,25 @@ from influence.schemas import ExportLayout, export_schema
 from influence.shard_reader import read_ahead
 from influence.units import Unit
 
-#: The stages with a vector for each row, that each method computes.
-STAGES = {
-    "influence_distillation": ("embedding", "gradients"),
-    "exact": ("gradients",),
-    "in2core": ("gradients",),
-    "rds": ("embedding",),
-    "random": (),
-}
 NO_VECTOR = "its vector is zero or not finite"
 
 
 @dataclass(frozen=True)
 class Source:
-    """One shard to export: where its rows go (below the export's folder), their file, its key."""
+    """One shard to export: whose rows it has, their file, its key.
 
-    folder: str
+    checkpoint: the folder for what there is at a checkpoint.
+    """
+
+    of: str
     file: SourceFile
     key: str
+    checkpoint: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where its rows go, below the export's folder."""
+        return self.of if self.checkpoint is None else f"{self.checkpoint}/{self.of}"
 
 
 @dataclass
@@ -133,9 +137,9 @@ def export_vectors(
 
 
 def _check_stage(config: Config, stage: str) -> None:
-    makes = STAGES[config.method]
+    makes = METHODS[config.method].vectors
     if stage not in makes:
-        able = [method for method, stages in STAGES.items() if stage in stages]
+        able = [method for method in METHODS if stage in METHODS[method].vectors]
         makes_only = f"{makes[0]} only" if makes else "no vectors"
         raise InputError(
             f"--stage {stage}: method: {config.method} computes {makes_only}; with --set "
@@ -150,11 +154,13 @@ def _check_stage(config: Config, stage: str) -> None:
 
 def _sources(job: Job, stage: str, command: str, partial: bool) -> list[Source]:
     if stage == "embedding":
-        targets = rds_target_units(job) if job.config.method == "rds" else {}
+        targets = rds_target_units(job) if METHODS[job.config.method].embeds_targets else {}
         return [*_of_units("candidates", embedding_units(job)), *_of_targets(targets)]
     if job.config.layers == "auto":
         _keep_recorded_layers(job, command)
-    if job.config.method in ("exact", "in2core"):
+    if METHODS[job.config.method].at_checkpoints:
+        return list(_of_checkpoints(job))
+    if not METHODS[job.config.method].draws_landmarks:
         units = plan_exact(job, None, None).units
         return [*_of_units("candidates", units.candidates), *_of_targets(units.targets)]
     return _of_run(job, stage, command, partial)
@@ -176,6 +182,14 @@ def _of_units(folder: str, units: Iterable[Unit]) -> list[Source]:
 def _of_targets(targets: dict[str, list[Unit]]) -> Iterator[Source]:
     for name, units in targets.items():
         yield from _of_units(f"targets/{name}", units)
+
+
+def _of_checkpoints(job: Job) -> Iterator[Source]:
+    """Below a folder for each checkpoint: the candidates' updates, and the targets' gradients."""
+    for number, each in enumerate(checkpoint_units(job)):
+        parts = [*_of_units("candidates", each.units.sketches), *_of_targets(each.units.targets)]
+        for source in parts:
+            yield replace(source, checkpoint=epoch_folder(number + 1))
 
 
 def _of_run(job: Job, stage: str, command: str, partial: bool) -> list[Source]:
@@ -253,13 +267,14 @@ class _Writer:
     """Puts one file for each shard that has a vector, and counts."""
 
     def __init__(self, job: Job, stage: str, out: str, done: Exported) -> None:
-        self._stage, self._prints, self._out, self._done = stage, job.fingerprints, out, done
+        self._stage, self._out, self._done = stage, out, done
+        self._prints = {found.hex: found for found in fingerprints_of(job)}
         # Rows without an id are called as in the results: by names within the pool, or the target.
         self._names = {"candidates": short_names([file.url for file in job.files])}
         for name, files in job.target_files.items():
             self._names[f"targets/{name}"] = short_names([file.url for file in files])
         # Whole ranges never overlap; shards that were made for several choices of rows may.
-        self._chosen = job.config.method == "influence_distillation" and stage == "gradients"
+        self._chosen = METHODS[job.config.method].draws_landmarks and stage == "gradients"
         self._seen: dict[tuple[str, str], set[int]] = {}
 
     def write(self, number: int, source: Source, shard: Shard) -> None:
@@ -298,7 +313,7 @@ class _Writer:
 
     def _table(self, source: Source, shard: Shard, kept: np.ndarray) -> pa.Table:
         # The targets' gradients are a stage of their own where an optimiser scales one side.
-        layout, print_ = shard.layout, self._prints[source.key.split("/")[0]]
+        layout, print_ = shard.layout, self._prints[source.key.split("/")[1]]
         schema = export_schema(
             ExportLayout(
                 stage=self._stage,
@@ -312,7 +327,7 @@ class _Writer:
             )
         )
         rows = shard.table.filter(pa.array(kept))
-        name = self._names[source.folder][source.file.url]
+        name = self._names[source.of][source.file.url]
         ids = zip(rows.column("id").to_pylist(), rows.column("row").to_pylist(), strict=True)
         columns = {
             "id": [row_id(given, name, row) for given, row in ids],

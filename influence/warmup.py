@@ -8,7 +8,7 @@ keeps it in the cache for every run that asks for the same (see `influence.own_t
 
 from __future__ import annotations
 
-from influence.checkpoints import ADAPTER_FILES, OPTIMIZER_FILE
+from influence.checkpoints import RESULT_FILES
 from influence.config import Config
 from influence.config_finetune import FinetuneConfig
 from influence.reference import with_adapter
@@ -35,7 +35,7 @@ WARMUP = TrainingKind(
     stage="warmup",
     key="warmup",
     what="the warm-up",
-    files=(*ADAPTER_FILES, OPTIMIZER_FILE),
+    files=RESULT_FILES,
     section=_section,
     apply=with_warmup,
 )

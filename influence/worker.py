@@ -19,7 +19,8 @@ import torch
 from influence import stages, token_units
 from influence.batching import IGNORED, Batch, make_batches
 from influence.cache import Cache
-from influence.candidates import read_examples, read_rows
+from influence.candidates import Example, read_examples, read_rows
+from influence.checkpoint_tools import CheckpointTools
 from influence.config import Config
 from influence.errors import InputError, ModelLoadError
 from influence.fingerprints import embedding_values
@@ -28,6 +29,8 @@ from influence.layer_choice import read_names
 from influence.load import Load
 from influence.optimizer_use import scaled_stages
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
+from influence.retraining_rows import STAGE as RETRAINING
+from influence.row_stages import Loaded, RowStage, different_rows, row_stage
 from influence.score_shards import scoring_url
 from influence.scoring_units import SCORING_STAGES, ScoringUnits
 from influence.stages import StageSettings, Toolbox, Vectors
@@ -78,9 +81,12 @@ class Worker:
         self._encode: Any = None
         self._toolbox: Toolbox | None = None
         self._chosen: tuple[str, Toolbox] | None = None
+        self._checkpoints: CheckpointTools | None = None
         self._directions: tuple[str, dict[str, torch.Tensor]] | None = None
+        self._own: dict[str, Loaded] = {}
         self._load_error: ModelLoadError | None = None
         self._scoring = ScoringUnits(config, self._device)
+        self._retraining: Any = None
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._io_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
@@ -102,10 +108,14 @@ class Worker:
             return [
                 UnitResult(member.key, "exists", 0, 0, 0.0, 0.0, None) for member in bundle.units
             ]
-        encoded = self._io_thread.submit(self._read, unit).result()
+        if unit.stage == RETRAINING:
+            return [self._model_thread.submit(self._retrain, unit).result()]
+        examples, encoded = self._io_thread.submit(self._read, unit).result()
         tokens = sum(row.n_tokens for row in encoded if row.reason is None)
         if unit.stage == "catalogue":
             computed = _Computed([row_table(encoded)], 0.0, 0.0, "cpu", ())
+        elif (own := row_stage(self.config, unit.stage)) is not None:
+            computed = self._model_thread.submit(self._compute_own, own, examples, encoded).result()
         else:
             computed = self._model_thread.submit(self._compute, bundle, encoded).result()
         outcomes = []
@@ -140,24 +150,23 @@ class Worker:
         self._model_thread.shutdown(wait=True)
         self._io_thread.shutdown(wait=True)
 
-    def _read(self, unit: Unit) -> list[Encoded]:
+    def _read(self, unit: Unit) -> tuple[list[Example], list[Encoded]]:
         if self._encode is None:
             tokenizer, data = load_tokenizer(self.config.model), self.config.data
             self._encode = make_encoder(tokenizer, data.max_length, data.loss_on)
-        if unit.rows is not None:
-            parts = [
-                self._encode(read_rows(part.file, part.row_numbers, part.group_by))
-                for part in unit.parts
-            ]
-            return [row for part in parts for row in part]
-        return self._encode(read_examples(unit.file, unit.first, unit.last, unit.group_by))
+        if unit.rows is None:
+            examples = read_examples(unit.file, unit.first, unit.last, unit.group_by)
+            return examples, self._encode(examples)
+        parts = [read_rows(part.file, part.row_numbers, part.group_by) for part in unit.parts]
+        encoded = [row for part in parts for row in self._encode(part)]
+        return [example for part in parts for example in part], encoded
 
     def _token_scores(self, unit: Unit) -> UnitResult:
         """Scores of a unit's rows by their strongest token; they belong to this run alone."""
         url = scoring_url(self.config.run)
         if Cache(url).verified(unit.key):
             return UnitResult(unit.key, "exists", 0, 0, 0.0, 0.0, None)
-        encoded = self._io_thread.submit(self._read, unit).result()
+        _examples, encoded = self._io_thread.submit(self._read, unit).result()
         lap = _stopwatch()
 
         def compute() -> tuple[pa.Table, str, Load]:
@@ -176,6 +185,15 @@ class Worker:
         outcome = Cache(url).commit(unit, table, {"stage": unit.stage, "device": device})
         rows = table.num_rows
         return UnitResult(unit.key, outcome, rows, tokens, 0.0, seconds, device, load=load)
+
+    def _retrain(self, unit: Unit) -> UnitResult:
+        if self._retraining is None:
+            from influence.retraining_work import RetrainingUnits  # it knows of training's display
+
+            self._retraining = RetrainingUnits(
+                self.config, lambda: self._tools().replica, self._device
+            )
+        return UnitResult(unit.key, **vars(self._retraining.run(unit)))
 
     def _device(self) -> str:
         """The device of this replica; on a CPU with as many threads as the config gives it."""
@@ -201,8 +219,13 @@ class Worker:
         return self._toolbox
 
     def _tools_of(self, unit: Unit) -> Toolbox:
-        """The toolbox; for gradients of chosen layers one that knows only those."""
+        """The toolbox; for gradients of chosen layers one that knows only those, and for a unit at
+        a checkpoint one of the model there."""
         tools = self._tools()
+        if self._checkpoints is None and unit.checkpoint is not None:
+            self._checkpoints = CheckpointTools(tools, self.config.model.adapter)
+        if self._checkpoints is not None:
+            tools = self._checkpoints.at(unit.checkpoint)
         chosen = {"gradients": unit.needs, token_units.STAGE: unit.needs[1:]}.get(unit.stage)
         if not chosen:
             return tools
@@ -247,6 +270,23 @@ class Worker:
         columns_each = sum(len(unit.needs) for unit in bundle.units)
         load = load_of(batches, columns_each)
         return _Computed(tables, set_up, model, tools.replica.device_name, notes, load, step)
+
+    def _compute_own(
+        self, stage: RowStage, examples: Sequence[Example], encoded: Sequence[Encoded]
+    ) -> _Computed:
+        """A stage of the method's own (`influence.row_stages`)."""
+        lap = _stopwatch()
+        if stage.name not in self._own:
+            self._own[stage.name] = stage.load(self.config, self._tools, self._device)
+        loaded = self._own[stage.name]
+        set_up = lap()
+        budget = self.config.replicas.token_budget
+        first_of, rows = different_rows(examples, encoded, budget)
+        load = load_of(rows.batches, 0)
+        lap()
+        found = loaded.compute(rows) if rows.batches else None
+        model, table = lap(), vector_table(encoded, first_of, found)
+        return _Computed([table], set_up, model, loaded.device, loaded.notes(), load)
 
     def _stage(self, bundle: Bundle, tools: Toolbox) -> Callable[[list[Any]], list[Vectors]]:
         """What computes the columns of every unit from batches; all that it needs is set up."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,9 @@ import ray
 from influence.config import Config
 from influence.finetune_job import FinetuneJob
 from influence.hub import resolve_revision
-from influence.in2core import check_beside
 from influence.job import Job
 from influence.lease import driving
+from influence.methods import METHODS
 from influence.own_training_run import make_training, train_here
 from influence.pipeline import prepare, select
 from influence.progress import Progress
@@ -34,13 +35,22 @@ from ray_jobs.replica_actor import replica_factory
 from ray_jobs.session import ray_session
 
 
-def run_select(config: Config, *, replace: bool = False, quiet: bool = False) -> dict[str, Any]:
+def run_select(
+    config: Config,
+    *,
+    replace: bool = False,
+    quiet: bool = False,
+    after: Callable[[Job, Any], None] = lambda job, reduce: None,
+) -> dict[str, Any]:
     """Select on Ray and write the report; returns the reducer's summary.
+
+    `after` is called with the job and its reducer once the selection is written.
 
     Raises:
         InfluenceError: see `influence.errors` for the kinds and their exit codes.
     """
-    check_beside(config)
+    if (check := METHODS[config.method].check_files) is not None:
+        check(config)
     given, nested = config, {"replace": True, "quiet": quiet}
     config = resolve_revision(with_reference(config))
     progress = Progress(quiet=quiet)
@@ -54,7 +64,9 @@ def run_select(config: Config, *, replace: bool = False, quiet: bool = False) ->
             job.watch.others.append(metrics)
             pool = replica_pool(job)
             try:
-                summary = select(job, pool, RemoteReducer(config, pool.rest))
+                reduce = RemoteReducer(config, pool.rest)
+                summary = select(job, pool, reduce)
+                after(job, reduce)
             finally:
                 pool.close()
                 metrics.replicas(0, 0)

@@ -26,6 +26,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "row products": {"method": "exact", "gradients__projection": "exact", "seed": 1},
     "adamw": {"optimizer__kind": "adamw"},
     "rds": {"method": "rds"},
+    "perplexity": {"method": "perplexity"},
+    "semantic": {"method": "semantic"},
     "random": {"method": "random", "data__max_length": 100},
 }
 FOREIGN = ("notes.txt", ".probe-0", "catalogue/README", "hessians/" + "0" * 32 + "/ab-0-7.parquet")
@@ -45,7 +47,7 @@ class Shared:
 
 
 @pytest.fixture(scope="session")
-def shared(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Shared:
+def shared(setup: Setup, encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Shared:
     """One run of every kind."""
     folder = tmp_path_factory.mktemp("shared")
     configs = {}
@@ -53,6 +55,8 @@ def shared(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Shared:
         changes = dict(changes)
         if kind == "row products":  # one target of the two: the other one's products are not its
             changes["targets"] = {"sums": setup.targets["sums"]}
+        if kind == "semantic":
+            changes["semantic__encoder"] = encoder
         if kind == "adamw":
             changes["optimizer__state"] = _adam_state(setup, folder)
         run = folder / kind.replace(" ", "-")

@@ -20,6 +20,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 from cache_runs import copied, shared
+from encoders import encoder
 from gcs import gcs_endpoint, gs_url
 from hub import data_hub
 from in2core_runs import adapter, in2core
@@ -31,6 +32,7 @@ __all__ = [
     "adapter",
     "copied",
     "data_hub",
+    "encoder",
     "gcs_endpoint",
     "gs_url",
     "in2core",

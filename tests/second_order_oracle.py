@@ -73,13 +73,23 @@ class Dense:
         return torch.cat([g.flatten() for g in found]).numpy()
 
     def fisher(self, directions: np.ndarray) -> np.ndarray:
-        """V H V' with H the weighted sum of T_t g_t g_t' (one outer product after the other)."""
-        total = np.zeros((len(directions), len(directions)))
-        for row, share, g in zip(self.targets, self.shares, self.G, strict=True):
+        """V H V' with H the weighted sum of T_t d_t d_t', d_t = g_t - mean (one after the other).
+
+        The factor is what such a sum has in the mean where g_t has the covariance 1 / T_t: of the
+        m x m matrix that takes gradients to their deviations, entry by entry.
+        """
+        mean = self.shares @ self.G
+        tokens = []
+        for row in self.targets:
             _, labels = tokens_and_labels(messages_of(row), self.tokenizer)
-            tokens = int((labels[0, 1:] != -100).sum())
-            total += share * tokens * np.outer(directions @ g, directions @ g)
-        return total
+            tokens.append(int((labels[0, 1:] != -100).sum()))
+        total, kept = np.zeros((len(directions), len(directions))), 0.0
+        for t, (share, g) in enumerate(zip(self.shares, self.G, strict=True)):
+            along = directions @ (g - mean)
+            total += share * tokens[t] * np.outer(along, along)
+            for s, other in enumerate(self.shares):
+                kept += share * tokens[t] * (float(s == t) - other) ** 2 / tokens[s]
+        return total / kept
 
     def hessian(self, directions: np.ndarray) -> np.ndarray:
         """H V' (r x D) of the weighted mean loss, row by row."""

@@ -32,55 +32,6 @@ import lora_training
 import sketch_sides
 import true_fidelity
 import worth
-import worth_report
-
-
-def test_bootstrap_has_the_distribution_of_all_resamples():
-    generator = np.random.default_rng(1)
-    first, second = generator.normal(size=(2, 3)), generator.normal(size=(2, 2))
-    exact = []
-    for s in product(range(2), repeat=2):
-        for r in product(range(3), repeat=3):
-            for q in product(range(2), repeat=2):
-                cells = [first[i, j] for i in s for j in r]
-                others = [second[i, j] for i in s for j in q]
-                exact.append((np.mean(cells) + np.mean(others)) / 2)
-    draws = worth_report.paired_bootstrap([first, second], draws=40_000, seed=0)
-    levels = np.quantile(exact, np.linspace(0.05, 0.95, 10)) + 1e-9
-    found = np.mean(draws[:, None] <= levels, axis=0)
-    truth = np.mean(np.array(exact)[:, None] <= levels, axis=0)
-    np.testing.assert_allclose(
-        found, truth, rtol=0, atol=0.015, err_msg="are seeds resampled once for all test sets?"
-    )
-
-
-def test_difference_interval_covers_the_true_difference():
-    inside, generator = 0, np.random.default_rng(0)
-    for _ in range(200):
-        seeds = generator.normal(0.0, 0.3, (12, 1))
-        rows = generator.normal(0.0, 0.5, (1, 60))
-        b = {"t": generator.normal(3.0, 1.0, (12, 60))}
-        a = {"t": b["t"] - 0.2 + seeds + rows + generator.normal(0.0, 0.1, (12, 60))}
-        found = worth_report.difference(a, b, draws=1000)
-        inside += found.low <= -0.2 <= found.high
-    assert inside >= 0.88 * 200, f"covers {inside / 200:.2f}: are both seeds and rows resampled?"
-
-
-def test_difference_counts_the_seeds_that_are_needed():
-    a = {"t": np.array([[1.0, 3.0], [2.0, 4.0], [3.0, 5.0]])}
-    found = worth_report.difference(a, {"t": np.ones((3, 2))}, draws=10)
-    assert found.value == pytest.approx(2.0)
-    assert found.seed_sd == pytest.approx(1.0), "sd over seeds of the mean over rows"
-    standard_error = found.seed_sd / found.seeds_needed**0.5
-    assert found.value == pytest.approx(2 * standard_error), "two standard errors at that many"
-
-
-def test_variance_ratio_recovers_the_variances():
-    generator = np.random.default_rng(0)
-    means = generator.normal(0, 2.0, (4000, 1)) + generator.normal(0, 3.0, (4000, 5))
-    within, between = worth_report.variance_ratio(means)
-    assert within == pytest.approx(9.0, rel=0.1)
-    assert between == pytest.approx(4.0, rel=0.1), "seed noise left in the means' variance?"
 
 
 def test_spread_is_even_and_distinct():

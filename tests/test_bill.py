@@ -100,6 +100,22 @@ def test_no_more_replicas_than_shards_and_half_a_node_is_paid_whole() -> None:
     assert planned_bill([_work(3, 1e12)], _config(prices={}), _speeds(config), 4).node_hour is None
 
 
+def test_whatever_a_model_computes_first_waits_for_the_model() -> None:
+    """Of the second order, too: the gradients that come before it may all be cached."""
+    config = _config()
+    second = {"directions", "hessian_products", "offset_vector", "offset_products"}
+    first = {"embedding", "gradients", "target_gradients", "target_vectors", "inner_products"}
+    for name in second | first | {"token_scores"}:
+        cached = StageWork("catalogue", Quantities(1, 1, effort=1.0), shards=1)
+        work = [cached, replace(_work(2, 0.0), name=name)]
+        bill = planned_bill(work, config, _speeds(config, _measured("runs/a", 2e12)), 2)
+        assert bill.set_up_seconds == 40.0, f"{name}: no time for loading the model"
+        assert bill.stages[name].planned.seconds >= 40.0
+        assert bill.stages["catalogue"].planned.seconds < 40.0
+    driver = StageWork("second_order", Quantities(effort=1.0), replicas=False)
+    assert planned_bill([driver], config, _speeds(config), 2).set_up == ""
+
+
 def test_the_nearest_measurement_counts() -> None:
     config, work = _config(), _work(1, 1e13)
     other_model = {**MODEL, "model": "m2"}

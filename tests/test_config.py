@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from influence.config import Config
-from influence.config_loading import BUILT, UNUSED, dump_config, load_config, parse_config
+from influence.config_loading import BUILT, dump_config, load_config, parse_config
 from influence.errors import InputError
 from influence.reference import with_reference
 
@@ -130,7 +130,6 @@ def test_every_problem_is_listed_at_once():
 
 #: For each key with unbuilt neighbours, values that parse and that no code stands behind.
 UNBUILT: dict[str, list[Any]] = {
-    "method": ["less", "perplexity", "semantic", "length"],
     "embedding.kind": ["auto"],
     "landmarks.choose": ["kmeans++"],
 }
@@ -155,31 +154,6 @@ def test_what_is_not_built_is_refused_by_name(key: str):
         text = _refusal(_with(key, value))
         assert text.startswith(f"my.yaml: {key}: "), text
         assert "not built yet in this version" in text, f"{key}: {value} was let through"
-
-
-#: A value other than the default for every field that no code reads.
-UNREAD: dict[str, Any] = {
-    "evaluation.seeds": 5,
-}
-
-
-@pytest.mark.parametrize("key", sorted(UNREAD))
-def test_a_value_that_nothing_reads_is_refused_by_name(key: str):
-    text = _refusal(_with(key, UNREAD[key]))
-    assert text.startswith(f"my.yaml: {key}: "), text
-    assert "not built yet in this version" in text, f"{key} was accepted and changes nothing"
-
-
-def test_every_field_of_an_unused_section_is_tried_and_its_default_passes():
-    defaults = parse_config(SMALLEST).model_dump()
-    fields = set()
-    for key in UNUSED:
-        section, _, field = key.partition(".")
-        fields |= {f"{section}.{name}" for name in ((field,) if field else defaults[section])}
-    assert fields == set(UNREAD), "UNREAD lacks a field, or holds one that is in use now"
-    for key in fields:
-        section, field = key.split(".")
-        assert parse_config(_with(key, defaults[section][field]))
 
 
 IN2CORE: dict[str, Any] = {**SMALLEST, "method": "in2core", "reference": {"adapter": "a"}}

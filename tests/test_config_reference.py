@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from influence.config import Config
 from influence.config_loading import BUILT, put_value
 from influence.config_reference import reference, rows, sections
 
+#: What a section asks for beside any other key of it.
+BESIDE = {"evaluation.downstream": {"methods": {"n": {}}, "tests": {"n": {"path": "p"}}}}
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 
 
@@ -32,11 +35,14 @@ def with_value(key: str, value: Any) -> Config:
         "data": {"candidates": ["c"]},
         "targets": {"t": {"path": "p"}},
     }
+    for section, required in BESIDE.items():
+        if key.startswith(f"{section}."):
+            put_value(data, section, copy.deepcopy(required), section)
     if key.startswith("targets.NAME."):
         key = key.replace("NAME", "t")
     if ".NAME." in key:
         section, _, inner = key.partition(".NAME.")
-        entry = {"path": "p"} if "evaluate" in section else {}
+        entry = {"path": "p"} if section.endswith(("evaluate", "tests")) else {}
         put_value(data, section, {"n": {**entry, inner: value}}, key)
     elif "[]." in key:
         section, _, inner = key.partition("[].")

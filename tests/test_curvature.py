@@ -12,7 +12,6 @@ from influence.curvature import (
     choose_directions,
     coefficients,
     fisher_curvature,
-    fisher_weights,
     subspace_curvature,
 )
 from influence.errors import InputError
@@ -33,47 +32,92 @@ def _matrices(n: int = 9, m: int = 4, size: int = 30, seed: int = 0):
     )
 
 
+UNEQUAL = np.array([0.2, 0.1, 0.4, 0.3])
+
+
 @pytest.mark.parametrize(("reduction", "power"), [("mean", 1.0), ("sqrt", 0.5), ("sum", 0.0)])
-def test_the_fisher_factor_is_that_of_a_sum_over_target_rows(reduction, power):
+def test_the_fisher_factor_is_that_of_a_loop_over_deviations(reduction, power):
+    """Dense, row by row, about the mean token's score; the factor by sums over pairs of rows."""
     A, G, b, _ = _matrices()
     tokens = np.array([3, 1, 11, 6])
-    H = sum(t**power * np.outer(g, g) for t, g in zip(tokens, G, strict=True)) / len(G)
-    shares = np.full(len(G), 1 / len(G))
-    found = fisher_curvature(A @ G.T, shares, fisher_weights(tokens, reduction), G @ b)
+    sizes = tokens ** (1 - power)  # of a row's Hessian, where a token's is 1
+    scores = [g / size for g, size in zip(G, sizes, strict=True)]
+    whole = sum(share * size for share, size in zip(UNEQUAL, sizes, strict=True))
+    parts = [share * size / whole for share, size in zip(UNEQUAL, sizes, strict=True)]
+    mean = sum(part * h for part, h in zip(parts, scores, strict=True))
+    total, kept = np.zeros((A.shape[1], A.shape[1])), 0.0
+    for t, h in enumerate(scores):
+        total += parts[t] * tokens[t] * np.outer(h - mean, h - mean)
+        for s in range(len(scores)):
+            own = float(s == t) - parts[s]  # of score s in deviation t
+            kept += parts[t] * tokens[t] * own**2 / tokens[s]
+    H = whole * total / kept
+    found = fisher_curvature(A @ G.T, UNEQUAL, tokens, G @ b, reduction=reduction)
     np.testing.assert_allclose(found.factor @ found.factor.T, A @ H @ A.T / len(A), **EXACT)
     np.testing.assert_allclose(found.drift, A @ H @ b, **EXACT)
     np.testing.assert_allclose(found.offset, b @ H @ b, **EXACT)
 
 
+def test_equal_rows_have_the_unbiased_covariance_of_a_textbook():
+    _, G, _, _ = _matrices()
+    found = fisher_curvature(np.eye(G.shape[1]) @ G.T, np.full(4, 0.25), np.full(4, 7))
+    message = "not T times the covariance with m - 1"
+    expected = 7 * np.cov(G.T) / G.shape[1]
+    np.testing.assert_allclose(
+        found.factor @ found.factor.T, expected, rtol=1e-9, atol=1e-12, err_msg=message
+    )
+
+
+def test_a_gradient_that_all_rows_share_is_no_curvature():
+    A, G, b, _ = _matrices()
+    tokens = np.array([3, 1, 11, 6])
+    common = np.random.default_rng(9).normal(size=G.shape[1])
+    one, other = (fisher_curvature(A @ g.T, UNEQUAL, tokens, g @ b) for g in (G, G + 100 * common))
+    for name in ("factor", "drift", "offset"):
+        message = f"the mean target gradient is in the {name}"
+        np.testing.assert_allclose(
+            getattr(other, name), getattr(one, name), rtol=1e-8, atol=1e-9, err_msg=message
+        )
+
+
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sqrt", "sum"])
-def test_fisher_weights_make_the_second_moment_of_token_scores_the_hessian(reduction):
-    """For a softmax of free logits and labels drawn from it, the Hessian is the Fisher matrix."""
+def test_over_all_labels_the_fisher_curvature_averages_to_that_of_a_token(reduction, own):
+    """A softmax of free logits, two rows of one and two tokens, every outcome of the labels.
+
+    Labels of the model's own: the mean loss's Hessian, by autograd. Others: the covariance of a
+    token's score, whatever its mean is.
+    """
     logits = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64, requires_grad=True)
-    tokens = 2
     power = {"mean": 1.0, "sum": 0.0, "sqrt": 0.5}[reduction]
+    tokens, shares = np.array([1, 2]), np.array([0.3, 0.7])
+    chances = torch.softmax(logits, 0).detach() if own else torch.tensor([0.1, 0.7, 0.2])
 
     def loss(theta, labels):
-        return -sum(torch.log_softmax(theta, 0)[k] for k in labels) / tokens**power
+        return -sum(torch.log_softmax(theta, 0)[k] for k in labels) / len(labels) ** power
 
-    chances = torch.softmax(logits, 0).detach()
-    second, hessian = torch.zeros(3, 3), torch.zeros(3, 3)
-    for first in range(3):
-        for last in range(3):
-            labels, chance = (first, last), chances[first] * chances[last]
-            g = torch.autograd.grad(loss(logits, labels), logits)[0]
-            second = second + chance * torch.outer(g, g)
-            curved = torch.autograd.functional.hessian(lambda t, k=labels: loss(t, k), logits)
-            hessian = hessian + chance * curved
-    weight = float(fisher_weights(np.array([tokens]), reduction)[0])
-    message = f"f_t of {reduction} does not turn the second moment into the Hessian"
-    torch.testing.assert_close(weight * second, hessian, rtol=1e-9, atol=1e-12, msg=message)
+    average, hessian = np.zeros((3, 3)), np.zeros((3, 3))
+    for labels in np.ndindex(3, 3, 3):
+        rows = [labels[:1], labels[1:]]
+        G = np.stack([torch.autograd.grad(loss(logits, row), logits)[0].numpy() for row in rows])
+        chance = float(np.prod([chances[k] for k in labels]))
+        found = fisher_curvature(np.eye(3) @ G.T, shares, tokens, reduction=reduction, total=1)
+        average += chance * found.factor @ found.factor.T
+        for row, share in zip(rows, shares, strict=True):
+            curved = torch.autograd.functional.hessian(lambda t, k=row: loss(t, k), logits)
+            hessian += chance * share * np.asarray(curved)
+    if not own:
+        size = float(shares @ tokens ** (1 - power))
+        hessian = size * np.asarray(torch.diag(chances) - torch.outer(chances, chances))
+    message = f"{reduction}: biased; the mean over every outcome of the labels is not the curvature"
+    np.testing.assert_allclose(average, hessian, rtol=1e-6, atol=1e-7, err_msg=message)
 
 
 def test_the_pool_may_be_larger_than_the_rows_that_are_given():
     A, G, _, H = _matrices()
     shares = np.full(len(G), 0.25)
-    P, f = A @ G.T, fisher_weights(np.array([2, 2, 2, 5]))
-    whole, part = fisher_curvature(P, shares, f), fisher_curvature(P[:3], shares, f, total=len(P))
+    P, T = A @ G.T, np.array([2, 2, 2, 5])
+    whole, part = fisher_curvature(P, shares, T), fisher_curvature(P[:3], shares, T, total=len(P))
     np.testing.assert_allclose(part.factor, whole.factor[:3], **EXACT)
     S, Z = H[:5, :5], A[:, :5]
     whole, part = subspace_curvature(Z, S), subspace_curvature(Z[:3], S, total=len(Z))
@@ -151,8 +195,13 @@ def test_a_hessian_without_positive_curvature_leaves_no_factor():
 
 
 def test_what_cannot_be_a_curvature_is_refused():
-    with pytest.raises(InputError, match=r"one finite weight of at least 0"):
-        fisher_curvature(np.eye(2), np.array([1.0, -1.0]), np.ones(2))
+    for shares in ([2.0, -1.0], [0.5, 0.6], [np.nan, 1.0], [1.0]):
+        with pytest.raises(InputError, match=r"expected a share above 0 .* sum 1"):
+            fisher_curvature(np.eye(2), np.array(shares), np.ones(2, int))
+    with pytest.raises(InputError, match=r"at least 1 token"):
+        fisher_curvature(np.eye(2), np.array([0.5, 0.5]), np.array([3, 0]))
+    with pytest.raises(InputError, match=r"weights.curvature: fisher .* at least 2.*hvp"):
+        fisher_curvature(np.ones((3, 1)), np.ones(1), np.ones(1, int))
     with pytest.raises(InputError, match=r"Hessian-vector product .* not finite.*float32"):
         subspace_curvature(np.eye(2), np.array([[np.nan, 0], [0, 1.0]]))
     with pytest.raises(InputError, match=r"all zero; there is no direction"):

@@ -23,8 +23,9 @@ from documents import (
 )
 
 from influence.cli import app, main
-from influence.config_loading import BUILT, parse_config
+from influence.config_loading import parse_config
 from influence.errors import InputError
+from influence.methods import NAMES
 
 REPOSITORY = ("influence/", "ray_jobs/", "tests/", "docs/", "docker/", "examples/", "benchmarks/")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -50,8 +51,8 @@ def test_keys_exist(page: Path) -> None:
 def test_configs_are_valid(page: Path) -> None:
     wrong = []
     for said, data in configs(page):
-        refusals = [why for method in BUILT["method"] if (why := refusal(data, method))]
-        if len(refusals) == len(BUILT["method"]):  # a key may be for one method alone
+        refusals = [why for method in NAMES if (why := refusal(data, method))]
+        if len(refusals) == len(NAMES):  # a key may be for one method alone
             wrong.append(f"{said.page}:{said.line}: {refusals[0]}")
     assert not wrong, "\n".join(["configs that are refused:", *wrong])
 

@@ -107,6 +107,24 @@ def test_a_product_does_not_depend_on_the_batches_or_on_other_directions():
         torch.testing.assert_close(each[0], together[name][1], rtol=1e-9, atol=1e-10 * scale)
 
 
+@pytest.mark.parametrize("case", ["llama linear", "llama lora"])
+def test_directions_share_a_pass_and_each_has_the_bits_that_it_has_alone(case):
+    model, layers = setup(*case.split(), wide=True)
+    model, batch = model.float(), random_batch()
+    directions = {name: each.float() for name, each in random_targets(layers, 3).items()}
+    passes = []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    together, _ = hessian_products(model, layers, [batch], directions, reduction="mean")
+    handle.remove()
+    assert len(passes) == 1, "every direction made a forward pass of its own"
+    for k in range(3):
+        one = {name: each[k : k + 1] for name, each in directions.items()}
+        alone, _ = hessian_products(model, layers, [batch], one, reduction="mean")
+        for name, each in alone.items():
+            same = torch.equal(each[0], together[name][k])
+            assert same, f"{name}: a product's bits depend on the directions beside it"
+
+
 def test_directions_of_other_layers_are_refused():
     model, layers = setup("llama", "linear", wide=True)
     directions = random_targets(layers[1:], 1)

@@ -23,9 +23,11 @@ from tiny_run import (
     tiny_config,
 )
 
+from influence.errors import InputError
 from influence.local import local_execute
 from influence.one_process import run_select
 from influence.pipeline import prepare, select
+from influence.plan import make_plan
 from influence.progress import Progress
 from influence.reducer import Reducer
 from influence.report import build_report
@@ -164,6 +166,20 @@ def test_the_programme_does_not_depend_on_which_columns_scores_have(
     assert objective_of(by_row)["directions"] == objective_of(by_group)["directions"] == 5
 
 
+def test_one_target_row_is_refused_before_anything_is_computed(
+    setup: Setup, tmp_path: Path
+) -> None:
+    """One gradient has no covariance; its plan says so, too."""
+    targets = {"sums": {**setup.targets["sums"], "limit": 1}}
+    config = tiny_config(
+        setup, tmp_path / "run", **Case(None, 0.2).changes("fisher", targets=targets)
+    )
+    for what in (make_plan, lambda config: run_select(config, quiet=True)):
+        with pytest.raises(InputError, match=r"weights.curvature: fisher .* 1 target row .*hvp"):
+            what(config)
+    assert not Path(config.cache_url, "gradients").exists(), "gradients were computed first"
+
+
 def test_the_selection_is_ordered_by_weight_and_the_path_is_told(run: Runner) -> None:
     found = run(**Case(None, 0.2).changes("fisher"))
     weights = [row["influence_weight"] for row in selection_of(found)]
@@ -192,11 +208,11 @@ def test_a_run_goes_on_where_it_was_cut_and_order_of_arrival_changes_no_bit(
         tiny_config(setup, tmp_path / name, cache=str(tmp_path / f"{name}-cache"), **changes)
         for name in ("cut", "backwards")
     )
-    run_cut(cut, 2, "hessian_products")
+    run_cut(cut, 1, "hessian_products")  # one pass of the two targets'
     run_select(cut, quiet=True)
     stages = manifest_of(cut.run).stages
     assert stages["directions"].computed == 0, "directions were made twice"
-    assert stages["hessian_products"].reused == 2, "products of the first run were not used"
+    assert stages["hessian_products"].reused == 4, "products of the first run were not used"
 
     claim_run(backwards)
     job = prepare(backwards, Progress(quiet=True))

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from encoders import alone
 from tiny_run import Runner, Setup, score_column, scores_of, tiny_config
-from transformers import AutoTokenizer, BertConfig, BertModel
 
 from influence.candidates import read_examples, scan_files
 from influence.config import Config
@@ -19,29 +18,6 @@ from influence.one_process import run_select
 from influence.plan import make_plan
 from influence.sentence_encoder import SentenceEncoder
 from influence.target_coverage import Nearest, ProponentSums, over_rows
-
-
-@pytest.fixture(scope="module")
-def encoder(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random BERT of the kind that sentence-transformers keep, with the tiny tokenizer."""
-    folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = AutoTokenizer.from_pretrained(setup.model)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-    )
-    BertModel(config).save_pretrained(folder)
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 40}))
-    (folder / "1_Pooling").mkdir()
-    modes = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
-    return str(folder)
 
 
 def test_sums_over_portions_are_those_of_loops() -> None:
@@ -91,17 +67,6 @@ def test_the_nearest_in_portions_are_those_of_a_sort() -> None:
     assert few.mean[0] <= few.highest[0] + 1e-12
     groups = [np.array([0, 2]), np.array([5])]
     assert over_rows(np.arange(6.0), groups) == pytest.approx([1.0, 5.0])
-
-
-def alone(encoder: str, text: str) -> np.ndarray:
-    """The text's embedding by itself: no padding, the mean of the last states."""
-    tokens = AutoTokenizer.from_pretrained(encoder)(
-        text, truncation=True, max_length=40, return_tensors="pt"
-    )
-    with torch.no_grad():
-        states = BertModel.from_pretrained(encoder).eval()(**tokens).last_hidden_state[0]
-    mean = states.mean(dim=0)
-    return (mean / mean.norm()).numpy()
 
 
 def test_a_batch_changes_no_embedding(encoder: str) -> None:

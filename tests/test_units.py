@@ -95,6 +95,18 @@ def test_bundles_share_a_pass_only_for_inner_products_of_the_same_rows():
     assert found == expected, "units over different rows share a pass, or products do not"
 
 
+def test_a_few_products_of_the_hessian_share_a_pass_and_leave_work_for_others():
+    units = [
+        Unit("hessian_products", f"{i:032x}", file, 1, 5, rows=(1, 3, 5), needs=(f"v{i}",))
+        for i in range(9)
+        for file in (A, B)
+    ]
+    found = bundled(units)
+    assert [len(bundle.units) for bundle in found] == [4, 4, 1, 4, 4, 1]
+    assert all(len({unit.file for unit in bundle.units}) == 1 for bundle in found)
+    assert {unit for bundle in found for unit in bundle.units} == set(units), "one was lost"
+
+
 def test_targets_come_first():
     target, sketch, product = (replace(UNIT, first=first) for first in range(3))
     assert ExactUnits([sketch], {"t": [target]}, {"t": [product]}).all == [target, sketch, product]

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from influence.evaluations import class_detection, exact_inverse, group_influence, reductions
+from influence.evaluations import (
+    class_detection,
+    downstream,
+    exact_inverse,
+    group_influence,
+    lds,
+    leave_one_out,
+    reductions,
+)
 from influence.evaluations.kind import Evaluation, ResultTable
 
 __all__ = ["EVALUATIONS", "Evaluation", "ResultTable"]
@@ -17,4 +25,7 @@ EVALUATIONS: Mapping[str, Evaluation] = {
     "group_influence": group_influence.EVALUATION,
     "reductions": reductions.EVALUATION,
     "exact_inverse": exact_inverse.EVALUATION,
+    "lds": lds.EVALUATION,
+    "leave_one_out": leave_one_out.EVALUATION,
+    "downstream": downstream.EVALUATION,
 }

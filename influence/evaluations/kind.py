@@ -43,6 +43,8 @@ class Evaluation:
         plots: figures of the same document for the report, below the table; each one's `alt` is
             its caption. `influence.plots.drawn` makes one. Import it where it is called: it brings
             matplotlib along, which the replicas do without.
+        as_written: its settings are of the config as it is written, and not of the model that the
+            run's warm-up made: it makes select runs of its own, which have theirs.
     """
 
     settings: Callable[[Config], Config]
@@ -51,3 +53,4 @@ class Evaluation:
     run: Callable[[Job, Any, Any], dict[str, Any]]
     table: Callable[[dict[str, Any]], ResultTable]
     plots: Callable[[dict[str, Any]], Sequence[Plot]] = no_plots
+    as_written: bool = False

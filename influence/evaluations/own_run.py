@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from influence import storage
@@ -12,6 +12,8 @@ from influence.in2core import gradient_units
 from influence.job import Job, run_units, timed
 from influence.pipeline import catalogue
 from influence.reducer import Reducer
+from influence.retraining_rows import Training, WrittenTraining, write_trainings
+from influence.score_shards import scoring_url
 from influence.units import ExactUnits
 
 #: What an evaluation reads of a config beside the targets.
@@ -88,3 +90,8 @@ class OwnReduce:
 
     def __getattr__(self, step: str) -> Any:
         return getattr(self.reducer, step)
+
+    def write_trainings(self, trainings: Sequence[Training]) -> list[WrittenTraining]:
+        """After `load_catalogue`: their rows, beside the run's scores, for the replicas to read."""
+        assert self.reducer.pool is not None
+        return write_trainings(self.reducer.pool, trainings, scoring_url(self.reducer.config.run))

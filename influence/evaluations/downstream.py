@@ -1,0 +1,171 @@
+"""Evaluation `downstream`: fine-tune on every method's selection, and compare the test losses.
+
+One selection for each target and method, each a select run of its own over the shared cache; then
+every (selection, seed) is a retraining, and all of them are one batch of units: whatever is there,
+of this evaluation or another, is not trained again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from influence import storage
+from influence.config import Config
+from influence.config_downstream import FULL, RANDOM, UNTRAINED
+from influence.errors import InputError, ShardsFailedError
+from influence.evaluations import downstream_arms as arms
+from influence.evaluations.downstream_arms import KEY, NAME, Selected
+from influence.evaluations.downstream_document import Key, Made, document, names_in, section_of
+from influence.evaluations.downstream_shown import plots, table
+from influence.evaluations.kind import Evaluation
+from influence.evaluations.own_run import OwnReduce, load_catalogue
+from influence.job import Job, timed
+from influence.load import Load
+from influence.retraining import (
+    Tested,
+    Training,
+    plain_model,
+    retraining_units,
+    run_retrainings,
+    scan_tests,
+)
+from influence.unit_loads import load_of
+
+_KEPT = ("model", "data", "targets", "replicas", "prices", "seed")
+
+
+class DownstreamReduce(OwnReduce):
+    """The select job's catalogue, and what trainings on rows of it take."""
+
+    def pool_rows(self) -> Int[np.ndarray, " e"]:
+        """Positions of the rows that can be trained on, each text once."""
+        assert self.reducer.pool is not None
+        return self.reducer.pool.eligible
+
+    def row_loads(
+        self, rows: Sequence[Int[np.ndarray, " r"]], max_length: int | None
+    ) -> list[Load]:
+        """What one pass over each list of rows takes."""
+        pool = self.reducer.pool
+        assert pool is not None
+        return [load_of(pool, np.asarray(each, dtype=np.int64), max_length) for each in rows]
+
+
+def settings(config: Config) -> Config:
+    """A run on the plain model; all that decides a loss is in its section, for a change to be seen.
+
+    Raises:
+        InputError: a target without a test, or a method whose config is none.
+    """
+    section = config.evaluation.downstream
+    assert section is not None
+    for name in config.targets:
+        if name not in section.tests:
+            raise InputError(
+                f"{KEY}.tests.{name}: is missing; expected held-out rows of the target"
+            )
+    for name in section.tests:
+        if name not in config.targets:
+            known = ", ".join(config.targets)
+            raise InputError(f"{KEY}.tests.{name}: is no target; expected one of: {known}")
+    given = config.model_dump(mode="json", exclude_unset=True)
+    finetune = section.finetune if section.finetune is not None else config.finetune
+    recipe = finetune.model_dump(mode="json", exclude_unset=True)
+    own = {**section.model_dump(mode="json"), "finetune": recipe}
+    own["seeds"] = len(arms.seeds_of(config))
+    own["methods"] = arms.whole_methods(config)
+    asked = Config.model_validate(
+        {
+            **{key: given[key] for key in _KEPT if key in given},
+            "run": storage.join(config.run, "evaluations", NAME),
+            "cache": config.cache_url,
+            "method": RANDOM,
+            "finetune": recipe,
+            "evaluation": {NAME: own},
+        }
+    )
+    arms.arms_of(asked)
+    return plain_model(asked)
+
+
+def inputs(config: Config) -> dict[str, Tested]:
+    """The tests' files.
+
+    Raises:
+        InputError: files that are not there.
+    """
+    return scan_tests(f"{KEY}.tests", section_of(config).tests)
+
+
+def run(job: Job, reduce: Any, tests: dict[str, Tested]) -> dict[str, Any]:
+    """Make the selections, train and test on every one, and compare.
+
+    Raises:
+        ShardsFailedError: a training failed for good (all others are committed).
+        InfluenceError: a selection failed; names all that did.
+    """
+    selected = arms.run_arms(job)
+    failed = selected.failed
+    load_catalogue(job, reduce)
+    made = _trainings(job, reduce, tests, selected)
+    try:
+        run_retrainings(job, [unit for each in made.values() for unit in each.units])
+    except ShardsFailedError as error:
+        text = f"{error}\n{arms.failure(failed)}" if failed else str(error)
+        raise ShardsFailedError(text) from None
+    if failed:
+        raise arms.failure(failed)
+    with timed(job, "comparing"):
+        return document(job, reduce, tests, selected, made).model_dump(mode="json")
+
+
+def _trainings(
+    job: Job, reduce: Any, tests: Mapping[str, Tested], selected: Selected
+) -> dict[Key, Made]:
+    """Every training with its unit, by target and name; of failed selections none."""
+    seeds = arms.seeds_of(job.config)
+    pool = reduce.pool_rows()
+    asked: dict[Key, list[Training]] = {}
+    for target in job.config.targets:
+        for name in names_in(job):
+            if name == UNTRAINED:
+                asked[target, name] = [Training([])]
+            elif name == FULL:
+                asked[target, name] = [Training(pool, None, seed) for seed in seeds]
+            else:
+                found = list(_selections(job, selected, target, name, seeds))
+                if len(found) == len(seeds):
+                    asked[target, name] = found
+    flat = [training for each in asked.values() for training in each]
+    units = iter(retraining_units(job, reduce, flat, tests))
+    return {key: Made(each, [next(units) for _ in each]) for key, each in asked.items()}
+
+
+def _selections(
+    job: Job, selected: Selected, target: str, name: str, seeds: Sequence[int]
+) -> Iterator[Training]:
+    """A training for every seed whose selection is there."""
+    rows = sum(file.rows for file in job.files)
+    for seed in seeds:
+        weights = selected.weights.get((target, name, None))
+        if weights is None:
+            weights = selected.weights.get((target, name, seed))
+        if weights is None:
+            continue
+        if len(weights) != rows:
+            raise InputError(
+                f"{KEY}: the selection {target}/{name} is of {len(weights):,} rows, the pool has "
+                f"{rows:,}; run the same command again with --replace"
+            )
+        chosen = np.flatnonzero(weights > 0)
+        own = weights[chosen] if section_of(job.config).weighted else None
+        yield Training(chosen, own, seed)
+
+
+EVALUATION = Evaluation(
+    settings, inputs, DownstreamReduce, run, table, plots=plots, as_written=True
+)

@@ -1,0 +1,263 @@
+"""The selections that are compared: one select run for each target and method."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from jaxtyping import Float
+from pydantic import BaseModel, ValidationError
+
+from influence import storage
+from influence.candidates import SourceFile
+from influence.cold_cost import ColdCost, cold_cost
+from influence.config import Config
+from influence.config_downstream import RANDOM
+from influence.config_loading import parse_config
+from influence.errors import InfluenceError, InputError, InterruptedRunError, RunTakenError
+from influence.fingerprints import fingerprint
+from influence.job import Job
+from influence.records import to_json
+from influence.reference import with_reference
+from influence.run_log import read_manifest
+from influence.schemas import FORMAT_VERSION
+
+NAME = "downstream"
+KEY = f"evaluation.{NAME}"
+FILE = "arm.json"
+#: What an arm has of the evaluation: where it is, what it is of, and what comes after it.
+_FIXED = ("run", "cache", "targets", "evaluation", "finetune", "coverage", "transfer", "prices")
+_FIXED_DATA = ("candidates", "limit")
+#: What all of them share, and a method may change for itself.
+_SHARED = ("data", "replicas")
+#: Of the config, what a random draw depends on beside that: no method's own settings.
+_OF_RANDOM = ("model", "selection", "seed")
+#: Of an arm's config, what changes no selection.
+_FREE = ("run", "cache", "replicas", "prices", "evaluation", "finetune")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One selection: `seed` is that of a draw which every training has anew, else None."""
+
+    target: str
+    name: str
+    seed: int | None
+    config: Config
+
+    @property
+    def label(self) -> str:
+        """As errors and notes call it, and its folder."""
+        return _label(self.target, self.name, self.seed)
+
+
+class ArmRecord(BaseModel):
+    """`arm.json`: of what a run is the selection, and what it takes with an empty cache."""
+
+    fingerprint: str
+    cost: ColdCost
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Selections by target, name and seed (None where one is for all seeds), and the failures.
+
+    Attributes:
+        weights: of every row of the pool, 0 where it is not selected.
+        cost: with an empty cache.
+        failed: what went wrong, by the arm's label.
+    """
+
+    weights: dict[tuple[str, str, int | None], Float[np.ndarray, " n"]]
+    cost: dict[tuple[str, str, int | None], ColdCost]
+    failed: dict[str, InfluenceError]
+
+
+def names_of(config: Config) -> list[str]:
+    """The methods in order, the baseline first."""
+    section = config.evaluation.downstream
+    assert section is not None
+    return list(dict.fromkeys([section.baseline, *section.methods]))
+
+
+def seeds_of(config: Config) -> list[int]:
+    """The seeds of the trainings."""
+    section = config.evaluation.downstream
+    assert section is not None
+    count = section.seeds if section.seeds is not None else config.evaluation.seeds
+    return [config.seed + i for i in range(count)]
+
+
+def whole_methods(config: Config) -> dict[str, dict[str, Any]]:
+    """Of the user's config, each method with all that its selections depend on.
+
+    What is not in it is the evaluation's own: targets, the pool's files and replicas.
+
+    Raises:
+        InputError: names evaluation.downstream.methods.NAME and a key that is not a method's.
+    """
+    section = config.evaluation.downstream
+    assert section is not None
+    given = config.model_dump(mode="json", exclude_unset=True)
+    found = {}
+    for name in names_of(config):
+        if name not in section.methods:
+            found[name] = {key: given[key] for key in _OF_RANDOM if key in given}
+            found[name]["method"] = RANDOM
+            continue
+        _check_overrides(name, section.methods[name])
+        kept = {key: value for key, value in given.items() if key not in (*_FIXED, *_SHARED)}
+        found[name] = merged(kept, section.methods[name])
+        if found[name].get("method") == RANDOM and "seed" in section.methods[name]:
+            raise InputError(f"{KEY}.methods.{name}.seed: a random draw has the training's")
+    return found
+
+
+def _check_overrides(name: str, overrides: Mapping[str, Any]) -> None:
+    own = overrides.get("data")
+    inside = [f"data.{key}" for key in _FIXED_DATA if isinstance(own, dict) and key in own]
+    for key in (*(key for key in _FIXED if key in overrides), *inside):
+        raise InputError(
+            f"{KEY}.methods.{name}.{key}: is the same for all methods; expected other keys"
+        )
+
+
+def arms_of(config: Config) -> list[Arm]:
+    """Every selection of the evaluation's own config, seen to be one that can be run.
+
+    Raises:
+        InputError: names evaluation.downstream.methods.NAME and the key that is wrong.
+    """
+    section = config.evaluation.downstream
+    assert section is not None
+    given = config.model_dump(mode="json", exclude_unset=True)
+    shared = {key: given[key] for key in _SHARED if key in given}
+    arms = []
+    for target in config.targets:
+        for name, method in section.methods.items():
+            data = merged(shared, method)
+            data["targets"] = {target: given["targets"][target]}
+            data["cache"] = config.cache_url
+            for seed in seeds_of(config) if data.get("method") == RANDOM else (None,):
+                label = _label(target, name, seed)
+                own: dict[str, Any] = {} if seed is None else {"seed": seed}
+                own["run"] = storage.join(config.run, *label.split("/"))
+                arms.append(Arm(target, name, seed, _parsed({**data, **own}, name)))
+    return arms
+
+
+def _label(target: str, name: str, seed: int | None) -> str:
+    return f"{target}/{name}" + ("" if seed is None else f"-seed{seed}")
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`; of a section in both, key by key."""
+    found = dict(base)
+    for key, value in over.items():
+        before = found.get(key)
+        both = isinstance(before, Mapping) and isinstance(value, Mapping)
+        found[key] = merged(before, value) if both else value  # pyright: ignore[reportArgumentType]
+    return found
+
+
+def _parsed(data: dict[str, Any], name: str) -> Config:
+    place = f"{KEY}.methods.{name}"
+    try:
+        config = parse_config(data, name=place)
+        with_reference(config)
+    except InputError as error:
+        raise type(error)(_own_keys(str(error), place)) from None
+    return config
+
+
+def _own_keys(text: str, place: str) -> str:
+    """An error about an arm's config with keys as they stand in the evaluation's section."""
+    if not text.startswith(place):
+        text = f"{place}: {text}"
+    lines = [line.removeprefix(f"{place}: ") for line in text.splitlines()]
+    lines = [re.sub(r"unknown key '([\w.]+)'", rf"unknown key '{place}.\1'", x) for x in lines]
+    key = r"^'?([a-z_]+(?:\.\w+)*)'?(: | is missing)"
+    lines = [re.sub(key, rf"{place}.\1\2", line) for line in lines]
+    return "\n".join(x if place in x else f"{place}: {x}" for x in lines)
+
+
+def run_arms(job: Job) -> Selected:
+    """Make every selection that is not there; one that fails does not keep the others from it.
+
+    job: the evaluation's own, whose files are those of every arm.
+    """
+    found = Selected({}, {}, {})
+    for arm in arms_of(job.config):
+        job.log.doing(f"selection: {arm.label}")
+        job.log.save()
+        print_ = _fingerprint(arm, job)
+        try:
+            record = _made(arm, print_)
+            if record is None:
+                job.progress.note(f"{NAME}: selecting {arm.label}")
+                record = _select(arm, print_, job)
+        except (InterruptedRunError, RunTakenError):
+            raise
+        except InfluenceError as error:
+            job.progress.note(f"{NAME}: {arm.label} failed: {error}")
+            found.failed[arm.label] = error
+            continue
+        key = (arm.target, arm.name, arm.seed)
+        found.weights[key], found.cost[key] = read_weights(arm.config.run), record.cost
+    return found
+
+
+def _select(arm: Arm, print_: str, job: Job) -> ArmRecord:
+    assert job.select_run is not None
+    costs: list[ColdCost] = []
+    job.select_run(arm.config, after=lambda own, reduce: costs.append(cold_cost(own, reduce)))
+    record = ArmRecord(fingerprint=print_, cost=costs[0])
+    storage.put(storage.join(arm.config.run, FILE), to_json(record))
+    return record
+
+
+def _made(arm: Arm, print_: str) -> ArmRecord | None:
+    """The record of a selection that is done, of the same config and rows; else None."""
+    manifest = read_manifest(arm.config.run)
+    url = storage.join(arm.config.run, FILE)
+    if manifest is None or manifest.state != "done" or storage.head(url) is None:
+        return None
+    try:
+        record = ArmRecord.model_validate_json(storage.read_bytes(url))
+    except ValidationError:
+        return None
+    return record if record.fingerprint == print_ else None
+
+
+def _fingerprint(arm: Arm, job: Job) -> str:
+    """Of all that decides the selection: the config, and the contents of the files."""
+    values = json.loads(arm.config.model_dump_json(exclude=set(_FREE)))
+    values["data"]["candidates"] = _contents(job.files)
+    values["targets"][arm.target]["path"] = _contents(job.target_files[arm.target])
+    return fingerprint({"format_version": FORMAT_VERSION, **values}).hex
+
+
+def _contents(files: Sequence[SourceFile]) -> list[list[Any]]:
+    return [[file.content_hash, file.rows] for file in files]
+
+
+def read_weights(run: str) -> Float[np.ndarray, " n"]:
+    """The weight of every row of the pool in RUN/scores, in its order; 0: not selected."""
+    parts = []
+    for info in storage.list_objects(storage.join(run, "scores")):
+        with pq.ParquetFile(storage.open_input(info.url)) as part:
+            parts.append(part.read(columns=["weight"]).column("weight").to_numpy())
+    return np.nan_to_num(np.concatenate(parts).astype(np.float64))
+
+
+def failure(failed: Mapping[str, InfluenceError]) -> InfluenceError:
+    """One error for all selections that failed; the first one's kind decides the exit code."""
+    lines = [f"{KEY}: {len(failed)} selection(s) failed; the others and their trainings stand."]
+    lines += [f"  {label}: {error}" for label, error in failed.items()]
+    lines.append("Mend the cause and run the same command again: it goes on from there.")
+    return type(next(iter(failed.values())))("\n".join(lines))

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint reference clean
 
 install: $(STAMP)
 
@@ -30,6 +30,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+reference: install
+	$(BIN)/python -m influence.config_reference > docs/config.md
 
 clean:
 	rm -rf runs/demo runs/demo-data

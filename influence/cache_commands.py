@@ -66,26 +66,25 @@ def list_(
     settings): what it covers is shown where a given config or run uses it. Sizes come from the
     store's listing; no shard is read.
     """
-    from influence.cache_listing import make_listing, scan_cache
+    from influence.cache_keeping import listing_of
+    from influence.cache_listing import scan_cache
     from influence.cache_tables import print_listing
-    from influence.cache_use import recorded_use, use_of
     from influence.records import to_json
 
     contents = scan_cache(cache)
-    uses = [use_of(named, cache) for named in config or ()]
-    uses += [recorded_use(named) for named in run or ()]
-    listing = make_listing(contents, uses)
+    listing = listing_of(contents, config or (), run or ())
     if json:
         typer.echo(to_json(listing).decode(), nl=False)
     else:
-        print_listing(listing, [use.label for use in uses], contents.inner, _console())
+        print_listing(listing, [*(config or ()), *(run or ())], contents.inner, _console())
 
 
 @app.command(
+    "prune",
     epilog="Example: `influence cache prune cache --keep job.yaml --keep runs/june`, and once more "
     "with `--yes`\n\n" + EXIT_CODES,
 )
-def prune(
+def prune_(
     cache: CacheUrl,
     more: Annotated[
         list[str] | None,
@@ -126,18 +125,12 @@ def prune(
     fingerprint go together or not at all, and nothing but shards is ever removed. A job at work
     whose config is not named may still read shards that it found here: name it, or wait for it.
     """
+    from influence.cache_keeping import prune
     from influence.cache_listing import scan_cache
-    from influence.cache_prune import (
-        check_kept,
-        other_settings,
-        parse_age,
-        plan_prune,
-        remove,
-    )
+    from influence.cache_prune import parse_age
     from influence.cache_tables import print_pruning
-    from influence.cache_use import use_of
 
-    guard = parse_age(older_than)
+    parse_age(older_than)  # before a large cache is listed
     named = list(dict.fromkeys([*(keep or ()), *(more or ())]))
     if not all_ and not keep:
         raise InputError(
@@ -146,15 +139,9 @@ def prune(
         )
     if all_ and named:
         raise InputError("--all keeps nothing, --keep does: pass one of them")
-    uses = [use_of(each, cache) for each in named]
-    used = {place for use in uses for place in use.places}
     contents = scan_cache(cache)
-    pruning = plan_prune(contents, used, guard)
-    check_kept(uses, pruning, cache)
-    notes = other_settings(uses, pruning)
-    if yes:
-        remove(pruning)
-    print_pruning(pruning, contents, notes, older_than, removed=yes, console=_console())
+    pruning = prune(contents, named, older_than, removing=yes)
+    print_pruning(pruning, contents, older_than, removed=yes, console=_console())
 
 
 def export(

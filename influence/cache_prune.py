@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from influence import storage
@@ -28,11 +28,13 @@ class Pruning:
         doomed: shards of fingerprints that nobody named uses.
         young: shards of such fingerprints, one of whose shards is younger than the age guard.
         kept: shards of fingerprints in use.
+        notes: lines on what goes although a run used it.
     """
 
     doomed: dict[Place, list[StoredShard]]
     young: dict[Place, list[StoredShard]]
     kept: dict[Place, list[StoredShard]]
+    notes: list[str] = field(default_factory=list)
 
 
 def parse_age(text: str) -> timedelta:

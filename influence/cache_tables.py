@@ -71,7 +71,6 @@ def _listing_table(entries: Sequence[CachedFingerprint], users: Sequence[str]) -
 def print_pruning(
     pruning: Pruning,
     contents: Contents,
-    notes: Sequence[str],
     older_than: str,
     *,
     removed: bool,
@@ -95,7 +94,7 @@ def print_pruning(
         )
     if contents.foreign:
         _line(console, f"no shards, left alone: {len(contents.foreign):,} objects")
-    for note in () if removed else notes:
+    for note in () if removed else pruning.notes:
         _line(console, f"note: {note}")
     if not doomed:
         _line(console, "nothing to remove")

@@ -89,13 +89,13 @@ def plan(
     unless `--measure` or `--numerics` asks for it. Times are estimated from what earlier runs on
     the same cache measured, else from defaults that are named.
     """
-    from influence.plan import make_plan
-    from influence.plan_commands import known_speeds, write_json
+    from influence.interface import make_plan
+    from influence.plan_commands import write_json
     from influence.plan_tables import print_plan
 
     console = Console()
     settings = load_config(config, set_ or ())
-    made = make_plan(settings, known_speeds(settings, measure, like))
+    made = make_plan(settings, measure=measure, like=like)
     if json_ is not None:
         write_json(made, json_)
     if json_ != "-":

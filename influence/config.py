@@ -22,6 +22,7 @@ from influence.config_defaults import fill_defaults
 from influence.config_embedding import EmbeddingConfig
 from influence.config_evaluation import EvaluationConfig
 from influence.config_finetune import FinetuneConfig, ReferenceConfig, WarmupConfig
+from influence.config_prices import PricesConfig
 from influence.config_section import PositiveFloat, PositiveInt, Section, Share
 from influence.config_weights import SECOND_ORDER, WeightsConfig
 from influence.memory_budget import parse_memory
@@ -34,12 +35,14 @@ class ModelConfig(Section):
     name: str = Field(description="hub name, folder, or package:NAME of an installed package")
     adapter: str | None = Field(None, description="PEFT adapter: folder, s3:// or hub name")
     gguf_file: str | None = Field(None, description="GGUF file inside the model's folder")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        "auto", description="of the weights; auto: bfloat16 on GPUs, float32 on CPUs"
+    )
     revision: str | None = Field(None, description="commit, tag or branch of a hub model")
     adapter_revision: str | None = Field(None, description="the same of a hub adapter")
     trust_remote_code: bool = Field(False, description="run code that the model's repository ships")
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="fused, or written out")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: by replicas.num_gpus")
 
 
 class DataConfig(Section):
@@ -49,7 +52,7 @@ class DataConfig(Section):
         min_length=1, description="files or globs, local, s3://, gs:// or hf://"
     )
     limit: PositiveInt | None = Field(None, description="take the first rows in file order")
-    max_length: Annotated[int, Field(ge=2)] = 2048
+    max_length: Annotated[int, Field(ge=2)] = Field(2048, description="tokens; the rest is cut")
     loss_on: Literal["response", "all"] = Field(
         "response", description="tokens that are learnt: the responses', or all but the first"
     )
@@ -63,8 +66,8 @@ class DataConfig(Section):
 class TargetConfig(Section):
     """One target: what the selected candidates should help with."""
 
-    path: str
-    limit: PositiveInt | None = None
+    path: str = Field(description="a file of rows like the candidates'; local, s3://, gs://, hf://")
+    limit: PositiveInt | None = Field(None, description="take the first rows")
     per: Literal["row", "group"] = Field(
         "row", description="a score for each target row, or one for the target (or each group)"
     )
@@ -92,14 +95,16 @@ class GradientsConfig(Section):
     blocks: str = Field("all", description="all, 'last K' or 'random K' decoder blocks")
     projection: Literal[
         "exact", "kronecker", "srht", "rademacher", "countsketch", "layerwise", "none"
-    ] = "kronecker"
+    ] = Field("kronecker", description="how a gradient is kept; exact: as products with targets")
     norms: Literal["projected", "exact"] = Field(
         "projected", description="of the projected gradients, or (a quarter slower) of the whole"
     )
-    side: Annotated[int, Field(ge=2)] = Field(64, description="random directions on each side")
-    dim: Annotated[int, Field(ge=2)] = Field(8192, description="length of a stored vector")
+    side: Annotated[int, Field(ge=2)] = Field(
+        64, description="random directions on each side; even"
+    )
+    dim: Annotated[int, Field(ge=2)] = Field(8192, description="length of a stored vector; even")
     layer_dim: Annotated[int, Field(ge=2)] = Field(
-        256, description="layerwise: numbers that are kept of each layer"
+        256, description="layerwise: numbers that are kept of each layer; even"
     )
     layer_sketch: Literal["srht", "rademacher", "countsketch"] = Field(
         "srht", description="layerwise: how each layer is projected"
@@ -107,7 +112,7 @@ class GradientsConfig(Section):
     reduction: Literal["mean", "sum", "sqrt", "token_max"] = Field(
         "mean", description="of token losses; token_max: in2core, the token with the highest score"
     )
-    normalize: bool = True
+    normalize: bool = Field(True, description="bring rows to length 1: scores are cosines")
 
     @field_validator("side", "dim", "layer_dim")
     @classmethod
@@ -137,8 +142,10 @@ class LandmarksConfig(Section):
     audit: PositiveInt | None = Field(
         None, description="certified: random rows at the end; default 1 %, but 256 at least"
     )
-    kernel: Literal["laplace", "rbf", "linear", "cosine"] = "laplace"
-    damping: PositiveFloat = 0.01
+    kernel: Literal["laplace", "rbf", "linear", "cosine"] = Field(
+        "laplace", description="of the regression; laplace, rbf: bandwidth by median distance"
+    )
+    damping: PositiveFloat = Field(0.01, description="ridge, in means of the kernel's diagonal")
 
 
 class LayerEconomyConfig(Section):
@@ -195,8 +202,8 @@ class CoverageConfig(Section):
 class Quota(Section):
     """Smallest and largest share of the budget for one source."""
 
-    min: Share = 0.0
-    max: Share = 1.0
+    min: Share = Field(0.0, description="of the budget, at least")
+    max: Share = Field(1.0, description="of the budget, at most")
 
     @model_validator(mode="after")
     def _ordered(self) -> Quota:
@@ -211,8 +218,12 @@ class SelectionConfig(Section):
     budget: int | float | str = Field(
         "5%", description="rows (5000), a share (5%) or tokens (2M tokens)"
     )
-    combine: Literal["mean", "max", "round_robin"] = "round_robin"
-    per_source: dict[str, Quota] = Field(default_factory=dict)
+    combine: Literal["mean", "max", "round_robin"] = Field(
+        "round_robin", description="several targets: each picks in turn, or by one combined score"
+    )
+    per_source: dict[str, Quota] = Field(
+        default_factory=dict, description="least and most of the sources that a pattern names"
+    )
 
     @field_validator("budget")
     @classmethod
@@ -221,21 +232,15 @@ class SelectionConfig(Section):
         return value
 
 
-class PricesConfig(Section):
-    """What a node costs, for the bill of `influence plan` and of a run."""
-
-    node_hour: PositiveFloat | None = Field(None, description="price of one node for an hour")
-    replicas_per_node: PositiveInt = Field(1, description="replicas that share a node")
-    currency: str = Field("USD", pattern="^([A-Za-z]{1,8}|[$€£¥])$")
-
-
 class ReplicasConfig(Section):
     """The pool of replica actors, and what each one holds."""
 
-    min: PositiveInt = 1
-    max: PositiveInt = 8
-    num_gpus: Annotated[float, Field(ge=0)] = Field(1, description="0 on machines without a GPU")
-    num_cpus: PositiveInt = 4
+    min: PositiveInt = Field(1, description="replicas that stay up, however little work there is")
+    max: PositiveInt = Field(8, description="replicas while there is work for them")
+    num_gpus: Annotated[float, Field(ge=0)] = Field(
+        1, description="of one replica; 0 on machines without a GPU"
+    )
+    num_cpus: PositiveInt = Field(4, description="of one replica: its threads")
     token_budget: PositiveInt = Field(4096, description="tokens of a batch, padding included")
     rows_per_shard: PositiveInt = Field(512, description="candidates of an embedding shard")
     gradient_rows_per_shard: PositiveInt = Field(64, description="rows of a gradient shard")
@@ -257,7 +262,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     targets: dict[str, TargetConfig] = Field(min_length=1)
-    method: MethodName = "influence_distillation"
+    method: MethodName = Field("influence_distillation", description="how rows are scored")
     embedding: EmbeddingConfig = EmbeddingConfig()  # pyright: ignore[reportCallIssue]
     gradients: GradientsConfig = GradientsConfig()  # pyright: ignore[reportCallIssue]
     perplexity: PerplexityConfig = PerplexityConfig()  # pyright: ignore[reportCallIssue]
@@ -281,7 +286,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()  # pyright: ignore[reportCallIssue]
     prices: PricesConfig = PricesConfig()  # pyright: ignore[reportCallIssue]
     replicas: ReplicasConfig = ReplicasConfig()  # pyright: ignore[reportCallIssue]
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of everything random")
 
     @field_validator("targets")
     @classmethod

@@ -15,7 +15,7 @@ POOL = "pool"
 class HeldOutConfig(Section):
     """Rows to take the loss of while training goes on."""
 
-    path: str
+    path: str = Field(description="file of rows like the candidates'")
     limit: PositiveInt | None = Field(None, description="take the first rows")
 
 
@@ -32,27 +32,31 @@ class FinetuneConfig(Section):
     max_length: Annotated[int, Field(ge=2)] | None = Field(
         None, description="default: data.max_length"
     )
-    rank: PositiveInt = 8
-    alpha: PositiveFloat = 16.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rank: PositiveInt = Field(8, description="of the LoRA factors")
+    alpha: PositiveFloat = Field(16.0, description="LoRA: the update is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="on the factors' input")
     target_modules: str | list[str] = Field(
         "all-linear", description="as in PEFT: names of modules, or all linear ones but the head"
     )
     adapter: str | None = Field(
         None, description="adapter to go on from, instead of fresh factors; default: model.adapter"
     )
-    epochs: PositiveFloat = 2.0
-    learning_rate: PositiveFloat = 5e-4
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    epochs: PositiveFloat = Field(2.0, description="may be broken")
+    learning_rate: PositiveFloat = Field(5e-4, description="of AdamW, at its highest")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="of the rate after the warm-up"
+    )
     warmup_ratio: Share = Field(0.1, description="part of the steps in which the rate rises")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: PositiveFloat = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of AdamW")
+    max_grad_norm: PositiveFloat = Field(1.0, description="longer gradients are cut to it")
     batch_size: PositiveInt = Field(16, description="rows of an optimiser step, of all workers")
     token_budget: PositiveInt | None = Field(
         None,
         description="tokens of a micro-batch, padding included; default: replicas.token_budget",
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations twice rather than keep them"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float64"] | None = Field(
         None, description="of the frozen base; default: model.dtype"
     )
@@ -91,7 +95,10 @@ class ReferenceConfig(Section):
 
 
 class WarmupConfig(FinetuneConfig):
-    """LoRA fine-tuning on a part of the pool before gradients are taken, kept in the cache."""
+    """LoRA fine-tuning on a part of the pool before gradients are taken, kept in the cache.
+
+    `data`, `evaluate` and `output` are not for it.
+    """
 
     fraction: Share = Field(
         0.05, description="random part of the pool, drawn with the seed; 0: no warm-up"

@@ -110,14 +110,23 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
+    put_value(data, key.strip(), value, f"--set {key}")
+
+
+def put_value(data: dict[str, Any], key: str, value: Any, name: str) -> None:
+    """Put a value under a dotted key, in place; `name` is what errors call the request.
+
+    Raises:
+        InputError: a part of the key holds a value that is no section.
+    """
     node = data
-    parts = key.strip().split(".")
+    parts = key.split(".")
     for part in parts[:-1]:
         child = node.setdefault(part, {})
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise InputError(f"--set {key}: {part!r} holds {child!r}, not a section")
+            raise InputError(f"{name}: {part!r} holds {child!r}, not a section")
         node = child
     node[parts[-1]] = value
 

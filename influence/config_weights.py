@@ -12,7 +12,7 @@ from influence.config_section import PositiveFloat, PositiveInt, Section
 class WeightsConfig(Section):
     """First or second order in the step size."""
 
-    order: Literal[1, 2] = 1
+    order: Literal[1, 2] = Field(1, description="2: with curvature, so that rows share weight")
     curvature: Literal["fisher", "hvp"] = Field(
         "fisher",
         description="order 2: the targets' own gradients, or exact Hessian-vector products",

@@ -27,6 +27,10 @@ def read_evaluation(run: str) -> dict[str, Any]:
 
     Raises:
         InputError: it is no JSON object.
+
+    Example:
+        >>> influence.read_evaluation(config.run) == found
+        True
     """
     url = storage.join(run, FILE)
     return {} if storage.head(url) is None else parse_evaluation(run, storage.read_bytes(url))

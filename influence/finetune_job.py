@@ -54,6 +54,11 @@ def run_finetune(config: Config, *, replace: bool = False, quiet: bool = False) 
         InputError: among others, several workers, or `replicas.num_gpus` above 0 and no CUDA
             device here.
         RunBusyError: another driver trains into the same output.
+
+    Example:
+        >>> trained = influence.run_finetune(config, quiet=True)
+        >>> trained.evaluations[-1].step == trained.total_steps
+        True
     """
     if config.finetune.workers > 1:
         raise InputError(

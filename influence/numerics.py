@@ -58,6 +58,11 @@ def compare_precisions(config: Config, count: int) -> Numerics:
     Raises:
         InputError: no row can be scored.
         ModelLoadError: the model cannot be loaded.
+
+    Example:
+        >>> precisions = influence.compare_precisions(config, 2)
+        >>> precisions.dtype, precisions.reference, len(precisions.rows)
+        ('float32', 'float64', 2)
     """
     with planned_training(with_reference(config)) as (ready, _own):
         return _compared(ready, count)

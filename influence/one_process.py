@@ -36,10 +36,18 @@ def run_select(
 ) -> dict[str, Any]:
     """Select in this process and write the report; returns the reducer's summary.
 
-    `after` is called with the job and its reducer once the selection is written.
+    Args:
+        replace: put the results over those of another config in the same run directory.
+        quiet: show no progress.
+        after: is called with the job and its reducer once the selection is written.
 
     Raises:
         InputError: among others, `replicas.num_gpus` above 0 and no CUDA device here.
+
+    Example:
+        >>> summary = influence.run_select(config, quiet=True)
+        >>> summary["counts"]["scored"], summary["counts"]["selected"]
+        (64, 8)
     """
     method = METHODS[config.method]
     if method.runs_model or method.stages:
@@ -67,8 +75,18 @@ def run_select(
 def run_evaluate(config: Config, *, replace: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Evaluate in this process; returns the document of RUN/evaluation.json.
 
+    What is measured is what the config's section `evaluation` names.
+
     Raises:
         InputError: among others, `replicas.num_gpus` above 0 and no CUDA device here.
+
+    Example:
+        >>> measured = influence.load_config(
+        ...     "job.yaml", run=config.run, gradients={"parameters": "linear", "layer_dim": 16},
+        ...     method="in2core", evaluation={"exact_inverse": {"rows": 16}})
+        >>> found = influence.run_evaluate(measured, quiet=True)
+        >>> sorted(found)
+        ['exact_inverse']
     """
     choose_device(config.model.device, config.replicas.num_gpus)
     return evaluate(config, nullcontext, _workers, train_here, replace=replace, quiet=quiet)

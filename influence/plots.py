@@ -227,7 +227,7 @@ def weight_histogram(weights: Float[np.ndarray, "k"], alt: str) -> Plot | None:
         return _plot(figure, alt)
 
 
-def drawn(draw: Callable[[Axes], None], alt: str, *, height: float = 3.0) -> Plot:
+def drawn(draw: Callable[[Axes], object], alt: str, *, height: float = 3.0) -> Plot:
     """A figure that the caller draws, in the style of the others: 4.2 inches by `height`.
 
     `draw` gets the axes. Lines and points in INK, POOL or CHOSEN follow the page, light or dark; in

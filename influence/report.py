@@ -80,6 +80,10 @@ def build_report(run_url: str) -> str:
 
     Raises:
         InputError: no manifest.json in the directory, or a document there cannot be understood.
+
+    Example:
+        >>> influence.build_report(config.run)
+        'runs/eight/report.html'
     """
     page = render(read_run(run_url))
     url = storage.join(run_url, "report.html")

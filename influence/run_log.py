@@ -265,6 +265,11 @@ def read_manifest(run: str) -> Manifest | None:
 
     Raises:
         InputError: a manifest that this version cannot read.
+
+    Example:
+        >>> manifest = influence.read_manifest(config.run)
+        >>> manifest.stages["embedding"].rows
+        72
     """
     url = storage.join(run, "manifest.json")
     if storage.head(url) is None:

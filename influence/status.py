@@ -86,6 +86,11 @@ def read_status(run: str) -> Status:
 
     Raises:
         InputError: not a run directory.
+
+    Example:
+        >>> status = influence.read_status(config.run)
+        >>> status.manifest.state, status.results["selection.jsonl"]
+        ('done', True)
     """
     manifest = read_manifest(run)
     url = storage.join(run, "config.yaml")

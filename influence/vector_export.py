@@ -80,7 +80,12 @@ class Exported:
 
 
 def export_vectors(
-    config: Config, stage: str, out: str, *, command: str, partial: bool = False
+    config: Config,
+    stage: str,
+    out: str,
+    *,
+    command: str = "influence.run_select(config)",
+    partial: bool = False,
 ) -> Exported:
     """Write the vectors that the config's job has of its candidates and its targets.
 
@@ -97,6 +102,10 @@ def export_vectors(
     Raises:
         InputError: nothing to export with these settings, `out` is in use, or, unless `partial`,
             shards are missing or damaged.
+
+    Example:
+        >>> influence.export_vectors(config, "embedding", "vectors").rows["candidates"]
+        68
     """
     _check_stage(config, stage)
     if storage.list_objects(out):

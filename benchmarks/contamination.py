@@ -53,7 +53,9 @@ def row(question: str, answer: str) -> Views:
 
 def of_pool(data: Sequence[str], targets: Sequence[Views], limit: int | None) -> dict[str, Any]:
     """Seconds of one core for each step, and the matches by kind."""
-    seconds, kinds, count = Counter(), Counter(), 0
+    seconds = dict.fromkeys(("index", "read", "normalise", "compare"), 0.0)
+    kinds: Counter[str] = Counter()
+    count = 0
     start = time.process_time()
     index = index_of(targets)
     seconds["index"] = time.process_time() - start

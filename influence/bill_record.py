@@ -30,8 +30,11 @@ def replicas_of(job: Job) -> int:
     return job.replicas if job.replicas is not None else replicas_at_once(job.config)
 
 
-def begin_bill(job: Job, reduce: Any, counts: Mapping[str, Any], catalogue: StageWork) -> None:
-    """Write the planned bill into the run's record; `job.chosen` is drawn on the way."""
+def begin_bill(job: Job, reduce: Any, counts: Mapping[str, Any], *before: StageWork) -> None:
+    """Write the planned bill into the run's record; `job.chosen` is drawn on the way.
+
+    `before`: what came before the catalogue was there.
+    """
     runs = history.recall(job.config.cache_url)
     shape = shape_of(job)
     job.asked = history.decision_digest(job)  # while no pilot has chosen layers
@@ -39,7 +42,7 @@ def begin_bill(job: Job, reduce: Any, counts: Mapping[str, Any], catalogue: Stag
     work = plan_work(job, reduce, counts, shape, replicas_of(job), rounds)
     job.chosen = work.chosen
     speeds = Speeds(job.config, shape, job.fingerprints, runs)
-    stages = [catalogue, *work.stages.values()]
+    stages = [*before, *work.stages.values()]
     job.log.manifest.bill = planned_bill(stages, job.config, speeds, replicas_of(job))
 
 

@@ -12,12 +12,13 @@ from influence.report_format import DASH, amount, money, short_seconds, short_si
 from influence.status import compact_table
 
 _PLANNED = ("rows", "tokens", "FLOP", "read", "written", "time")
+_FIRST = ("catalogue", "contamination")  # made for the plan itself
 _TAKEN = ("rows", "tokens", "FLOP", "written", "objects", "time")
 
 
 def plan_table(bill: Bill) -> Table:
     """What is left to do: a line for each stage, and one for its most where the run decides."""
-    done = sum(stage.cached for name, stage in bill.stages.items() if name != "catalogue")
+    done = sum(stage.cached for name, stage in bill.stages.items() if name not in _FIRST)
     table = compact_table(title="work that is left" if done else "work")
     headings = ("stage", "shards\ncached", "shards\nto do", *_PLANNED, *_priced(bill))
     for heading in headings:

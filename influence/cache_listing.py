@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from influence import storage
 from influence.cache_use import Place, Use
+from influence.embedding_record import CHOICES
 from influence.history import FOLDER
 from influence.methods import METHODS
 from influence.own_training import STAGES as TRAINED
@@ -24,6 +25,7 @@ from influence.schemas import layout_of
 #: later version, say) is no shard here, and so is never pruned.
 STAGES = (
     "catalogue",
+    "contamination",
     "embedding",
     "target_vectors",
     "target_gradients",
@@ -62,7 +64,7 @@ class Contents:
     Attributes:
         shards: objects with a shard's name, empty ones among them.
         foreign: name (below the URL) and size of every other object, but for what runs leave of
-            their speeds (`influence.history`).
+            their speeds and choices (`influence.history`, `influence.embedding_choice`).
     """
 
     url: str
@@ -98,7 +100,7 @@ def scan_cache(url: str) -> Contents:
     for info in storage.list_objects(url):
         name = info.url.removeprefix(root)
         match = _KEY.fullmatch(name)
-        if match is None and name.startswith(f"{FOLDER}/"):
+        if match is None and name.startswith((f"{FOLDER}/", f"{CHOICES}/")):
             continue
         if part := _TRAINING.fullmatch(name):
             place = (part[1], part[2])

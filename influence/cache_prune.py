@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from influence import storage
 from influence.cache_listing import Contents, StoredShard
 from influence.cache_use import Place, Use, recorded_use
+from influence.contamination_units import STAGE
 from influence.errors import InputError
 from influence.run_log import read_manifest
 
@@ -80,7 +81,9 @@ def check_kept(uses: Sequence[Use], pruning: Pruning, url: str) -> None:
     Raises:
         InputError: shards would go, and none would stay for the configs that are to be kept.
     """
-    if uses and pruning.doomed and not pruning.kept:
+    # Comparisons with targets' texts know of no model: a config of other settings has them, too.
+    kept = [place for place in pruning.kept if place[0] != STAGE]
+    if uses and pruning.doomed and not kept:
         caches = ", ".join(dict.fromkeys(use.cache for use in uses if use.cache))
         raise InputError(
             f"{url}: not one shard in it is used by what --keep names (whose cache is {caches}); "

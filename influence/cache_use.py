@@ -16,6 +16,7 @@ from influence.cache import Cache
 from influence.checkpoint_units import checkpoint_fingerprints
 from influence.config import Config
 from influence.config_loading import load_config, parse_config
+from influence.embedding_plan import considered_embeddings
 from influence.errors import InputError
 from influence.evaluations import EVALUATIONS
 from influence.exact_work import product_fingerprints, target_vector_units
@@ -179,6 +180,8 @@ def _places(config: Config) -> dict[Place, dict[str, Any]]:
     log = RunLog.unsaved(config.run, config.method)
     job = prepare_targets(config, Progress(quiet=True), log)
     places = {(stage, found.hex): found.values for stage, found in job.fingerprints.items()}
+    for found in considered_embeddings(job):
+        places["embedding", found.hex] = found.values
     if METHODS[config.method].needs_gradients and config.gradients.projection == "exact":
         vectors = target_vector_units(job, _reducer_of_targets(job))
         for name, found in product_fingerprints(job, vectors).items():

@@ -13,6 +13,8 @@ from influence.batching import Batch, make_batches
 from influence.checkpoint_tools import CheckpointTools
 from influence.checkpoint_units import checkpoint_fingerprints, checkpoint_folders
 from influence.config import Config
+from influence.embedding_kind import named
+from influence.embedding_plan import dearest
 from influence.errors import InputError
 from influence.fingerprints import stage_fingerprints
 from influence.hub import resolve_revision
@@ -56,6 +58,9 @@ def measure_speeds(config: Config, count: int) -> Measured:
 
 def _measured(config: Config, count: int) -> Measured:
     rows, begun = spread_rows(config, count), time.monotonic()
+    shape = model_shape(config)
+    if config.embedding.kind == "auto":
+        config = named(config, dearest(config, shape))
     device = choose_device(config.model.device, config.replicas.num_gpus)
     if device == "cpu":
         torch.set_num_threads(config.replicas.num_cpus)
@@ -67,7 +72,7 @@ def _measured(config: Config, count: int) -> Measured:
         tools = CheckpointTools(tools, config.model.adapter).at(checkpoint_folders(config)[0])
         prints |= checkpoint_fingerprints(config, template)[0]
     measured = Measured(source=SOURCE, finished=history.now(), replica=kind_of(config))
-    shape, budget = model_shape(config), config.replicas.token_budget
+    budget = config.replicas.token_budget
     seconds = {}
     for name, compute in stage_runners(config, tools).items():
         if row_stage(config, name) is None:

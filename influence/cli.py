@@ -202,6 +202,10 @@ def evaluate(
     `{downstream: {methods: {...}, tests: {...}}}`: fine-tune on every method's selection with
     several seeds, and compare the test losses with those of random rows and of the whole pool.
 
+    `{fidelity: {}}`: predicted scores against exact ones of random candidates, for a
+    grid of landmarks, embeddings, kernels and dampings, what the certificate says of each, and its
+    cost.
+
     Gradients and embeddings come from the cache that `influence select` fills, and go there. An
     interrupted evaluation goes on where it was. The results are in RUN/evaluation.json, and in
     RUN/report.html where there is a selection; RUN/evaluations/NAME is what
@@ -227,13 +231,20 @@ register(app)
 
 def print_summary(run: str, summary: dict[str, Any]) -> None:
     """Tables after a run: sources in the pool and the selection, certificate, seconds per stage."""
-    from influence.summary import objective_line, proponents_line, summary_tables
+    from influence.summary import (
+        contamination_line,
+        objective_line,
+        proponents_line,
+        summary_tables,
+    )
 
     console = Console()
     for table in summary_tables(run, summary):
         console.print(table)
     if summary["counts"]["budget_exceeds_pool"]:
         console.print("The budget is larger than the pool: every scored candidate is selected.")
+    if (alike := contamination_line(summary["counts"])) is not None:
+        console.print(alike, soft_wrap=True, highlight=False)
     if (minimised := objective_line(summary["fidelity"])) is not None:
         console.print(minimised, soft_wrap=True, highlight=False)
     if (signed := proponents_line(summary["counts"])) is not None:

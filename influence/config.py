@@ -17,6 +17,7 @@ from pydantic import (
 
 from influence.budget import parse_budget
 from influence.config_baselines import MethodName, PerplexityConfig, SemanticConfig
+from influence.config_contamination import Contamination, ContaminationConfig
 from influence.config_defaults import fill_defaults
 from influence.config_embedding import EmbeddingConfig
 from influence.config_evaluation import EvaluationConfig
@@ -280,6 +281,7 @@ class Config(Section):
     coverage: CoverageConfig = CoverageConfig()  # pyright: ignore[reportCallIssue]
     transfer: TransferConfig = TransferConfig()  # pyright: ignore[reportCallIssue]
     selection: SelectionConfig = SelectionConfig()  # pyright: ignore[reportCallIssue]
+    contamination: Contamination = ContaminationConfig()  # pyright: ignore[reportCallIssue]
     finetune: FinetuneConfig = FinetuneConfig()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationConfig = EvaluationConfig()  # pyright: ignore[reportCallIssue]
     prices: PricesConfig = PricesConfig()  # pyright: ignore[reportCallIssue]

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from influence.config_downstream import DownstreamConfig
+from influence.config_fidelity import FidelityConfig
 from influence.config_retraining import LdsConfig, LeaveOneOutConfig
 from influence.config_section import PositiveInt, Section
 
@@ -45,4 +46,7 @@ class EvaluationConfig(Section):
     lds: LdsConfig | None = None
     leave_one_out: LeaveOneOutConfig | None = None
     downstream: DownstreamConfig | None = None
+    fidelity: FidelityConfig | None = Field(
+        None, description="predicted scores against exact ones, over a grid of settings"
+    )
     seeds: PositiveInt = Field(3, description="trainings of each selection")

@@ -25,7 +25,6 @@ from influence.errors import InputError
 
 # Key -> the values whose code is part of this version.
 BUILT: dict[str, tuple[object, ...]] = {
-    "embedding.kind": ("jvp", "hidden", "rds"),
     "landmarks.choose": ("certified", "uniform", "stratified"),
 }
 

@@ -61,7 +61,7 @@ def stage_fingerprints(config: Config, template: str) -> dict[str, Fingerprint]:
     gradients = config.gradients
     exact, scaled = _gradient_values(config), scaled_stages(config)
     step = optimizer_values(config) if scaled else {}
-    stages["embedding"] = fingerprint({**model, **_values_that_count(config)})
+    stages["embedding"] = fingerprint({**model, **values_that_count(config)})
     if config.gradients.projection != "exact":
         plain = {**model, **exact, **_projection_values(config)}
         stages["gradients"] = fingerprint({**plain, **step} if "gradients" in scaled else plain)
@@ -138,7 +138,7 @@ def embedding_values(config: Config) -> dict[str, Any]:
     return values
 
 
-def _values_that_count(config: Config) -> dict[str, Any]:
+def values_that_count(config: Config) -> dict[str, Any]:
     """Without `dim` and `seed` where the kind draws nothing and `dim` cuts nothing.
 
     `hidden` and `rds` give one value per feature of the hidden state; only a smaller `dim` calls

@@ -57,8 +57,9 @@ class Job:
     object that says which layers gradients are taken of, where the config alone does not.
     `replicas` work at once at most, where that does not follow from the config; `chosen` are the
     first landmarks, or the pilot on which layers are chosen; `asked` is a digest of everything that
-    decides what follows from them. `own_training` is one that the job itself makes first.
-    `select_run` is there for evaluations, whose own units have no replicas while it works.
+    decides what follows from them. `own_training` is one that the job itself makes first. `against`
+    are files whose rows no candidate should be, beside the targets' own. `select_run` is there for
+    evaluations, whose own units have no replicas while it works.
     """
 
     config: Config
@@ -79,6 +80,7 @@ class Job:
     asked: str = ""
     own_training: OwnTraining | None = None
     select_run: SelectRun | None = None
+    against: dict[str, list[SourceFile]] = field(default_factory=dict)
 
 
 def run_units(job: Job, units: Sequence[Unit]) -> None:

@@ -13,13 +13,11 @@ from jaxtyping import Float
 from influence import storage
 from influence.array_files import put_named
 from influence.cache import Cache
-from influence.candidates import SourceFile
 from influence.catalogue import Catalogue
 from influence.datainf import LayerBlock, Rows, datainf, layer_influences
 from influence.errors import InputError
 from influence.fingerprints import Fingerprint, fingerprint
 from influence.gradient_rows import gradient_rows, layer_blocks
-from influence.landmarks import row_keys
 from influence.layer_economy import Choice, Economy, LayerGroup, economise, module_groups
 from influence.memory_budget import parse_memory
 from influence.records import LayerChoice, LayerSubset
@@ -52,14 +50,6 @@ def read_names(url: str, key: str) -> tuple[str, ...]:
     if f"layers/{hashlib.blake2b(data, digest_size=16).hexdigest()}.json" != key:
         raise InputError(f"{key}: its contents are not what its name says; remove it")
     return tuple(json.loads(data))
-
-
-def draw_pilot(seed: int, count: int, pool: Catalogue) -> list[tuple[SourceFile, list[int]]]:
-    """Rows to choose layers on, uniformly; returns the rows of each file."""
-    eligible = pool.eligible
-    keys = row_keys(seed, pool.digests, purpose=b"pilot")[eligible]
-    drawn = np.argsort(keys, kind="stable")[:count]
-    return pool.by_file(np.sort(eligible[drawn]))
 
 
 def choose_layers(

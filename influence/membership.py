@@ -98,7 +98,7 @@ def membership(
         mean_tau = mean_tau + _thresholds(rule, member) / draws
     group = selected.selection.group
     above = _row_thresholds(mean_tau, None if group is None else group[drawn])
-    tail = _tail(P[place], variance[place], calibration, rule.decides(), above)
+    tail = exceeding(P[place], variance[place], calibration, rule.decides(), above)
     probability = np.zeros(table.size)
     probability[drawn] = (count[place] + tail) / (draws + 1)
     return Membership(probability, recall, named_recall)
@@ -123,9 +123,9 @@ class _Tails:
         unknown = ~self.exact[block.positions] & ~np.isnan(block.P[:, 0])
         rows, P, variance = block.positions[unknown], block.P[unknown], block.variance[unknown]
         above = _row_thresholds(self.tau, None if self.group is None else self.group[rows])
-        columns = [_tail(P, variance, self.calibration, self.rule.decides(), above)]
+        columns = [exceeding(P, variance, self.calibration, self.rule.decides(), above)]
         for column, tau in zip(self.named.T[:, :, None], self.of_names, strict=True):
-            columns.append(_tail(P, variance, self.calibration, column, tau))
+            columns.append(exceeding(P, variance, self.calibration, column, tau))
         return rows, np.stack(columns, axis=1)
 
 
@@ -218,7 +218,7 @@ def _row_thresholds(tau: np.ndarray, group: Int[np.ndarray, " r"] | None) -> np.
     return tau if group is None else tau[group]
 
 
-def _tail(
+def exceeding(
     P: Float[np.ndarray, "b m"],
     variance: Float[np.ndarray, " b"],
     calibration: Calibration,

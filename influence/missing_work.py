@@ -9,13 +9,14 @@ from typing import Any
 
 from influence import cost, shard_bytes
 from influence.config_checks import LAYERED
+from influence.contamination_units import STAGE
 from influence.exact_work import Chosen
 from influence.fingerprints import embedding_values
 from influence.input_bytes import file_bytes, input_bytes
 from influence.job import Job
 from influence.load import Load
 from influence.model_shape import ModelShape
-from influence.pool_units import catalogue_units
+from influence.pool_units import catalogue_units, contamination_units
 from influence.quantities import Quantities, StageWork
 from influence.row_stages import row_stage
 from influence.schemas import VectorLayout
@@ -25,6 +26,35 @@ from influence.units import FULL_VECTORS, Bundle, Unit, bundled
 
 # What the file of a predictor takes beside its numbers.
 PREDICTOR_BYTES = 2_000
+
+
+def first_work(job: Job, replicas: int) -> list[StageWork]:
+    """Tokenising, and comparing with the targets' texts where that is asked for."""
+    compared = contamination_work(job, replicas) if STAGE in job.fingerprints else None
+    return [catalogue_work(job, replicas), *([compared] if compared else [])]
+
+
+def contamination_work(job: Job, replicas: int) -> StageWork:
+    """Comparing the candidates with the targets' texts, as far as it is to do."""
+    units = contamination_units(job)
+    there = Stored(job.cache).sizes([unit.key for unit in units])
+    missing = [unit for unit in units if unit.key not in there]
+    held = sum(there.values())
+    texts = {file.url: file for _name, file in units[0].against}.values()
+    least = Quantities(
+        shards=len(missing),
+        bundles=len(missing),
+        rows=sum(unit.count for unit in missing),
+        effort=sum(file_bytes(u.file) * u.count / u.file.total_rows for u in missing),
+        read=(replicas * sum(map(file_bytes, texts)) if missing else 0)
+        + input_bytes(missing, replicas)
+        + 2 * held,
+        written=None if missing else 0,
+        objects=len(missing),
+    )
+    keys = tuple(unit.key for unit in missing)
+    print_ = job.fingerprints[STAGE]
+    return StageWork(STAGE, least, None, print_, len(units), len(there), held, keys)
 
 
 def catalogue_work(job: Job, replicas: int) -> StageWork:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from influence import storage
 from influence.candidates import read_examples, read_table
 from influence.catalogue import Catalogue
-from influence.schemas import SELECTION_FIELDS, scores_schema
+from influence.schemas import SELECTION_CONTAMINATION_FIELDS, SELECTION_FIELDS, scores_schema
 from influence.score_shards import remove_scoring
 from influence.score_table import ScoreTable
 from influence.selection import Selection
@@ -31,6 +31,7 @@ _OF_SAMPLE = ("score", "target", "weight")
 SAMPLE_CHARACTERS = 1_500
 # Besides the parts of scores/ and selection/. The manifest is last: it says that a run began here.
 COVERAGE, TRANSFER = "coverage.json", "transfer.json"
+CONTAMINATION = "contamination.json"
 RESULTS = (
     "selection.jsonl",
     "fidelity.json",
@@ -38,6 +39,7 @@ RESULTS = (
     "samples.json",
     COVERAGE,
     TRANSFER,
+    CONTAMINATION,
     "evaluation.json",
     "report.html",
     "manifest.json",
@@ -72,14 +74,17 @@ def write_scores(
     table: ScoreTable,
     columns: ColumnsOf,
     check: Check = _nothing,
+    *,
+    flagged: bool = False,
 ) -> int:
     """Write `scores/part-*.parquet`, one row per candidate; returns the number of parts.
 
     `columns` makes of some rows' positions and scores `score`, `weight`, `exact` (arrays),
     `target` (list) and for each name `score.NAME`, `low.NAME`, `high.NAME`; NaN becomes null.
+    `flagged`: also `contamination` and `overlap`.
     Memory for a few parts. `check` is called right before each part is put.
     """
-    schema = scores_schema(list(names))
+    schema = scores_schema(list(names), contamination=flagged)
     wide = table.columns + 3 * len(names) + 8
     rows = max(1, min(ROWS_PER_PART, VALUES_PER_PART // wide))
     parts = (
@@ -140,20 +145,21 @@ def write_selection(
     selection: Selection,
     scores: np.ndarray,
     check: Check = _nothing,
+    beside: Sequence[tuple[pa.Field, Any]] = (),
 ) -> pa.Table:
     """Write `selection/part-*.parquet` and `selection.jsonl`, best first.
 
     Each row has its input columns, then rank (from 1), score, and weight of mean 1 (w k / n).
-    `scores` (k,) is the `score` column of the selected rows.
+    `scores` (k,) is the `score` column of the selected rows, `beside` further columns of them.
     """
     order = selection.order
     table = _input_rows(catalogue, order)
     weights = selection.weights * len(order) / selection.n_scored
     added = [np.arange(1, len(order) + 1), scores, weights]
-    for field, values in zip(SELECTION_FIELDS, added, strict=True):
-        if field.name in table.column_names:
-            # The pool is itself an earlier selection: its rank, score and weight are superseded.
-            table = table.drop_columns([field.name])
+    # The pool may itself be an earlier selection: its rank, score and weight are superseded.
+    ours = [field.name for field in (*SELECTION_FIELDS, *SELECTION_CONTAMINATION_FIELDS)]
+    table = table.drop_columns([name for name in ours if name in table.column_names])
+    for field, values in [*zip(SELECTION_FIELDS, added, strict=True), *beside]:
         table = table.append_column(field, pa.array(values, type=field.type))
     starts = range(0, max(1, table.num_rows), ROWS_PER_PART)
     parts = [table.slice(s, ROWS_PER_PART) for s in starts]

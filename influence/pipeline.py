@@ -15,14 +15,20 @@ from influence.bill_record import begin_bill, end_bill, replicas_of
 from influence.cache import Cache
 from influence.candidates import SourceFile, scan_files
 from influence.config import Config
+from influence.contamination_units import contamination_print, guards_of
 from influence.errors import InputError
 from influence.fingerprints import stage_fingerprints
 from influence.job import Execute, Job, run_units, timed
 from influence.methods import METHODS
-from influence.missing_work import catalogue_work
+from influence.missing_work import first_work
 from influence.model_shape import model_shape
 from influence.own_training import OwnTraining
-from influence.pool_units import catalogue_units, embedding_units, rds_target_units
+from influence.pool_units import (
+    catalogue_units,
+    contamination_units,
+    embedding_units,
+    rds_target_units,
+)
 from influence.progress import Progress
 from influence.records import Fidelity
 from influence.replica import load_tokenizer
@@ -68,12 +74,12 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
             job.progress.note(f"optimizer: scores are about {step}")
     log.save()
     with log.telling_the_end():
-        before = catalogue_work(job, replicas_of(job))
+        before = first_work(job, replicas_of(job))
         pool, targets = catalogue(job)
         with timed(job, "catalogue"):
-            log.manifest.counts = reduce.load_catalogue(pool, targets)
+            log.manifest.counts = reduce.load_catalogue(pool, targets, contamination_units(job))
         job.tokens = reduce.tokens_of
-        begin_bill(job, reduce, log.manifest.counts, before)
+        begin_bill(job, reduce, log.manifest.counts, *before)
         method.run(job, reduce)
         with timed(job, "selection"):
             # Where the results are written, which may be another process, the lease counts too.
@@ -116,18 +122,27 @@ def prepare_targets(config: Config, progress: Progress, log: RunLog | None = Non
     target_files = {}
     for name, target in config.targets.items():
         target_files[name] = scan_named(f"targets.{name}.path", [target.path], target.limit)
+    section = config.contamination
+    against = {
+        name: scan_named(
+            f"contamination.against.{name}", [paths] if isinstance(paths, str) else paths, None
+        )
+        for name, paths in ({} if section is None else section.against).items()
+    }
     template = template_fingerprint(load_tokenizer(config.model))
+    texts = contamination_print(config, guards_of(target_files, against))
     log = log if log is not None else RunLog(config.run, config.method, progress.note)
     log.manifest.cache = storage.absolute(config.cache_url)
     return Job(
         config,
-        stage_fingerprints(config, template),
+        {**stage_fingerprints(config, template), **texts},
         [],
         target_files,
         Cache(config.cache_url),
         log,
         progress,
         Watch(log, progress),
+        against=against,
     )
 
 
@@ -140,7 +155,8 @@ def scan_named(key: str, patterns: Sequence[str], limit: int | None) -> list[Sou
 
 
 def catalogue(job: Job) -> tuple[list[Unit], dict[str, list[Unit]]]:
-    """Tokenise every row of the pool and the targets (no model)."""
+    """Tokenise every row of the pool and the targets, and compare them (no model)."""
     pool, targets = catalogue_units(job)
-    run_units(job, [*(unit for units in targets.values() for unit in units), *pool])
+    of_targets = [unit for units in targets.values() for unit in units]
+    run_units(job, [*of_targets, *pool, *contamination_units(job)])
     return pool, targets

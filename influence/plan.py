@@ -16,13 +16,14 @@ from influence.errors import InputError
 from influence.hub import resolve_revision
 from influence.local import local_execute
 from influence.methods import METHODS
-from influence.missing_work import catalogue_work
+from influence.missing_work import first_work
 from influence.model_shape import ModelShape
 from influence.own_training import OwnTraining, planned_training
 from influence.pipeline import catalogue, prepare
 from influence.plan_notes import notes_of, unlike_replicas
 from influence.plan_schemas import Bill, Measured, PlanDocument
 from influence.planned_work import Work, plan_work
+from influence.pool_units import contamination_units
 from influence.progress import Progress
 from influence.reducer import Reducer
 from influence.reference import with_reference
@@ -80,12 +81,12 @@ def _plan(config: Config, own: OwnTraining | None, asked: Sequence[Measured]) ->
     job = prepare(config, Progress(), log, own)
     job.execute = local_execute(config, job.watch)
     reducer = Reducer(config)
-    counts = reducer.load_catalogue(*catalogue(job))
+    counts = reducer.load_catalogue(*catalogue(job), contamination_units(job))
     runs = history.recall(config.cache_url)
     shape, replicas = shape_of(job), replicas_of(job)
     rounds = history.decided(job, runs)
     work = plan_work(job, reducer, counts, shape, replicas, rounds)
-    work.stages = {"catalogue": catalogue_work(job, replicas), **work.stages}
+    work.stages = {**{first.name: first for first in first_work(job, replicas)}, **work.stages}
     speeds = Speeds(config, shape, job.fingerprints, runs, asked)
     bill = planned_bill(work.stages.values(), config, speeds, replicas)
     plan = Plan(config, counts, work, bill, shape, _selected(config, counts))

@@ -11,6 +11,7 @@ from influence.plan_schemas import Measured
 from influence.planned_work import Work
 from influence.speeds import kind_of
 
+_DIGESTS = ("template", "model", "adapter", "optimizer_state", "pool", "texts")
 # Of values that a fingerprint covers: what says nothing to a reader, or is told otherwise.
 _UNSAID = ("format_version", "target_vectors")
 
@@ -75,6 +76,6 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         old, new = before[name], now[name]
         if name in _UNSAID or old == new:
             continue
-        digest = name in ("template", "model", "adapter", "optimizer_state", "pool")
+        digest = name in _DIGESTS
         found.append(f"another {name}" if digest else f"{name} was {old}, is now {new}")
     return sorted(found)

@@ -8,6 +8,7 @@ from typing import Any
 
 from influence.catalogue import Catalogue
 from influence.config import SelectionConfig
+from influence.contamination_reduce import Matches
 from influence.target_columns import TargetColumns
 
 
@@ -16,6 +17,7 @@ def pool_counts(
     targets: Mapping[str, Catalogue],
     columns: TargetColumns,
     selection: SelectionConfig,
+    matches: Matches | None = None,
 ) -> dict[str, Any]:
     """The counts of the pool and of every target, as the manifest holds them."""
     reasons = pool.reasons()
@@ -41,4 +43,5 @@ def pool_counts(
             }
             for name, catalogue in targets.items()
         },
+        **({} if matches is None else matches.counted()),
     }

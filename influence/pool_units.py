@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from influence.contamination_units import STAGE, guards_of
 from influence.job import Job
 from influence.units import Unit, range_units
 
@@ -32,6 +35,16 @@ def target_row_units(job: Job, stage: str) -> dict[str, list[Unit]]:
     return {
         name: range_units(stage, digest, files, rows) for name, files in job.target_files.items()
     }
+
+
+def contamination_units(job: Job) -> list[Unit]:
+    """Every candidate against the targets' texts; no units where that is switched off."""
+    if STAGE not in job.fingerprints:
+        return []
+    guards = tuple(guards_of(job.target_files, job.against))
+    rows = job.config.replicas.rows_per_shard
+    units = range_units(STAGE, job.fingerprints[STAGE].hex, job.files, rows)
+    return [replace(unit, against=guards) for unit in units]
 
 
 def embedding_units(job: Job) -> list[Unit]:

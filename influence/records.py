@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from influence.embedding_record import EmbeddingChoice
 from influence.load import Load
 from influence.objective import Objective
 from influence.plan_schemas import Bill
@@ -270,6 +271,7 @@ class Manifest(BaseModel):
     reference: OwnTrainingUse | None = Field(default=None, description="of `reference.finetune`")
     warmup: OwnTrainingUse | None = Field(default=None, description="of `warmup`")
     layers: LayerChoice | None = Field(default=None, description="of `layers: auto`")
+    embedding: EmbeddingChoice | None = Field(default=None, description="of `embedding.kind: auto`")
     stages: dict[str, StageRecord] = Field(default_factory=dict)
     bill: Bill | None = Field(default=None, description="what was planned, and what it took")
     objective: Objective | None = Field(default=None, description="of `weights.order: 2`")

@@ -21,11 +21,12 @@ from influence.certificate import certificate_of
 from influence.certified_result import recall_certificate
 from influence.checkpoint_reduce import CheckpointReduce
 from influence.config import Config
+from influence.contamination_reduce import find_matches
 from influence.coverage_reduce import Likeness, coverage_of, likeness_of
+from influence.embedding_reduce import Judged, draw_pilot, judge_embeddings
 from influence.errors import InputError
 from influence.in2core_reduce import InfluenceReduce
 from influence.landmark_reduce import LandmarkReduce, RoundsReduce, RoundStep, draw_landmarks
-from influence.layer_choice import draw_pilot
 from influence.load import Load
 from influence.methods import METHODS
 from influence.pool_counts import pool_counts
@@ -51,7 +52,7 @@ from influence.shard_reader import (
 from influence.table_selection import select_table
 from influence.target_columns import mean_vectors, target_columns
 from influence.unit_loads import UnitLoad, load_of, training_load, unit_loads
-from influence.units import ExactUnits, Unit
+from influence.units import ExactUnits, Unit, Units
 
 
 class Reducer:
@@ -66,10 +67,11 @@ class Reducer:
         self._robust: RobustReduce | None = None
 
     def load_catalogue(
-        self, pool: Sequence[Unit], targets: Mapping[str, Sequence[Unit]]
+        self, pool: Units, targets: Mapping[str, Units], contamination: Units = ()
     ) -> dict[str, Any]:
-        """Read the catalogue shards; returns the counts for the manifest."""
+        """Read the catalogue and contamination shards; returns the counts for the manifest."""
         self.pool = read_catalogue(self.cache, pool, drop_duplicates=True)
+        self.matches = find_matches(self.config, self.cache, contamination, self.pool)
         self.load_targets(targets)
         if not len(self.pool.eligible):
             raise InputError(
@@ -94,7 +96,8 @@ class Reducer:
 
     def counts(self) -> dict[str, Any]:
         """Rows, reasons, duplicates, truncation: of the pool and of every target."""
-        return pool_counts(self._pool, self.targets, self.columns, self.config.selection)
+        config = self.config.selection
+        return pool_counts(self._pool, self.targets, self.columns, config, self.matches)
 
     def tokens_of(self, units: Sequence[Unit]) -> list[int]:
         """Tokens that the model sees of each unit's rows: what there is to do."""
@@ -210,13 +213,17 @@ class Reducer:
         return len(self.columns.columns)
 
     def choose_pilot(self) -> list[tuple[SourceFile, list[int]]]:
-        """Draw the rows on which layers are chosen; returns the rows of each file."""
-        return draw_pilot(self.config.seed, self.config.layer_economy.pilot, self._pool)
+        """Draw the rows on which layers or an embedding are chosen: the rows of each file."""
+        return draw_pilot(self.config, self._pool)
+
+    def judge_embeddings(self, exact: ExactUnits, pilots: Sequence[Sequence[Unit]]) -> list[Judged]:
+        """What the landmarks' exact scores say of every embedding of a pilot."""
+        known, where = self._exact_scores(exact), (self.cache, self._pool, self.columns)
+        return judge_embeddings(self.config, *where, self._rule, known, pilots)
 
     def choose_layers(self, pilot: ExactUnits) -> LayerChoice:
         """The layers to keep, by the gradients of the pilot's rows."""
-        memory = self.config.layer_economy.memory
-        return self._begun_influence().choose_layers(pilot, memory)
+        return self._begun_influence().choose_layers(pilot, self.config.layer_economy.memory)
 
     def begin_influence(self, exact: ExactUnits) -> list[Unit]:
         """DataInf's pass 0 and the targets' gradients; returns the units of its pass 1."""
@@ -272,8 +279,7 @@ class Reducer:
         """
         pool, config, table = self._pool, self.config.selection, self.scores.table
         certified = None if self._rounds is None else self._rounds.certified
-        selected = certified.selected if certified is not None else None
-        objective = None
+        selected, objective = None if certified is None else certified.selected, None
         if self._robust is not None:
             selected, objective = self._robust.select(self._rule, self._whole)
         elif selected is None:
@@ -302,6 +308,7 @@ class Reducer:
             self.columns,
             owner,
             coverage,
+            self.matches,
         )
         return {**written, "counts": {**self.counts(), **written["counts"]}}
 

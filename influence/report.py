@@ -140,6 +140,7 @@ def context(run: RunData) -> dict[str, Any]:
         "gradients": _gradient_settings(run),
         "optimizer": _optimizer(run),
         "layers": layer_report(run.manifest.layers),
+        "embedding": run.manifest.embedding,
         "evaluations": evaluations(run),
         "covered": coverage_report(run.coverage),
         "stages": [stage_row(name, record) for name, record in run.manifest.stages.items()],

@@ -20,9 +20,10 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ValidationError
 
 from influence import storage
+from influence.contamination_record import Contamination
 from influence.errors import InputError
 from influence.methods import METHODS
-from influence.outputs import COVERAGE, TRANSFER
+from influence.outputs import CONTAMINATION, COVERAGE, TRANSFER
 from influence.records import Coverage, Fidelity, Manifest, Transfer
 
 #: Targets (or groups) that get figures; the tables hold all of them.
@@ -100,6 +101,7 @@ class RunData:
     samples: dict[str, list[dict[str, Any]]]
     coverage: Coverage | None = None
     transfer: Transfer | None = None
+    contamination: Contamination | None = None
     missing: list[tuple[str, str]] = field(default_factory=list)
     evaluation: bytes | None = None
 
@@ -146,6 +148,7 @@ def read_run(run_url: str) -> RunData:
         samples={} if samples is None else _samples(samples, run_url),
         coverage=_optional_document(Coverage, run_url, COVERAGE),
         transfer=_optional_document(Transfer, run_url, TRANSFER),
+        contamination=_optional_document(Contamination, run_url, CONTAMINATION),
         missing=[(name, _DESCRIBED[name]) for name, there in found.items() if not there],
         evaluation=_optional(run_url, "evaluation.json"),
     )

@@ -143,4 +143,5 @@ FILTERS: dict[str, Callable[..., str]] = {
     "round_recall": round_recall,
     "seconds": seconds,
     "size": size,
+    "amount": amount,
 }

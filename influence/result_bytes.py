@@ -7,10 +7,12 @@ from typing import Any
 
 from influence import storage
 from influence.budget import parse_budget
+from influence.contamination_reduce import CHARACTERS, EXAMPLES
 from influence.input_bytes import file_bytes
 from influence.job import Job
 from influence.methods import METHODS
 from influence.outputs import (
+    CONTAMINATION,
     COVERAGE,
     ROWS_PER_PART,
     SAMPLE_CHARACTERS,
@@ -24,9 +26,18 @@ WALKS = 9
 _LABELS, _TEXT_SHARE, _PER_COLUMN, _DOCUMENTS = 12, 0.6, 130, 5_000
 # Of a row as a line of JSON: bytes of a token, and of names and marks.
 _PER_TOKEN, _MARKS = 4.2, 170
-_NAMES = ("selection.jsonl", "fidelity.json", "landmarks.parquet", "samples.json", COVERAGE)
+_NAMES = (
+    "selection.jsonl",
+    "fidelity.json",
+    "landmarks.parquet",
+    "samples.json",
+    COVERAGE,
+    CONTAMINATION,
+)
 # A column of the coverage as JSON.
 _COVERAGE = 320
+# Counts of contamination by kind and by target.
+_MATCHES = 500
 
 
 def selected_rows(budget: str | int | float, counts: Mapping[str, Any]) -> int:
@@ -66,7 +77,10 @@ def of_results(
     footers = _PER_COLUMN * (parts * wide + parts_selected * 8)
     signed = METHODS[config.method].signed
     beside += _COVERAGE * columns if signed else 0
-    documents = 3 + (landmarks > 0) + signed
+    if "contamination" in counts:
+        shown = min(EXAMPLES, counts["contamination"]["all"]["rows"])
+        beside += _MATCHES + shown * (_MARKS + 2 * round(min(line, CHARACTERS)))
+    documents = 3 + (landmarks > 0) + signed + ("contamination" in counts)
     return scores + selection + beside + footers, parts + parts_selected + documents
 
 

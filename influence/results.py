@@ -9,6 +9,7 @@ from influence import outputs, storage
 from influence.catalogue import Catalogue
 from influence.certificate import named_scores
 from influence.config import Config
+from influence.contamination_reduce import Matches
 from influence.lease import check_driver
 from influence.outputs import COVERAGE
 from influence.records import Coverage, Fidelity, to_json
@@ -29,9 +30,10 @@ def write_results(
     columns: TargetColumns,
     owner: str | None = None,
     coverage: Coverage | None = None,
+    matches: Matches | None = None,
 ) -> dict[str, Any]:
-    """Write scores, selection, samples, landmarks, coverage and certificate; returns counts for a
-    summary.
+    """Write scores, selection, samples, landmarks, coverage, contamination and certificate; returns
+    counts for a summary.
 
     Raises:
         RunTakenError: the run is no longer that of the lease of this `owner`; the last thing
@@ -40,10 +42,13 @@ def write_results(
     check = (lambda: None) if owner is None else partial(check_driver, config.run, owner)
     selection, combine, run = selected.selection, config.selection.combine, config.run
     columns_of = ScoreColumns.of(scores, selection, fidelity, columns, combine)
-    outputs.write_scores(run, pool, columns.names, scores.table, columns_of, check)
+    beside = [] if matches is None else matches.selection_columns(selection.order)
+    every = columns_of if matches is None else matches.beside(columns_of)
+    flagged = matches is not None and matches.shown
+    outputs.write_scores(run, pool, columns.names, scores.table, every, check, flagged=flagged)
     P = selected.scores(selection.order)
     score = combined_score(P, columns.target_of, combine)[0]
-    outputs.write_selection(run, pool, selection, score, check)
+    outputs.write_selection(run, pool, selection, score, check, beside)
     best, worst = extremes(scores.table, columns, combine, outputs.SAMPLE_ROWS)
     samples = {"best": best, "worst": worst}
     of_samples = {k: columns_of(rows, rows_of(scores.table, rows).P) for k, rows in samples.items()}
@@ -55,8 +60,15 @@ def write_results(
     _write_coverage(run, coverage)
     check()
     storage.put(storage.join(run, "fidelity.json"), to_json(fidelity))
+    found: dict[str, Any] = {}
+    if matches is not None:
+        check()
+        url = storage.join(run, outputs.CONTAMINATION)
+        storage.put(url, matches.document(pool, selection.order))
+        found = matches.counted(selection.order)
+    counts = selected_counts(pool, selection, scores.table, columns, combine)
     return {
-        "counts": selected_counts(pool, selection, scores.table, columns, combine),
+        "counts": {**counts, **found},
         "sources": source_counts(pool, selection),
         "fidelity": fidelity.model_dump(),
     }

@@ -27,6 +27,7 @@ ROW_FIELDS: list[pa.Field] = [
 ]
 
 REASON_DUPLICATE = "duplicate"
+REASON_CONTAMINATED = "contaminated"
 
 
 class VectorLayout(BaseModel):
@@ -157,7 +158,32 @@ def export_schema(layout: ExportLayout) -> pa.Schema:
     return pa.schema(fields, metadata={b"influence": layout.model_dump_json().encode()})
 
 
-def scores_schema(names: list[str]) -> pa.Schema:
+def contamination_schema() -> pa.Schema:
+    """Schema of a contamination shard: the best match of every candidate, null without one.
+
+    `target_file` is the content hash of the file that `target_row` (from 0) is of. `overlap` is 1
+    for the kind exact, the share of the target row's n-grams for ngram, the estimated Jaccard
+    similarity for minhash.
+    """
+    return pa.schema(
+        [
+            pa.field("row", pa.int64(), nullable=False),
+            pa.field("kind", pa.string()),
+            pa.field("overlap", pa.float64()),
+            pa.field("target_file", pa.string()),
+            pa.field("target_row", pa.int64()),
+        ]
+    )
+
+
+#: Columns added to `scores/` where contamination is flagged or dropped: the target row as NAME:ID.
+CONTAMINATION_FIELDS: list[pa.Field] = [
+    pa.field("contamination", pa.string()),
+    pa.field("overlap", pa.float64()),
+]
+
+
+def scores_schema(names: list[str], *, contamination: bool = False) -> pa.Schema:
     """Schema of `scores/part-*.parquet`; `names` are the targets and their groups."""
     fields = [
         pa.field("id", pa.string(), nullable=False),
@@ -170,6 +196,7 @@ def scores_schema(names: list[str]) -> pa.Schema:
         pa.field("n_response_tokens", pa.int32(), nullable=False),
         pa.field("truncated", pa.bool_(), nullable=False),
         pa.field("reason", pa.string()),
+        *(CONTAMINATION_FIELDS if contamination else ()),
     ]
     for name in names:
         fields += [
@@ -183,4 +210,9 @@ SELECTION_FIELDS: list[pa.Field] = [
     pa.field("influence_rank", pa.int64(), nullable=False),
     pa.field("influence_score", pa.float64(), nullable=False),
     pa.field("influence_weight", pa.float64(), nullable=False),
+]
+
+#: Added to them where contamination is flagged.
+SELECTION_CONTAMINATION_FIELDS: list[pa.Field] = [
+    pa.field(f"influence_{field.name}", field.type) for field in CONTAMINATION_FIELDS
 ]

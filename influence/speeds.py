@@ -39,8 +39,9 @@ UNKNOWN_GPU = 400e12
 # What per-sample gradients and embeddings reach of the rate of large matrix products. The CPU's is
 # measured (SmolLM2-135M, whose matrices are small), the GPU's is not.
 CPU_PART, GPU_PART = 0.5, 0.25
-# Bytes of rows that a replica tokenises a second, and what a shard takes beside its rows.
-TOKENISED, SHARD_SECONDS = 1.5e6, 0.01
+# Bytes of rows that a replica tokenises, or compares with targets, a second; and what a shard takes
+# beside its rows.
+BYTES_PER_SECOND, SHARD_SECONDS = {"catalogue": 1.5e6, "contamination": 1e6}, 0.01
 # A replica's start (libraries, device) and how fast it reads weights.
 START_SECONDS, WEIGHTS_PER_SECOND = 15.0, 0.5e9
 # A measurement that took less is taken only if there is none that took longer.
@@ -98,8 +99,8 @@ class Speeds:
             per_second = stage.effort / stage.seconds
             source = f"measured in {run.source} ({run.finished[:10]}{device})"
             return Speed(per_second, source, 0.0)
-        if work.name == "catalogue":
-            return Speed(TOKENISED, f"assumed: {TOKENISED / 1e6:g} MB of rows a second")
+        if (rate := BYTES_PER_SECOND.get(work.name)) is not None:
+            return Speed(rate, f"assumed: {rate / 1e6:g} MB of rows a second")
         if not work.replicas:
             return Speed(1.0, "assumed: as fast as in docs/results.md")
         if self._config.replicas.num_gpus > 0:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from influence.batching import Batch
+from influence.embedding_kind import EmbeddingKind
 from influence.embeddings import make_embedder
 from influence.gradients import (
     Choice,
@@ -96,6 +97,7 @@ class Toolbox:
         self.limit = TokenLimit()
         self.notes: list[str] = []
         self._products: tuple[tuple[tuple[str, ...], ...], Any] | None = None
+        self._embedder: tuple[dict[str, Any], Any] | None = None
 
     def _once(self, name: str, build: Callable[[], Any]) -> Any:
         if name not in self._built:
@@ -120,12 +122,18 @@ class Toolbox:
 
         return self._once("layers", build)
 
-    @property
-    def embedder(self) -> Any:
-        """The embedder of the config."""
-        return self._once(
-            "embedder", lambda: make_embedder(self.replica.model, **self.settings.embedding)
-        )
+    def embedder(self, asked: tuple[str, int, int, str, int] | None = None) -> Any:
+        """The embedder of the config, or of the settings that a unit names.
+
+        Only the last one is kept: dense tangents are as large as the blocks.
+        """
+        settings = dict(self.settings.embedding)
+        if asked is not None:
+            settings |= EmbeddingKind(*asked)._asdict()
+        if self._embedder is None or self._embedder[0] != settings:
+            self._embedder = None
+            self._embedder = (settings, make_embedder(self.replica.model, **settings))
+        return self._embedder[1]
 
     @property
     def step(self) -> OptimizerStep:
@@ -227,10 +235,10 @@ class Toolbox:
         engine = make_update_engine(model, self.layers, state, settings.reduction, kept)
         return engine, state.note
 
-    def set_up(self, stage: str) -> None:
+    def set_up(self, stage: str, embedding: tuple[str, int, int, str, int] | None = None) -> None:
         """Build what a stage needs, unless it is there: no work on rows, and timed apart."""
         if stage == "embedding":
-            assert self.embedder is not None
+            assert self.embedder(embedding) is not None
         elif stage in VECTOR_STAGES:
             self.vector_engine(stage)
         else:
@@ -258,14 +266,19 @@ class Toolbox:
         return self._products[1]
 
 
-def embed(tools: Toolbox, batches: Sequence[Batch]) -> Vectors:
-    """The cheap embedding of every row: unit rows in float16, their norms beside them."""
+def embed(
+    tools: Toolbox,
+    batches: Sequence[Batch],
+    embedding: tuple[str, int, int, str, int] | None = None,
+) -> Vectors:
+    """A cheap embedding of every row: unit rows in float16, their norms beside them."""
     rows, positions = [], []
+    embedder = tools.embedder(embedding)
 
     def compute(batch: Batch) -> np.ndarray:
         moved = batch.to(tools.replica.device)
         with torch.no_grad():
-            return tools.embedder.embed(moved.input_ids, moved.lengths).double().cpu().numpy()
+            return embedder.embed(moved.input_ids, moved.lengths).double().cpu().numpy()
 
     for batch, found in computed(batches, tools.limit, compute):
         rows.append(found)

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from influence.bill_tables import bill_table
+from influence.contamination_record import Contamination
 from influence.errors import InputError
 from influence.records import Fidelity, Interval, Manifest, Recall
 from influence.report_format import percent
@@ -46,6 +47,21 @@ def proponents_line(counts: dict[str, Any]) -> str | None:
             "selected, and no other row."
         )
     return text
+
+
+def contamination_line(counts: dict[str, Any]) -> str | None:
+    """How many candidates are target rows, or nearly; None where that was not looked for."""
+    if counts.get("contamination") is None:
+        return None
+    record = Contamination.model_validate(counts["contamination"])
+    kinds = ", ".join(f"{found.rows:,} {kind}" for kind, found in record.kinds.items())
+    text = f"contamination: {record.all.rows:,} candidates are target rows or nearly ({kinds}); "
+    selected = f"{record.all.selected or 0:,} of them are selected"
+    if record.action == "drop":
+        return text + "all of them were dropped"
+    if record.action == "flag" and record.all.selected:
+        return f"{text}{selected}: contamination.action: drop leaves them out"
+    return text + selected
 
 
 def objective_line(fidelity: dict[str, Any]) -> str | None:

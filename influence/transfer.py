@@ -142,6 +142,7 @@ def pilot_config(config: Config, run: str) -> Config:
             "reference": ReferenceConfig(),  # pyright: ignore[reportCallIssue]
             "coverage": CoverageConfig(),  # pyright: ignore[reportCallIssue]
             "transfer": TransferConfig(),  # pyright: ignore[reportCallIssue]
+            "contamination": None,
         }
     )
 

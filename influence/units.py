@@ -27,10 +27,12 @@ class Unit:
         last: last row, inclusive.
         rows: the rows, when not the whole range; increasing.
         group_by: the column that holds a target row's group.
+        embedding: `influence.embedding_kind.EmbeddingKind`, where it is not the config's own.
         needs: keys of shards that this unit reads (target vectors).
         beside: rows of further files that count with it; only the fingerprint tells of them.
         checkpoint: folder or URL of the adapter, with the optimiser's state, that the model has for
             it instead of its own; only the fingerprint tells of it.
+        against: names and files whose rows it is compared with; the fingerprint has their contents.
     """
 
     stage: str
@@ -40,9 +42,11 @@ class Unit:
     last: int
     rows: tuple[int, ...] | None = None
     group_by: str | None = None
+    embedding: tuple[str, int, int, str, int] | None = None
     needs: tuple[str, ...] = ()
     beside: tuple[tuple[SourceFile, tuple[int, ...]], ...] = ()
     checkpoint: str | None = None
+    against: tuple[tuple[str, SourceFile], ...] = ()
 
     @property
     def key(self) -> str:
@@ -83,6 +87,7 @@ _RANGE = re.compile(r"-(\d+)-(\d+)(?:-([0-9a-f]{16}))?(?:-[0-9a-f]{8})?\.parquet
 #: product with a direction takes a backward pass of its own beside the pass that is shared: few of
 #: them share most of that, and leave work for other replicas.
 SHARED: dict[str, int | None] = {"inner_products": None, "directions": None, "hessian_products": 4}
+Units = Sequence[Unit]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from influence.catalogue import row_id
 from influence.checkpoint_units import checkpoint_units, fingerprints_of
 from influence.checkpoints import epoch_folder
 from influence.config import Config
+from influence.embedding_choice import take_embedding
 from influence.errors import InputError
 from influence.exact_work import plan_exact
 from influence.hub import resolve_revision
@@ -154,6 +155,8 @@ def _check_stage(config: Config, stage: str) -> None:
 
 def _sources(job: Job, stage: str, command: str, partial: bool) -> list[Source]:
     if stage == "embedding":
+        if job.config.method == "influence_distillation" and job.config.embedding.kind == "auto":
+            _take_recorded_embedding(job, command)
         targets = rds_target_units(job) if METHODS[job.config.method].embeds_targets else {}
         return [*_of_units("candidates", embedding_units(job)), *_of_targets(targets)]
     if job.config.layers == "auto":
@@ -173,6 +176,16 @@ def _keep_recorded_layers(job: Job, command: str) -> None:
             f"{job.config.run}: no run that has chosen its layers (layers: auto); `{command}` does"
         )
     keep_layers(job, manifest.layers)
+
+
+def _take_recorded_embedding(job: Job, command: str) -> None:
+    manifest = read_manifest(job.config.run)
+    if manifest is None or manifest.embedding is None:
+        raise InputError(
+            f"{job.config.run}: no run that has chosen its embedding (embedding.kind: auto); "
+            f"`{command}` does"
+        )
+    take_embedding(job, manifest.embedding)
 
 
 def _of_units(folder: str, units: Iterable[Unit]) -> list[Source]:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from influence import stages, token_units
+from influence import contamination_units, stages, token_units
 from influence.batching import IGNORED, Batch, make_batches
 from influence.cache import Cache
 from influence.candidates import Example, read_examples, read_rows
@@ -87,6 +87,7 @@ class Worker:
         self._load_error: ModelLoadError | None = None
         self._scoring = ScoringUnits(config, self._device)
         self._retraining: Any = None
+        self._contamination = contamination_units.Contamination(config, self.cache)
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._io_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
@@ -100,6 +101,9 @@ class Worker:
         if unit.stage in SCORING_STAGES:
             outcome, rows = self._model_thread.submit(self._scoring.run, unit).result()
             return [UnitResult(unit.key, outcome, rows, 0, 0.0, 0.0, None)]
+        if unit.stage == contamination_units.STAGE:
+            outcome, rows = self._io_thread.submit(self._contamination.run, unit).result()
+            return [UnitResult(unit.key, outcome, rows, 0, 0.0, 0.0, "cpu")]
         if unit.stage == token_units.STAGE:
             return [self._token_scores(unit)]
         if all(self.cache.verified(member.key) for member in bundle.units):
@@ -290,10 +294,10 @@ class Worker:
 
     def _stage(self, bundle: Bundle, tools: Toolbox) -> Callable[[list[Any]], list[Vectors]]:
         """What computes the columns of every unit from batches; all that it needs is set up."""
-        stage = bundle.units[0].stage
-        tools.set_up(stage)
+        stage, embedding = bundle.units[0].stage, bundle.units[0].embedding
+        tools.set_up(stage, embedding)
         if stage == "embedding":
-            return lambda batches: [stages.embed(tools, batches)]
+            return lambda batches: [stages.embed(tools, batches, embedding)]
         if stage in stages.VECTOR_STAGES:
             return lambda batches: [stages.gradient_vectors(tools, batches, stage)]
         if stage == "inner_products":

@@ -130,7 +130,6 @@ def test_every_problem_is_listed_at_once():
 
 #: For each key with unbuilt neighbours, values that parse and that no code stands behind.
 UNBUILT: dict[str, list[Any]] = {
-    "embedding.kind": ["auto"],
     "landmarks.choose": ["kmeans++"],
 }
 

@@ -14,6 +14,7 @@ from in2core_runs import Cut, cut_after
 from tiny_run import Setup, conversation, manifest_of, scores_of, tiny_config, write_config
 
 from influence import one_process
+from influence.cache import Cache
 from influence.cache_use import use_of
 from influence.candidates import read_examples, scan_files
 from influence.config import Config
@@ -56,7 +57,7 @@ def tests_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def downstream_config(
-    setup: Setup, tests: dict[str, str], run: Path | str, **changes: Any
+    setup: Setup, tests: dict[str, Any], run: Path | str, **changes: Any
 ) -> Config:
     """The run's own method, RDS+ and random on two targets, with two seeds, and the whole pool."""
     section = {"methods": METHODS, "tests": tests, "full": True, **changes.pop("downstream", {})}
@@ -274,7 +275,7 @@ def cut_config(setup: Setup, tests: dict[str, str], evaluated: Config, run: Path
     """Another recipe, over the cache of the evaluation that is done: one target, with weights."""
     return downstream_config(
         setup,
-        {"sums": tests["sums"]},
+        {"sums": {"path": tests["sums"], "exact_match": True, "max_new_tokens": 3}},
         run,
         cache=evaluated.cache_url,
         targets={"sums": setup.targets["sums"]},
@@ -315,6 +316,16 @@ def test_one_that_was_cut_short_trains_what_is_missing(
     weights = np.array([w for w in scores_of(run).column("weight").to_pylist() if w])
     expected = hand.losses(chosen_by(run), 1, weights)["sums"].mean()
     assert found[1] == pytest.approx(expected, abs=1e-12), "not the selection's weights"
+    answers = [Cache(config.cache_url).read(key).floats("correct").mean() for key in record.planned]
+    results = result_of(config)["targets"]["sums"]["results"].values()
+    assert sum(r["exact_match"]["mean"] for r in results) == pytest.approx(
+        answers[0] + sum(answers[1:]) / 2
+    ), "another part of right answers than the shards hold"
+    assert any("Exact match" in t.headings for t in result_tables(config.run, _document(config)))
+
+
+def _document(config: Config) -> dict[str, Any]:
+    return {"downstream": result_of(config)}
 
 
 def tmp_path_of(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from test_plan_runs import planned_and_run
 from test_scores_of_runs import Oracle, tokens_and_labels
 from tiny_run import (
     POOL_ROWS,
@@ -275,6 +277,19 @@ def test_speeds_are_measured_at_a_checkpoint(setup: Setup, tmp_path: Path) -> No
     assert found.keys() == set(STAGES)
     assert found["gradients"].values["update"] == "adamw", "plain gradients were timed"
     assert all(each.seconds > 0 and each.effort > 0 for each in found.values())
+
+
+def test_a_run_computes_what_the_plan_lists(sketched: Config, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(Path(sketched.cache_url, "warmup"), cache / "warmup")
+    plan = planned_and_run(other_run(sketched, tmp_path / "run", cache=str(cache)))
+    assert plan.work.stages["warmup"].cached == 1
+
+
+def test_in_an_object_store_it_is_the_same(sketched: Config, tmp_path: Path, s3_url: str) -> None:
+    there = other_run(sketched, tmp_path / "run", cache=f"{s3_url}/less")
+    run_select(there, quiet=True)
+    assert_same_results(sketched.run, there.run, "checkpoints of a bucket are others")
 
 
 def test_it_is_shown_which_checkpoints_count_how_much(sketched: Config) -> None:

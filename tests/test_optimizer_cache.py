@@ -68,7 +68,7 @@ def test_exact_products_are_those_of_the_optimiser(
         run_select(config, quiet=True)
         stages = manifest_of(config.run).stages
         made.append({name for name, record in stages.items() if record.computed})
-    assert made[0] == {"catalogue", "target_vectors", "inner_products"}
+    assert made[0] == {"catalogue", "contamination", "target_vectors", "inner_products"}
     again = {"inner_products"} | (set() if normalize else {"target_vectors"})
     assert made[1] == again, "products of another step were used, or too much was made anew"
 

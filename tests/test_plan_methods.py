@@ -9,7 +9,9 @@ import pytest
 from test_plan_runs import planned_and_run
 from tiny_run import Setup, third_target, tiny_config
 
-from influence.plan import Plan
+from influence.calibration import measure_speeds
+from influence.errors import InputError
+from influence.plan import Plan, make_plan
 
 
 def test_a_run_of_perplexity_computes_what_its_plan_lists(setup: Setup, tmp_path: Path) -> None:
@@ -60,3 +62,18 @@ def test_a_run_of_the_catalogue_alone_computes_nothing_else(
     plan = planned_and_run(tiny_config(setup, tmp_path / "run", method=method))
     assert list(plan.work.stages) == ["catalogue", "selection"]
     assert plan.bill.total.planned.flops is None, "a model would run"
+
+
+def test_the_speed_of_losses_can_be_measured_and_that_of_no_model_not(
+    setup: Setup, tmp_path: Path, encoder: str
+) -> None:
+    config = tiny_config(setup, tmp_path / "run", method="perplexity")
+    measured = measure_speeds(config, 6)
+    assert list(measured.stages) == ["losses"], "other stages than the run's were measured"
+    assert measured.stages["losses"].seconds > 0
+    plan = make_plan(config, [measured])
+    assert plan.bill.stages["losses"].speed.startswith("measured in plan --measure")
+    for method in ("semantic", "length"):
+        changes: dict[str, Any] = {"method": method, "semantic": {"encoder": encoder}}
+        with pytest.raises(InputError, match=f"method {method} runs no model"):
+            measure_speeds(tiny_config(setup, tmp_path / method, **changes), 6)

@@ -23,8 +23,10 @@ from influence.run_log import read_manifest
 from influence.schemas import (
     FORMAT_VERSION,
     ROW_FIELDS,
+    SELECTION_CONTAMINATION_FIELDS,
     SELECTION_FIELDS,
     VectorLayout,
+    contamination_schema,
     layout_of,
     scores_schema,
     shard_schema,
@@ -122,6 +124,12 @@ def test_the_columns_are_those_that_are_documented():
     scores = "id source score target weight exact n_tokens n_response_tokens truncated reason"
     named = ["score.t", "low.t", "high.t"]
     assert scores_schema(["t"]).names == [*scores.split(), *named]
+    flagged = scores_schema(["t"], contamination=True).names
+    assert flagged == [*scores.split(), "contamination", "overlap", *named]
+    marked = [field.name for field in SELECTION_CONTAMINATION_FIELDS]
+    assert marked == ["influence_contamination", "influence_overlap"]
+    matches = "row kind overlap target_file target_row"
+    assert contamination_schema().names == matches.split()
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("float16", 2), ("float32", 4), ("float64", 8)])

@@ -30,6 +30,7 @@ from influence.cli import main
 from influence.config import Config
 from influence.errors import ModelLoadError, ReducerLostError
 from influence.worker import Worker
+from ray_jobs import evaluate as evaluate_job
 from ray_jobs import select as select_job
 from ray_jobs.reducer_actor import RemoteReducer
 from ray_jobs.replica_actor import replica_factory
@@ -43,6 +44,25 @@ def in_one_process(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> st
     config = tiny_config(setup, tmp_path_factory.mktemp("one") / "run")
     one_process.run_select(config, quiet=True)
     return config.run
+
+
+def test_the_embedding_that_is_chosen_does_not_depend_on_the_replicas(
+    setup: Setup, tmp_path: Path
+) -> None:
+    """Nor does what is selected by it, or what the grid says of it."""
+    section = {"pilot": 40, "landmarks": [12], "repeats": 2, "kernels": [], "damping": []}
+    changes = {
+        "embedding": {"kind": "auto", "pilot": 16},
+        "evaluation": {"fidelity": {**section, "recalls": []}},
+    }
+    alone = tiny_config(setup, tmp_path / "alone", **changes)
+    one_process.run_select(alone, quiet=True)
+    config = tiny_config(setup, tmp_path / "run", replicas__min=2, replicas__max=2, **changes)
+    select_job.run_select(config, quiet=True)
+    assert manifest_of(config.run).embedding == manifest_of(alone.run).embedding
+    assert_same_results(alone.run, config.run, "the chosen embedding depends on the replicas")
+    found = evaluate_job.run_evaluate(config, quiet=True)["fidelity"]["settings"]
+    assert one_process.run_evaluate(alone, quiet=True)["fidelity"]["settings"] == found
 
 
 @pytest.mark.parametrize("replicas", [1, 3])

@@ -11,6 +11,7 @@ from influence.evaluations import (
     class_detection,
     downstream,
     exact_inverse,
+    fidelity,
     group_influence,
     lds,
     leave_one_out,
@@ -28,4 +29,5 @@ EVALUATIONS: Mapping[str, Evaluation] = {
     "lds": lds.EVALUATION,
     "leave_one_out": leave_one_out.EVALUATION,
     "downstream": downstream.EVALUATION,
+    "fidelity": fidelity.EVALUATION,
 }

@@ -7,7 +7,7 @@ of this evaluation or another, is not trained again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,11 +40,6 @@ _KEPT = ("model", "data", "targets", "replicas", "prices", "seed")
 
 class DownstreamReduce(OwnReduce):
     """The select job's catalogue, and what trainings on rows of it take."""
-
-    def pool_rows(self) -> Int[np.ndarray, " e"]:
-        """Positions of the rows that can be trained on, each text once."""
-        assert self.reducer.pool is not None
-        return self.reducer.pool.eligible
 
     def row_loads(
         self, rows: Sequence[Int[np.ndarray, " r"]], max_length: int | None
@@ -127,43 +122,36 @@ def _trainings(
     job: Job, reduce: Any, tests: Mapping[str, Tested], selected: Selected
 ) -> dict[Key, Made]:
     """Every training with its unit, by target and name; of failed selections none."""
-    seeds = arms.seeds_of(job.config)
-    pool = reduce.pool_rows()
     asked: dict[Key, list[Training]] = {}
     for target in job.config.targets:
         for name in names_in(job):
             if name == UNTRAINED:
                 asked[target, name] = [Training([])]
-            elif name == FULL:
-                asked[target, name] = [Training(pool, None, seed) for seed in seeds]
-            else:
-                found = list(_selections(job, selected, target, name, seeds))
-                if len(found) == len(seeds):
-                    asked[target, name] = found
+                continue
+            found = [_training(job, selected, target, name, s) for s in arms.seeds_of(job.config)]
+            there = [training for training in found if training is not None]
+            if len(there) == len(found):
+                asked[target, name] = there
     flat = [training for each in asked.values() for training in each]
     units = iter(retraining_units(job, reduce, flat, tests))
     return {key: Made(each, [next(units) for _ in each]) for key, each in asked.items()}
 
 
-def _selections(
-    job: Job, selected: Selected, target: str, name: str, seeds: Sequence[int]
-) -> Iterator[Training]:
-    """A training for every seed whose selection is there."""
-    rows = sum(file.rows for file in job.files)
-    for seed in seeds:
-        weights = selected.weights.get((target, name, None))
-        if weights is None:
-            weights = selected.weights.get((target, name, seed))
-        if weights is None:
-            continue
-        if len(weights) != rows:
-            raise InputError(
-                f"{KEY}: the selection {target}/{name} is of {len(weights):,} rows, the pool has "
-                f"{rows:,}; run the same command again with --replace"
-            )
-        chosen = np.flatnonzero(weights > 0)
-        own = weights[chosen] if section_of(job.config).weighted else None
-        yield Training(chosen, own, seed)
+def _training(job: Job, selected: Selected, target: str, name: str, seed: int) -> Training | None:
+    """On a selection, or on all rows that the baseline chose from; None if that one failed."""
+    section, rows = section_of(job.config), sum(file.rows for file in job.files)
+    chosen = selected.of(target, section.baseline if name == FULL else name, seed)
+    if chosen is None:
+        return None
+    if chosen.of != rows:
+        raise InputError(
+            f"{KEY}: the selection {target}/{name} is of {chosen.of:,} rows, the pool has "
+            f"{rows:,}; run the same command again with --replace"
+        )
+    if name == FULL:
+        assert chosen.scored is not None
+        return Training(chosen.scored, None, seed)
+    return Training(chosen.rows, chosen.weights if section.weighted else None, seed)
 
 
 EVALUATION = Evaluation(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import BaseModel, ValidationError
 
 from influence import storage
@@ -35,8 +35,9 @@ _FIXED = ("run", "cache", "targets", "evaluation", "finetune", "coverage", "tran
 _FIXED_DATA = ("candidates", "limit")
 #: What all of them share, and a method may change for itself.
 _SHARED = ("data", "replicas")
-#: Of the config, what a random draw depends on beside that: no method's own settings.
-_OF_RANDOM = ("model", "selection", "seed")
+#: What a random draw that nobody configured leaves out of the config: methods' own settings.
+_OF_METHODS = ("embedding", "gradients", "landmarks", "optimizer", "warmup", "weights")
+_OF_METHODS += ("reference", "layers", "layer_economy")
 #: Of an arm's config, what changes no selection.
 _FREE = ("run", "cache", "replicas", "prices", "evaluation", "finetune")
 
@@ -63,19 +64,36 @@ class ArmRecord(BaseModel):
     cost: ColdCost
 
 
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What a select run chose: positions in a pool of `of` rows, and their weights.
+
+    scored: positions of all rows that it chose from, where they are asked for.
+    """
+
+    rows: Int[np.ndarray, " k"]
+    weights: Float[np.ndarray, " k"]
+    of: int
+    scored: Int[np.ndarray, " e"] | None = None
+
+
 @dataclass(frozen=True)
 class Selected:
     """Selections by target, name and seed (None where one is for all seeds), and the failures.
 
     Attributes:
-        weights: of every row of the pool, 0 where it is not selected.
+        chosen: the rows.
         cost: with an empty cache.
         failed: what went wrong, by the arm's label.
     """
 
-    weights: dict[tuple[str, str, int | None], Float[np.ndarray, " n"]]
+    chosen: dict[tuple[str, str, int | None], Chosen]
     cost: dict[tuple[str, str, int | None], ColdCost]
     failed: dict[str, InfluenceError]
+
+    def of(self, target: str, name: str, seed: int) -> Chosen | None:
+        """The selection that a training with this seed is on; None if it failed."""
+        return self.chosen.get((target, name, None)) or self.chosen.get((target, name, seed))
 
 
 def names_of(config: Config) -> list[str]:
@@ -105,13 +123,13 @@ def whole_methods(config: Config) -> dict[str, dict[str, Any]]:
     assert section is not None
     given = config.model_dump(mode="json", exclude_unset=True)
     found = {}
+    kept = {key: value for key, value in given.items() if key not in (*_FIXED, *_SHARED)}
     for name in names_of(config):
         if name not in section.methods:
-            found[name] = {key: given[key] for key in _OF_RANDOM if key in given}
-            found[name]["method"] = RANDOM
+            plain = {key: value for key, value in kept.items() if key not in _OF_METHODS}
+            found[name] = {**plain, "method": RANDOM}
             continue
         _check_overrides(name, section.methods[name])
-        kept = {key: value for key, value in given.items() if key not in (*_FIXED, *_SHARED)}
         found[name] = merged(kept, section.methods[name])
         if found[name].get("method") == RANDOM and "seed" in section.methods[name]:
             raise InputError(f"{KEY}.methods.{name}.seed: a random draw has the training's")
@@ -191,7 +209,8 @@ def run_arms(job: Job) -> Selected:
 
     job: the evaluation's own, whose files are those of every arm.
     """
-    found = Selected({}, {}, {})
+    found, section = Selected({}, {}, {}), job.config.evaluation.downstream
+    assert section is not None
     for arm in arms_of(job.config):
         job.log.doing(f"selection: {arm.label}")
         job.log.save()
@@ -208,7 +227,9 @@ def run_arms(job: Job) -> Selected:
             found.failed[arm.label] = error
             continue
         key = (arm.target, arm.name, arm.seed)
-        found.weights[key], found.cost[key] = read_weights(arm.config.run), record.cost
+        everything = section.full and arm.name == section.baseline
+        found.chosen[key] = read_chosen(arm.config.run, everything=everything)
+        found.cost[key] = record.cost
     return found
 
 
@@ -246,13 +267,21 @@ def _contents(files: Sequence[SourceFile]) -> list[list[Any]]:
     return [[file.content_hash, file.rows] for file in files]
 
 
-def read_weights(run: str) -> Float[np.ndarray, " n"]:
-    """The weight of every row of the pool in RUN/scores, in its order; 0: not selected."""
-    parts = []
+def read_chosen(run: str, *, everything: bool = False) -> Chosen:
+    """The selected rows of RUN/scores, in the pool's order; with `everything` the scored ones."""
+    rows, weights, scored, start = [], [], [], 0
     for info in storage.list_objects(storage.join(run, "scores")):
         with pq.ParquetFile(storage.open_input(info.url)) as part:
-            parts.append(part.read(columns=["weight"]).column("weight").to_numpy())
-    return np.nan_to_num(np.concatenate(parts).astype(np.float64))
+            table = part.read(columns=["weight", "score"])
+        weight, score = (table.column(n).to_numpy().astype(float) for n in ("weight", "score"))
+        own = np.flatnonzero(weight > 0)
+        rows.append(start + own)
+        weights.append(weight[own])
+        if everything:
+            scored.append(start + np.flatnonzero(np.isfinite(score)))
+        start += len(weight)
+    all_scored = np.concatenate(scored) if everything else None
+    return Chosen(np.concatenate(rows), np.concatenate(weights), start, all_scored)
 
 
 def failure(failed: Mapping[str, InfluenceError]) -> InfluenceError:

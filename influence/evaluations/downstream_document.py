@@ -109,9 +109,10 @@ def _put_answers(
     correct = _by_key(made, read_tests(job.cache, units, "correct"))
     for target, each in targets.items():
         for name, result in each.results.items():
-            if tests[target].exact_match:
-                right = np.nanmean(correct[target, name][target], axis=1)
-                result.exact_match = _estimate(right, name)
+            right = correct[target, name][target]
+            known = np.isfinite(right).all(axis=0)  # a row without an answer to compare has none
+            if tests[target].exact_match and known.any():
+                result.exact_match = _estimate(right[:, known].mean(axis=1), name)
 
 
 def _over_seeds(

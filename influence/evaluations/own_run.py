@@ -40,6 +40,7 @@ def own_config(config: Config, name: str, **changes: Any) -> Config:
             "cache": config.cache_url,
             "targets": given["targets"],
             "method": "in2core",
+            "contamination": None,  # every row is held against the targets, like ones as well
             "gradients": gradients,
             "evaluation": {name: getattr(config.evaluation, name)},
             **changes,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from influence.certified import rounds_at_most
 from influence.curvature_stages import second_order
+from influence.embedding_choice import choose_embedding
+from influence.embedding_plan import plan_embedding
 from influence.exact_work import exact_units, further_units
 from influence.job import Job, run_units, timed
 from influence.methods.kind import Method
@@ -23,8 +25,11 @@ def run(job: Job, reduce: Any) -> None:
     """Exact gradients for landmarks and targets, embeddings for all, a regression between them."""
     chosen = job.chosen if job.chosen is not None else reduce.choose_landmarks()
     exact = exact_units(job, reduce, chosen)
-    embedding = embedding_units(job)
-    run_units(job, [*exact.all, *embedding])
+    if job.config.embedding.kind == "auto":
+        waiting, embedding = choose_embedding(job, reduce, exact, chosen)
+    else:
+        waiting, embedding = exact.all, embedding_units(job)
+    run_units(job, [*waiting, *embedding])
     if job.config.landmarks.choose == "certified":
         _rounds(job, reduce, embedding, exact)
         return
@@ -56,6 +61,12 @@ def plan(planner: Planner) -> None:
     """Landmarks and embeddings; of certified rounds the least and the most, or what was decided."""
     job, config, missing = planner.job, planner.job.config, planner.missing
     chosen = planner.work.chosen = missing.reduce.choose_landmarks()
+    if config.embedding.kind == "auto":
+        pilot, notes = plan_embedding(missing, chosen)
+        planner.work.notes += notes
+        if pilot is not None:
+            planner.add(pilot)
+        job = planner.job
     landmarks = sum(len(rows) for _file, rows in chosen)
     gradients = planner.gradients(chosen)
     units = embedding_units(job)

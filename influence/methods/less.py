@@ -19,6 +19,7 @@ gradients.projection: rademacher gives).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from influence.checkpoint_units import (
@@ -28,15 +29,18 @@ from influence.checkpoint_units import (
     rate_weights,
 )
 from influence.config_checks import of_others
-from influence.cost import check_vector_bytes
+from influence.cost import SHARD_BYTES, check_vector_bytes
+from influence.errors import InputError
 from influence.job import Job, run_units, timed
 from influence.methods.kind import Method
+from influence.missing_work import PREDICTOR_BYTES
 from influence.model_shape import model_shape
 from influence.optimizer_use import TARGET_GRADIENTS
 from influence.score_map import map_scores
 
 if TYPE_CHECKING:
     from influence.config import Config
+    from influence.model_shape import ModelShape
     from influence.planned_work import Planner
 
 _PROJECTIONS = ("srht", "rademacher", "countsketch", "kronecker", "none")
@@ -46,6 +50,7 @@ def run(job: Job, reduce: Any) -> None:
     """Updates and gradients at every checkpoint, their products, and the weighted sums."""
     shape = job.shape if job.shape is not None else model_shape(job.config)
     check_vector_bytes(job.config, shape)
+    check_bytes(job.config, shape, reduce.column_count())
     records = checkpoint_records(job.config)
     weights = rate_weights(records)
     for record, weight in zip(records, weights, strict=True):
@@ -75,10 +80,40 @@ def plan(planner: Planner) -> None:
     planner.work.notes.append(
         f"{GRADIENTS}: of every candidate at each of {len(checkpoints)} checkpoints of the warm-up"
     )
-    config, shape = planner.job.config.gradients, planner.missing.shape
-    width = shape.attributed if config.projection == "none" else config.dim
+    width = _width(planner.job.config, planner.missing.shape)
     planner.scores(gradients, candidates, width, planner.columns)
+    scores = planner.work.stages["scores"]
+    # One predictor is counted there; every checkpoint has its own.
+    further, numbers = len(checkpoints) - 1, planner.columns * (width + planner.columns)
+    written = further * (8 * numbers + PREDICTOR_BYTES)
+    least = replace(
+        scores.least,
+        objects=scores.least.objects + further,
+        read=scores.least.read + planner.missing.replicas * written,
+        written=(scores.least.written or 0) + written,
+    )
+    planner.add(replace(scores, least=least))
     planner.selection(0)
+
+
+def check_bytes(config: Config, shape: ModelShape, columns: int) -> None:
+    """Refuse more target columns than a replica can hold, in float64, and write at once.
+
+    Raises:
+        InputError: states the bytes that are needed and those that there are.
+    """
+    needed = 8 * columns * _width(config, shape)
+    if needed > SHARD_BYTES:
+        raise InputError(
+            f"method: less multiplies rows with {columns:,} target columns x "
+            f"{_width(config, shape):,} numbers x 8 bytes = {needed:,} bytes in every replica; "
+            f"expected at most {SHARD_BYTES:,}: use targets.NAME.per: group, or a projection"
+        )
+
+
+def _width(config: Config, shape: ModelShape) -> int:
+    """Numbers that are kept of a row."""
+    return shape.attributed if config.gradients.projection == "none" else config.gradients.dim
 
 
 def check(config: Config) -> str | None:
@@ -129,4 +164,5 @@ METHOD = Method(
     },
     target_defaults={"per": "group"},
     check=check,
+    check_bytes=check_bytes,
 )

@@ -29,9 +29,10 @@ from influence.reference import with_reference
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
 from influence.row_stages import Rows, RowStage, row_stage
 from influence.speeds import kind_of
+from influence.stage_settings import stage_settings
 from influence.stages import Toolbox
 from influence.tokenization import Encoded, template_fingerprint
-from influence.worker import load_of, stage_settings
+from influence.worker import load_of
 
 Compute = Callable[[Sequence[Encoded]], object]
 SOURCE = "plan --measure"

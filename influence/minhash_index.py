@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from datasketch import MinHash
 from jaxtyping import Int, UInt64
 
 from influence.ngram_index import complete, counted, rolling
@@ -150,6 +149,8 @@ def shingles(text: str) -> UInt64[np.ndarray, " s"]:
 
 def signature(values: UInt64[np.ndarray, " s"]) -> UInt64[np.ndarray, " f"]:
     """The MinHash signature of a set of hashes."""
+    from datasketch import MinHash  # half a second, which no other worker should pay
+
     made = MinHash(
         num_perm=FUNCTIONS,
         hashfunc=int,
@@ -162,6 +163,8 @@ def signature(values: UInt64[np.ndarray, " s"]) -> UInt64[np.ndarray, " f"]:
 
 @cache
 def _permutations() -> Any:
+    from datasketch import MinHash
+
     return MinHash(num_perm=FUNCTIONS, seed=1, scheme=_SCHEME).permutations
 
 

@@ -20,9 +20,9 @@ from influence.methods import METHODS
 from influence.own_training import planned_training
 from influence.reference import with_reference
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
+from influence.stage_settings import stage_settings
 from influence.stages import Toolbox, Vectors
 from influence.tokenization import Encoded, make_encoder
-from influence.worker import stage_settings
 
 SCANNED_ROWS = 256
 

@@ -50,7 +50,7 @@ from influence.shard_reader import (
     read_exact_scores,
 )
 from influence.table_selection import select_table
-from influence.target_columns import mean_vectors, target_columns
+from influence.target_columns import mean_vectors, rows_behind, target_columns
 from influence.unit_loads import UnitLoad, load_of, training_load, unit_loads
 from influence.units import ExactUnits, Unit, Units
 
@@ -121,17 +121,7 @@ class Reducer:
 
     def target_rows(self) -> dict[str, list[tuple[SourceFile, list[int]]]]:
         """The rows behind every column of every target: (file, rows)."""
-        found: dict[str, list[tuple[SourceFile, list[int]]]] = {}
-        for column in self.columns.columns:
-            per_file = self.targets[column.target].by_file(column.rows)
-            if len(per_file) > 1:
-                raise InputError(
-                    f"targets.{column.target}: projection: exact needs the rows of "
-                    f"{column.label!r} in one file; found {len(per_file)}: join the files, or use "
-                    "projection: kronecker"
-                )
-            found.setdefault(column.target, []).append(per_file[0])
-        return found
+        return rows_behind(self.columns, self.targets)
 
     def fit_landmarks(self, embedding: Sequence[Unit], exact: ExactUnits) -> str:
         """Fit on the landmarks' exact scores; returns the key of what predicts every other row."""

@@ -6,7 +6,7 @@ row. What it needs of the config arrives as plain values in `StageSettings`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,47 +18,19 @@ from influence.batching import Batch
 from influence.embedding_kind import EmbeddingKind
 from influence.embeddings import make_embedder
 from influence.gradients import (
-    Choice,
     attributed_layers,
     make_engine,
     mean_gradient,
     settled_layers,
 )
-from influence.loss import Reduction
 from influence.memory import TokenLimit, computed, restarted
 from influence.optimizer_state import load_adam_state
 from influence.optimizer_step import OptimizerStep, load_step
 from influence.optimizer_use import TARGET_GRADIENTS
 from influence.projection import layer_shapes, make_layerwise, make_projection
 from influence.replica import Replica
+from influence.stage_settings import StageSettings
 from influence.update_engine import make_update_engine
-
-
-@dataclass(frozen=True)
-class StageSettings:
-    """Plain values that the stages read; `scaled`: those whose gradients the optimiser scales.
-
-    `updates`: of candidates AdamW's updates take the place (`influence.update_engine`).
-    """
-
-    embedding: Mapping[str, Any]
-    parameters: Choice
-    parameter_blocks: str
-    reduction: Reduction
-    normalize: bool
-    projection: str
-    exact_norms: bool
-    side: int
-    dim: int
-    seed: int
-    layers: tuple[str, ...] | None = None
-    layer_dim: int = 0
-    layer_sketch: str = ""
-    optimizer: str = "sgd"
-    optimizer_state: str | None = None
-    scaled: frozenset[str] = frozenset()
-    updates: bool = False
-
 
 VECTOR_STAGES = ("gradients", TARGET_GRADIENTS)
 """The stages that make vectors of gradients: of candidates, and of targets where they differ."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from influence.candidates import SourceFile
 from influence.catalogue import NO_SOURCE, Catalogue
 from influence.errors import InputError
 
@@ -97,3 +98,24 @@ def mean_vectors(
     return np.stack(
         [rows[column.target][list(column.rows)].mean(axis=0) for column in columns.columns]
     )
+
+
+def rows_behind(
+    columns: TargetColumns, catalogues: Mapping[str, Catalogue]
+) -> dict[str, list[tuple[SourceFile, list[int]]]]:
+    """The rows of every column of every target: (file, rows).
+
+    Raises:
+        InputError: a column's rows are in several files.
+    """
+    found: dict[str, list[tuple[SourceFile, list[int]]]] = {}
+    for column in columns.columns:
+        per_file = catalogues[column.target].by_file(column.rows)
+        if len(per_file) > 1:
+            raise InputError(
+                f"targets.{column.target}: projection: exact needs the rows of "
+                f"{column.label!r} in one file; found {len(per_file)}: join the files, or use "
+                "projection: kronecker"
+            )
+        found.setdefault(column.target, []).append(per_file[0])
+    return found

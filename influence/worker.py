@@ -23,17 +23,16 @@ from influence.candidates import Example, read_examples, read_rows
 from influence.checkpoint_tools import CheckpointTools
 from influence.config import Config
 from influence.errors import InputError, ModelLoadError
-from influence.fingerprints import embedding_values
 from influence.full_vectors import HESSIAN_MEMORY, full_vectors, offset_products, read_vectors
 from influence.layer_choice import read_names
 from influence.load import Load
-from influence.optimizer_use import scaled_stages
 from influence.replica import choose_device, load_replica, load_tokenizer, resolve_dtype
 from influence.retraining_rows import STAGE as RETRAINING
 from influence.row_stages import Loaded, RowStage, different_rows, row_stage
 from influence.score_shards import scoring_url
 from influence.scoring_units import SCORING_STAGES, ScoringUnits
-from influence.stages import StageSettings, Toolbox, Vectors
+from influence.stage_settings import stage_settings
+from influence.stages import Toolbox, Vectors
 from influence.tokenization import Encoded, make_encoder
 from influence.unit_tables import row_table, target_vector_table, unique_rows, vector_table
 from influence.units import FULL_VECTORS, Bundle, Unit
@@ -311,37 +310,6 @@ class Worker:
         if stage == "offset_products":
             return lambda batches: [offset_products(tools, batches)]
         raise InputError(f"no such stage: {stage!r}")
-
-
-def stage_settings(config: Config) -> StageSettings:
-    """The plain values that the stages read, out of the config."""
-    gradients, embedding = config.gradients, config.embedding
-    kind = embedding_values(config)["embedding"]
-    return StageSettings(
-        embedding={
-            "kind": kind,
-            "blocks": embedding.blocks,
-            "tangents": embedding.tangents,
-            "tangent": embedding.tangent,
-            "dim": embedding.dim,
-            "seed": config.seed,
-        },
-        parameters=gradients.parameters,
-        parameter_blocks=gradients.blocks,
-        reduction=gradients.loss_reduction,
-        normalize=gradients.normalize,
-        projection=gradients.projection,
-        exact_norms=gradients.norms == "exact",
-        side=gradients.side,
-        dim=gradients.dim,
-        seed=config.seed,
-        layers=config.layer_patterns,
-        layer_dim=gradients.layer_dim,
-        layer_sketch=gradients.layer_sketch,
-        optimizer=config.optimizer.kind,
-        optimizer_state=config.optimizer.state,
-        scaled=scaled_stages(config),
-    )
 
 
 def load_of(batches: Sequence[Batch], columns: int) -> Load:

@@ -19,8 +19,9 @@ from influence.load import Load
 from influence.model_shape import model_shape
 from influence.numerics import spread_rows
 from influence.replica import load_replica
+from influence.stage_settings import stage_settings
 from influence.stages import Toolbox
-from influence.worker import load_of, stage_settings
+from influence.worker import load_of
 
 EXACT = {"gradients__projection": "exact"}
 ADAMW = {"optimizer__kind": "adamw"}

@@ -47,10 +47,11 @@ from influence.own_training import own_training
 from influence.plan import make_plan
 from influence.replica import load_replica, load_tokenizer
 from influence.schemas import ExportLayout
+from influence.stage_settings import stage_settings
 from influence.stages import Toolbox
 from influence.tokenization import make_encoder
 from influence.vector_export import export_vectors
-from influence.worker import Worker, stage_settings
+from influence.worker import Worker
 from ray_jobs import select as select_job
 
 WARM: dict[str, Any] = {

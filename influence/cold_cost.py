@@ -25,7 +25,7 @@ from influence.own_training import STAGES as TRAINED
 from influence.own_training_work import training_work
 from influence.quantities import OF_RUN, Quantities, StageWork
 from influence.records import StageRecord
-from influence.speeds import Speeds
+from influence.speeds import BYTES_PER_SECOND, Speeds
 from influence.units import Unit, bundled
 
 
@@ -79,8 +79,8 @@ def cold_cost(job: Job, reduce: Any) -> ColdCost:
         units = job.log.units_without_cache(name)
         if name in TRAINED:
             stages[name] = _training(job, reduce, name)
-        elif name == "catalogue":
-            stages[name] = _at_speed(_tokenising(job, units), speeds)
+        elif name in BYTES_PER_SECOND:
+            stages[name] = _at_speed(_reading(job, name, units), speeds)
         elif (flops := _operations(price, name, record, _load(reduce, units))) is None:
             stages[name] = _recorded(name, record, len(units), 0.0)
         elif units:
@@ -104,10 +104,10 @@ def _training(job: Job, reduce: Any, name: str) -> StageCost:
     )
 
 
-def _tokenising(job: Job, units: Sequence[Unit]) -> StageWork:
+def _reading(job: Job, name: str, units: Sequence[Unit]) -> StageWork:
+    """Of stages that read rows, and run no model on them."""
     effort = sum(file_bytes(unit.file) * unit.count / unit.file.total_rows for unit in units)
-    print_ = job.fingerprints["catalogue"]
-    return StageWork("catalogue", Quantities(effort=effort), fingerprint=print_)
+    return StageWork(name, Quantities(effort=effort), fingerprint=job.fingerprints[name])
 
 
 def _load(reduce: Any, units: Sequence[Unit]) -> Load | None:

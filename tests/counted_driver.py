@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import influence.local
@@ -21,15 +22,19 @@ from influence.worker import UnitResult, Worker
 
 def counted(worker: Worker, log: str) -> Worker:
     """The same worker; every unit that it begins to compute is a line in the log."""
-    read = worker._read
 
-    def noted(unit: Unit) -> Any:
-        line = json.dumps({"key": unit.key, "time": time.time(), "pid": os.getpid()})
-        with open(log, "a") as file:
-            file.write(line + "\n")
-        return read(unit)
+    def noted(compute: Callable[[Unit], Any]) -> Callable[[Unit], Any]:
+        def run(unit: Unit) -> Any:
+            line = json.dumps({"key": unit.key, "time": time.time(), "pid": os.getpid()})
+            with open(log, "a") as file:
+                file.write(line + "\n")
+            return compute(unit)
 
-    worker._read = noted  # type: ignore[method-assign]
+        return run
+
+    worker._read = noted(worker._read)  # type: ignore[method-assign]
+    compared = worker._contamination
+    compared.run = noted(compared.run)  # type: ignore[method-assign]
     return worker
 
 

@@ -26,7 +26,7 @@ from s3 import free_ports
 
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 90.0
-CLI_SECONDS = 120.0
+CLI_SECONDS = 240
 _COMMANDS = (
     *("initialization", "setup", "head_setup", "worker_setup"),
     *("head_start_ray", "worker_start_ray"),

@@ -165,12 +165,12 @@ def test_one_process_names_a_failed_shard_and_goes_on_later(
     config = tiny_config(setup, tmp_path / "run", method="rds", replicas__retries=2)
     embed, calls = stages.embed, []
 
-    def poisoned(tools: Any, batches: Any) -> Any:
+    def poisoned(tools: Any, batches: Any, *asked: Any) -> Any:
         # Only the target `sums` has five rows.
         if sum(len(batch.positions) for batch in batches) == 5:
             calls.append(1)
             raise FloatingPointError("this shard is poison")
-        return embed(tools, batches)
+        return embed(tools, batches, *asked)
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "embed", poisoned)

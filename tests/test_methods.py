@@ -118,7 +118,8 @@ def test_length_takes_the_longest_responses(run: Runner, setup: Setup) -> None:
     )
     found = {row["id"] for row in table if row["weight"] > 0}
     assert found == {table[i]["id"] for i in order[:10]}, "not the longest, ties by id"
-    assert set(manifest_of(directory).stages) == {"catalogue", "scores", "selection"}
+    stages = {"catalogue", "contamination", "scores", "selection"}
+    assert set(manifest_of(directory).stages) == stages
 
 
 def test_top_perplexity_is_the_loss_of_each_row_by_itself(

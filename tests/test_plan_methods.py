@@ -13,6 +13,8 @@ from influence.calibration import measure_speeds
 from influence.errors import InputError
 from influence.plan import Plan, make_plan
 
+FIRST = ("catalogue", "contamination")
+
 
 def test_a_run_of_perplexity_computes_what_its_plan_lists(setup: Setup, tmp_path: Path) -> None:
     """First run, the other rank, a new target: the losses are computed once."""
@@ -22,7 +24,7 @@ def test_a_run_of_perplexity_computes_what_its_plan_lists(setup: Setup, tmp_path
         return planned_and_run(tiny_config(setup, tmp_path / name, **settings))
 
     first = step("first")
-    assert list(first.work.stages) == ["catalogue", "losses", "scores", "selection"]
+    assert list(first.work.stages) == [*FIRST, "losses", "scores", "selection"]
     losses = first.bill.stages["losses"]
     assert losses.planned.flops, "a forward pass for nothing"
     assert losses.planned.seconds > 0
@@ -45,7 +47,7 @@ def test_a_run_of_semantic_computes_what_its_plan_lists(
         return planned_and_run(tiny_config(setup, tmp_path / name, **settings))
 
     first = step("first")
-    assert list(first.work.stages) == ["catalogue", "sentences", "scores", "selection"]
+    assert list(first.work.stages) == [*FIRST, "sentences", "scores", "selection"]
     assert first.bill.stages["sentences"].planned.flops
     assert first.shape is None, "no language model is looked at"
     assert first.memory is None
@@ -60,7 +62,7 @@ def test_a_run_of_the_catalogue_alone_computes_nothing_else(
     setup: Setup, tmp_path: Path, method: str
 ) -> None:
     plan = planned_and_run(tiny_config(setup, tmp_path / "run", method=method))
-    assert list(plan.work.stages) == ["catalogue", "selection"]
+    assert list(plan.work.stages) == [*FIRST, "selection"]
     assert plan.bill.total.planned.flops is None, "a model would run"
 
 

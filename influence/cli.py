@@ -211,7 +211,7 @@ def evaluate(
     RUN/report.html where there is a selection; RUN/evaluations/NAME is what
     `influence status` takes meanwhile.
     """
-    from influence.evaluation_tables import result_tables, terminal_table
+    from influence.evaluation_tables import result_tables, terminal_tables
 
     settings = load_config(config, set_ or ())
     if in_process:
@@ -220,8 +220,9 @@ def evaluate(
         from ray_jobs.evaluate import run_evaluate
     found = run_evaluate(settings, replace=replace)
     console = Console()
-    for table in result_tables(settings.run, found):
-        console.print(terminal_table(table))
+    for result in result_tables(settings.run, found):
+        for table in terminal_tables(result, console.width):
+            console.print(table)
     url = f"{settings.run.rstrip('/')}/evaluation.json"
     console.print(f"evaluation: {url}", soft_wrap=True, highlight=False)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -90,11 +91,27 @@ def _unreadable(run: str, what: str) -> InputError:
     return InputError(f"{url}: {what}; run `influence evaluate CONFIG` again, or remove the file")
 
 
-def terminal_table(result: ResultTable) -> Table:
-    """A result for the terminal. Names out of the data stand as they are."""
-    table = Table(title=result.title, caption=Text(result.caption), caption_justify="left")
-    for index, heading in enumerate(result.headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
-    for row in result.rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
+def terminal_tables(result: ResultTable, width: int) -> list[Table]:
+    """A result for a terminal of so many columns, its first column again in every part.
+
+    Names out of the data stand as they are.
+    """
+    cells = [result.headings, *result.rows]
+    widths = [max(cell_len(row[j]) for row in cells) + 3 for j in range(len(result.headings))]
+    parts: list[list[int]] = [[]]
+    for j in range(1, len(widths)):
+        if parts[-1] and widths[0] + sum(widths[k] for k in parts[-1]) + widths[j] >= width:
+            parts.append([])
+        parts[-1].append(j)
+    tables = []
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        caption = Text(result.caption) if last else None
+        table = Table(title=result.title, caption=caption, caption_justify="left")
+        for j in (0, *part):
+            table.add_column(result.headings[j], justify="right" if j else "left", no_wrap=not j)
+        for row in result.rows:
+            if any(row[j] for j in part):
+                table.add_row(*(Text(row[j]) for j in (0, *part)))
+        tables.append(table)
+    return tables

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from run_fixture import write_run
 from test_report import build
 
 from influence import plots
-from influence.evaluations import EVALUATIONS
+from influence.evaluation_tables import terminal_tables
+from influence.evaluations import EVALUATIONS, ResultTable
 
 
 def test_figures_of_an_evaluation_stand_below_its_table(
@@ -38,3 +41,21 @@ def test_figures_of_an_evaluation_stand_below_its_table(
     assert "var(--chosen)" in section, (
         "the figure does not follow the page's light and dark colours"
     )
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_wide_table_is_whole_on_a_narrow_terminal(width: int) -> None:
+    """In parts, each with the rows' names; no cell is cut."""
+    headings = ["selection", *(f"number {j}" for j in range(12))]
+    rows = [[f"method {i}", *(f"{i}.{j:02d} +- 0.01" for j in range(12))] for i in range(3)]
+    result = ResultTable("worth", "what it is", headings, rows)
+    console = Console(width=width, file=io.StringIO())
+    tables = terminal_tables(result, width)
+    for table in tables:
+        console.print(table)
+    text = console.file.getvalue()
+    lost = [cell for row in [headings, *rows] for cell in row if cell not in text]
+    assert not lost, f"cut, or wrapped: {lost}"
+    assert text.count("method 2") == len(tables)
+    assert len(tables) > 1 or width == 200
+    assert text.count("what it is") == 1

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from influence.config_finetune import FinetuneConfig
-from influence.config_retraining import HeldOutTest
+from influence.config_finetune import FinetuneConfig, held_out_paths
+from influence.config_retraining import HeldOutTest, method_changes
 from influence.config_section import PositiveInt, Section
 
 RANDOM, FULL, UNTRAINED = "random", "full", "untrained"
@@ -38,19 +38,9 @@ class DownstreamConfig(Section):
     )
     weighted: bool = Field(False, description="train with influence_weight")
 
-    @field_validator("tests", mode="before")
-    @classmethod
-    def _paths(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        return {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()}
+    _paths = field_validator("tests", mode="before")(held_out_paths)
 
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _nothing_overridden(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        return {name: {} if overrides is None else overrides for name, overrides in value.items()}
+    _nothing_overridden = field_validator("methods", mode="before")(method_changes)
 
     @model_validator(mode="after")
     def _names(self) -> DownstreamConfig:

@@ -19,6 +19,13 @@ class HeldOutConfig(Section):
     limit: PositiveInt | None = Field(None, description="take the first rows")
 
 
+def held_out_paths(value: object) -> object:
+    """Named sets of held-out rows, of which a path alone stands for a section with it."""
+    if not isinstance(value, dict):
+        return value
+    return {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()}
+
+
 class FinetuneConfig(Section):
     """LoRA fine-tuning on a selection, with its weights, or on the pool."""
 
@@ -77,12 +84,7 @@ class FinetuneConfig(Section):
     def _one_or_many(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
-    @field_validator("evaluate", mode="before")
-    @classmethod
-    def _paths(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        return {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()}
+    _paths = field_validator("evaluate", mode="before")(held_out_paths)
 
 
 class ReferenceConfig(Section):

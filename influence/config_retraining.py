@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from influence.config_finetune import FinetuneConfig, HeldOutConfig
+from influence.config_finetune import FinetuneConfig, HeldOutConfig, held_out_paths
 from influence.config_section import PositiveInt, Section
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -20,6 +20,13 @@ class HeldOutTest(HeldOutConfig):
         False, description="also generate an answer to each row and compare it with the row's"
     )
     max_new_tokens: PositiveInt = Field(256, description="of such an answer")
+
+
+def method_changes(value: object) -> object:
+    """Methods by name with what they change; a name alone changes nothing."""
+    if not isinstance(value, dict):
+        return value
+    return {name: {} if changes is None else changes for name, changes in value.items()}
 
 
 class RetrainingConfig(Section):
@@ -40,19 +47,9 @@ class RetrainingConfig(Section):
         None, description="how is trained; default: the config's section finetune"
     )
 
-    @field_validator("tests", mode="before")
-    @classmethod
-    def _paths(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        return {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()}
+    _paths = field_validator("tests", mode="before")(held_out_paths)
 
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _nothing_changed(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        return {name: {} if changes is None else changes for name, changes in value.items()}
+    _nothing_changed = field_validator("methods", mode="before")(method_changes)
 
     @field_validator("methods")
     @classmethod

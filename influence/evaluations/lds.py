@@ -31,17 +31,12 @@ from influence.evaluations.small_pool import (
     row_label,
     rows_of,
     section_of,
+    trained_losses,
     training_seeds,
 )
 from influence.job import Job, timed
 from influence.report_format import decimal
-from influence.retraining import (
-    Tested,
-    Training,
-    read_losses,
-    retraining_units,
-    run_retrainings,
-)
+from influence.retraining import Tested
 
 NAME = "lds"
 
@@ -136,12 +131,9 @@ def run(job: Job, reduce: Any, tests: dict[str, Tested]) -> dict[str, Any]:
     scores = method_scores(job, NAME, len(pool))
     subsets = draw_subsets(len(pool), section.subsets, section.fraction, config.seed)
     seeds = training_seeds(config, section.seeds)
-    trainings = [Training(pool[subset], None, seed) for seed in seeds for subset in subsets]
-    units = retraining_units(job, reduce, trainings, tests)
-    run_retrainings(job, units)
+    parts = [(pool[subset], None) for subset in subsets]
+    losses = trained_losses(job, reduce, parts, seeds, tests)
     with timed(job, "comparing", quiet=True):
-        read = read_losses(job.cache, units)
-        losses = {name: read[name].reshape(len(seeds), len(subsets), -1) for name in tests}
         found = {
             method: {
                 target: judged(target, named, subsets, losses[target].mean(axis=0), config.seed)

@@ -33,17 +33,12 @@ from influence.evaluations.small_pool import (
     own_settings,
     read_tests,
     section_of,
+    trained_losses,
     training_seeds,
 )
 from influence.job import Job, timed
 from influence.report_format import decimal, significant
-from influence.retraining import (
-    Tested,
-    Training,
-    read_losses,
-    retraining_units,
-    run_retrainings,
-)
+from influence.retraining import Tested
 
 NAME = "leave_one_out"
 GROUPS = ("top", "random", "bottom")
@@ -145,12 +140,9 @@ def run(job: Job, reduce: Any, tests: dict[str, Tested]) -> dict[str, Any]:
     chosen = np.concatenate([groups[name] for name in GROUPS])
     seeds = training_seeds(config, section.seeds)
     weights = [None, *(left_out_weights(len(pool), int(place)) for place in chosen)]
-    trainings = [Training(pool, each, seed) for seed in seeds for each in weights]
-    units = retraining_units(job, reduce, trainings, tests)
-    run_retrainings(job, units)
+    parts = [(pool, each) for each in weights]
+    losses = trained_losses(job, reduce, parts, seeds, tests)
     with timed(job, "comparing", quiet=True):
-        read = read_losses(job.cache, units)
-        losses = {name: read[name].reshape(len(seeds), len(weights), -1) for name in tests}
         rises = {name: changes(each[:, 1:], each[:, 0]) for name, each in losses.items()}
         spearman = {
             method: {

@@ -23,7 +23,15 @@ from influence.errors import InputError
 from influence.evaluations.own_run import OwnReduce, load_catalogue
 from influence.finetune_job import settings_of
 from influence.job import Job
-from influence.retraining import Tested, plain_model, scan_tests
+from influence.retraining import (
+    Tested,
+    Training,
+    plain_model,
+    read_losses,
+    retraining_units,
+    run_retrainings,
+    scan_tests,
+)
 from influence.transfer import rows_at, scores_at
 
 #: Sections of a config that the small pool's own run is of, beside fine-tuning.
@@ -208,6 +216,21 @@ def method_scores(job: Job, name: str, rows: int) -> dict[str, dict[str, Float[n
             raise type(error)(f"{key}: {error}") from error
         found[method] = scores_at(own.run, np.arange(rows))
     return found
+
+
+def trained_losses(
+    job: Job, reduce: Any, parts: Sequence[tuple[Any, Any]], seeds: Sequence[int], tests: Any
+) -> dict[str, Float[np.ndarray, "seeds p t"]]:
+    """Test losses after a training on every part (positions, weights or None), with every seed.
+
+    Raises:
+        ShardsFailedError: some units failed for good; everything else is committed.
+    """
+    trainings = [Training(rows, weights, seed) for seed in seeds for rows, weights in parts]
+    units = retraining_units(job, reduce, trainings, tests)
+    run_retrainings(job, units)
+    read = read_losses(job.cache, units)
+    return {name: read[name].reshape(len(seeds), len(parts), -1) for name in tests}
 
 
 def training_seeds(config: Config, count: int) -> list[int]:

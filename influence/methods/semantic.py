@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from influence.config import Config
-from influence.job import Job, run_units, timed
+from influence.job import Job
 from influence.load import Load
 from influence.methods.kind import Method
 from influence.model_shape import ModelShape
 from influence.pool_units import row_units, target_row_units
 from influence.row_stages import Loaded, Rows, RowStage
 from influence.schemas import VectorLayout
-from influence.score_map import map_scores
 from influence.sentence_encoder import (
     SentenceEncoder,
     encoder_content,
@@ -25,6 +24,7 @@ from influence.sentence_encoder import (
     text_of,
 )
 from influence.stages import Toolbox, Vectors
+from influence.target_cosines import plan_cosines, run_cosines
 
 if TYPE_CHECKING:
     from influence.planned_work import Planner
@@ -61,24 +61,14 @@ def _layout(config: Config, shape: ModelShape | None) -> VectorLayout:
 
 def run(job: Job, reduce: Any) -> None:
     """Embeddings of all texts, and the cosines with the targets' mean embeddings."""
-    units, targets = row_units(job, STAGE), target_row_units(job, STAGE)
-    run_units(job, [*(unit for members in targets.values() for unit in members), *units])
-    with timed(job, "regression", quiet=True):
-        predictor = reduce.fit_means(targets)
-    scores = map_scores(job, units, predictor)
-    with timed(job, "scores", quiet=True):
-        reduce.take_cosines(scores)
+    run_cosines(job, reduce, row_units(job, STAGE), target_row_units(job, STAGE))
 
 
 def plan(planner: Planner) -> None:
     """Embeddings, and a map from them to scores."""
-    units = row_units(planner.job, STAGE)
-    of_targets = [u for us in target_row_units(planner.job, STAGE).values() for u in us]
-    planner.add(planner.missing.stage(STAGE, [*of_targets, *units]))
-    embedding = planner.missing.stage(STAGE, units)
-    width = encoder_width(planner.job.config.semantic.encoder, KEY)
-    planner.scores(embedding, units, width, planner.columns)
-    planner.selection(0)
+    job = planner.job
+    width = encoder_width(job.config.semantic.encoder, KEY)
+    plan_cosines(planner, STAGE, row_units(job, STAGE), target_row_units(job, STAGE), width)
 
 
 METHOD = Method(

@@ -21,8 +21,8 @@ from influence.config import Config
 from influence.config_loading import load_config
 from influence.errors import InputError
 from influence.evaluation_tables import result_figures, result_tables
-from influence.evaluations.downstream_arms import merged
 from influence.evaluations.downstream_results import compare, pairs, perplexities
+from influence.evaluations.own_run import merged
 from influence.finetune import adapted, finetune
 from influence.finetune_job import settings_of
 from influence.held_out import row_losses

@@ -20,6 +20,7 @@ from influence.config import Config
 from influence.config_downstream import RANDOM
 from influence.config_loading import parse_config
 from influence.errors import InfluenceError, InputError, InterruptedRunError, RunTakenError
+from influence.evaluations.own_run import merged
 from influence.fingerprints import fingerprint
 from influence.job import Job
 from influence.records import to_json
@@ -171,16 +172,6 @@ def arms_of(config: Config) -> list[Arm]:
 
 def _label(target: str, name: str, seed: int | None) -> str:
     return f"{target}/{name}" + ("" if seed is None else f"-seed{seed}")
-
-
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`; of a section in both, key by key."""
-    found = dict(base)
-    for key, value in over.items():
-        before = found.get(key)
-        both = isinstance(before, Mapping) and isinstance(value, Mapping)
-        found[key] = merged(before, value) if both else value  # pyright: ignore[reportArgumentType]
-    return found
 
 
 def _parsed(data: dict[str, Any], name: str) -> Config:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from influence import storage
@@ -81,6 +81,16 @@ def run_gradients(job: Job, units: ExactUnits) -> None:
     assert job.shape is not None  # of gradient_units or model_shape
     job.log.manifest.coverage = job.shape.coverage
     run_units(job, units.all)
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`; of a section in both, key by key."""
+    found = dict(base)
+    for key, value in over.items():
+        before = found.get(key)
+        both = isinstance(before, Mapping) and isinstance(value, Mapping)
+        found[key] = merged(before, value) if both else value  # pyright: ignore[reportArgumentType]
+    return found
 
 
 class OwnReduce:

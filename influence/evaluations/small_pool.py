@@ -20,7 +20,7 @@ from influence.config_checks import check_together
 from influence.config_loading import parse_config
 from influence.config_retraining import HeldOutTest, RetrainingConfig
 from influence.errors import InputError
-from influence.evaluations.own_run import OwnReduce, load_catalogue
+from influence.evaluations.own_run import OwnReduce, load_catalogue, merged
 from influence.finetune_job import settings_of
 from influence.job import Job
 from influence.retraining import (
@@ -123,30 +123,30 @@ def method_config(
         if value is not None and (not rest or (isinstance(value, dict) and rest in value)):
             raise InputError(f"{key}.{fixed}: methods are compared on the same; leave it out")
     given = config.model_dump(exclude_unset=True, mode="json")
-    merged = _merged({k: v for k, v in given.items() if k != "evaluation"}, changes)
-    if merged.get("method") != "in2core":
-        merged = {k: v for k, v in merged.items() if k not in _OF_IN2CORE or k in changes}
+    whole = merged({k: v for k, v in given.items() if k != "evaluation"}, changes)
+    if whole.get("method") != "in2core":
+        whole = {k: v for k, v in whole.items() if k not in _OF_IN2CORE or k in changes}
     for name in ("transfer", "coverage"):
-        merged.pop(name, None)  # they come after the scores
+        whole.pop(name, None)  # they come after the scores
     targets = dict(given["targets"])
-    if per_row and (merged.get("weights") or {}).get("order", 1) == 1:
+    if per_row and (whole.get("weights") or {}).get("order", 1) == 1:
         for name in config.targets:
             if rows_of(name) in config.targets:
                 raise InputError(f"targets.{rows_of(name)}: {key} needs this name; take another")
             path = storage.join(run, "targets", f"{name}.jsonl")
             targets[rows_of(name)] = {"path": path, "group_by": ROW}
-    merged |= {
+    whole |= {
         "run": storage.join(run, key.rsplit(".methods.", 1)[1]),
         "cache": config.cache_url,
-        "data": {**merged["data"], "candidates": [storage.join(run, POOL)], "limit": None},
+        "data": {**whole["data"], "candidates": [storage.join(run, POOL)], "limit": None},
         "targets": targets,
         "selection": {
-            **merged.get("selection", {}),
+            **whole.get("selection", {}),
             "budget": (changes.get("selection") or {}).get("budget", budget),
             "per_source": {},
         },
     }
-    return parse_config(merged, name=key)
+    return parse_config(whole, name=key)
 
 
 def rows_of(target: str) -> str:
@@ -237,16 +237,6 @@ def training_seeds(config: Config, count: int) -> list[int]:
     """The seeds of trainings: that of fine-tuning, and the next ones."""
     first = settings_of(config).seed
     return [(first + step) % 2**32 for step in range(count)]
-
-
-def _merged(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` with the changes in it, section by section."""
-    found = dict(given)
-    for key, value in changes.items():
-        inner = found.get(key)
-        both = isinstance(value, Mapping) and isinstance(inner, Mapping)
-        found[key] = _merged(inner, value) if both else value  # pyright: ignore
-    return found
 
 
 def _all_rows(files: Sequence[SourceFile]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Rows spread evenly over a file of JSON lines: of a file that is ordered by task, of every task.
 
-    python benchmarks/evidence/spread.py FILE ROWS > OUT
+python benchmarks/evidence/spread.py FILE ROWS > OUT
 """
 
 from __future__ import annotations

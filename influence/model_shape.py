@@ -134,6 +134,15 @@ def model_shape(config: Config) -> ModelShape:
     )
 
 
+def passes_shape(config: Config) -> ModelShape:
+    """The model as a LoRA training meets it: a pass forward and back through all of it.
+
+    Operations of the factors' own gradients are little beside those.
+    """
+    linear = config.gradients.model_copy(update={"parameters": "linear", "blocks": "all"})
+    return model_shape(config.model_copy(update={"gradients": linear}))
+
+
 def _matrix_weights(module: Any, share: Callable[[torch.Tensor], float]) -> int:
     """Matrix parameters that a token meets in a module; 0 for none."""
     parameters = () if module is None else module.parameters()

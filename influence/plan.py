@@ -22,6 +22,7 @@ from influence.own_training import OwnTraining, planned_training
 from influence.pipeline import catalogue, prepare
 from influence.plan_notes import notes_of, unlike_replicas
 from influence.plan_schemas import Bill, Measured, PlanDocument
+from influence.planned_trainings import training_notes
 from influence.planned_work import Work, plan_work
 from influence.pool_units import contamination_units
 from influence.progress import Progress
@@ -73,10 +74,12 @@ def make_plan(config: Config, asked: Sequence[Measured] = ()) -> Plan:
     """
     config = resolve_revision(with_reference(config))
     with planned_training(config) as (ready, own):
-        return _plan(ready, own, asked)
+        return _plan(ready, own, asked, config)
 
 
-def _plan(config: Config, own: OwnTraining | None, asked: Sequence[Measured]) -> Plan:
+def _plan(
+    config: Config, own: OwnTraining | None, asked: Sequence[Measured], written: Config
+) -> Plan:
     log = RunLog.unsaved(config.run, config.method)
     job = prepare(config, Progress(), log, own)
     job.execute = local_execute(config, job.watch)
@@ -94,6 +97,7 @@ def _plan(config: Config, own: OwnTraining | None, asked: Sequence[Measured]) ->
         plan.memory = _memory(config, shape, counts)
         plan.notes += _refusals(config, shape, work, counts)
     plan.notes += notes_of(job, work, [*runs, *asked])
+    plan.notes += training_notes(written, reducer, counts, speeds)
     plan.notes += [unlike for each in asked if (unlike := unlike_replicas(config, each))]
     return plan
 

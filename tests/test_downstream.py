@@ -1,4 +1,4 @@
-"""`evaluation.downstream`: against training by hand; shared, resumed, refused; its statistics."""
+"""`evaluation.downstream`: against training by hand; planned, shared, resumed, refused."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ from influence.config import Config
 from influence.config_loading import load_config
 from influence.errors import InputError
 from influence.evaluation_tables import result_figures, result_tables
-from influence.evaluations.downstream_results import compare, pairs, perplexities
-from influence.evaluations.own_run import merged
 from influence.finetune import adapted, finetune
 from influence.finetune_job import settings_of
 from influence.held_out import row_losses
 from influence.local import local_execute
 from influence.one_process import run_evaluate, run_select
-from influence.paired import difference
+from influence.plan import make_plan
 from influence.replica import load_replica, load_tokenizer
 from influence.retraining_rows import STAGE
 from influence.tokenization import make_encoder
@@ -154,67 +152,6 @@ def test_losses_are_those_of_training_by_hand(
     assert found["targets"]["mixed"]["rows"] == 3
 
 
-def test_perplexity_counts_every_token_alike() -> None:
-    """Of rows with 1 and 3 tokens, the exponential of the mean over all four tokens."""
-    tokens = [np.array([2.0]), np.array([1.0, 4.0, 1.0])]
-    losses = np.array([[each.mean() for each in tokens]])
-    found = perplexities(losses, np.array([1.0, 3.0]))
-    assert found == pytest.approx(np.exp(np.concatenate(tokens).mean()))
-
-
-def test_comparisons_are_those_of_each_pair_alone() -> None:
-    generator = np.random.default_rng(0)
-    names = ("untrained", "random", "a", "b", "full")
-    shift = dict(zip(names, (3.0, 1.0, 0.8, 0.9, 0.4), strict=True))
-    losses = {
-        name: [shift[name] + 0.1 * generator.normal(size=(3, rows)) for rows in (6, 4)]
-        for name in names
-    }
-    results, contrasts, judge = compare(losses, "random", draws=400)
-    assert [(c.of, c.against) for c in contrasts] == [
-        ("a", "random"),
-        ("b", "random"),
-        ("full", "random"),
-        ("untrained", "random"),
-        ("a", "b"),
-        ("a", "full"),
-        ("b", "full"),
-    ]
-    for c in contrasts:
-        tests = ("t0", "t1")
-        of, against = (dict(zip(tests, losses[n], strict=True)) for n in (c.of, c.against))
-        alone = difference(of, against, draws=400)
-        assert (c.value, c.low, c.high) == pytest.approx((alone.value, alone.low, alone.high)), (
-            f"{c.of} - {c.against}: not the pair's own bootstrap"
-        )
-        by_seed = np.mean([(of[t] - against[t]).mean(axis=1) for t in tests], axis=0)
-        assert c.error == pytest.approx(by_seed.std(ddof=1) / np.sqrt(3))
-        assert c.seeds_needed is not None
-        error = by_seed.std(ddof=1) / np.sqrt(c.seeds_needed)
-        assert error == pytest.approx(abs(c.value) / 5), "another number of seeds than asked for"
-    means = {n: np.mean([each.mean() for each in losses[n]]) for n in names}
-    for name in ("random", "a", "b"):
-        gain = results[name].gain
-        assert gain is not None
-        assert gain.value == pytest.approx(
-            (means["untrained"] - means[name]) / (means["untrained"] - means["full"])
-        )
-        assert gain.low is not None
-        assert gain.high is not None
-        assert gain.low < gain.value < gain.high
-    assert judge is not None
-    assert pairs(["untrained", "a", "b"], "b") == [("a", "b"), ("untrained", "b")]
-
-
-def test_one_seed_says_nothing_of_noise() -> None:
-    losses = {name: [np.array([[1.0, 2.0, 4.0]]) + i] for i, name in enumerate(("random", "a"))}
-    losses["untrained"] = [np.full((1, 3), 9.0)]
-    results, contrasts, judge = compare(losses, "random", draws=50)
-    assert results["a"].loss.error is None
-    assert results["a"].gain is None, "a part of a gain that nobody measured"
-    assert (contrasts[0].error, contrasts[0].seeds_needed, judge) == (None, None, None)
-
-
 def test_a_selections_cost_is_that_with_an_empty_cache(evaluated: Config, tmp_path: Path) -> None:
     """`mixed/own` found its embeddings in the cache, those of `sums/own`."""
     arm = f"{own_run(evaluated)}/mixed/own"
@@ -256,6 +193,21 @@ def test_costs_of_training_and_the_front(evaluated: Config) -> None:
     for name in ("full", "random"):
         alone = targets["sums"]["results"][name]["training"]["flops"]
         assert overall[name]["training"]["flops"] == alone, "one training serves both targets"
+
+
+def test_the_plan_counts_its_trainings(evaluated: Config) -> None:
+    (note,) = (note for note in make_plan(evaluated).notes if "downstream" in note)
+    record = manifest_of(own_run(evaluated)).stages[STAGE]
+    cache = Cache(evaluated.cache_url)
+    facts = [cache.read(key).meta["training"] for key in record.planned]
+    rows = sorted({each["rows"] for each in facts if each["rows"]})
+    made = f"{len(facts)} trainings of {rows[0]} to {rows[-1]} rows, each tested on 8: "
+    assert made in note, f"the run made {made}"
+    said = int(note.split(made)[1].split(" ")[0].replace(",", ""))
+    took = sum(each["tokens"] for each in facts)
+    assert said == pytest.approx(took, rel=0.1), "rows of mean length are trained on otherwise"
+    plain = evaluated.model_copy(update={"evaluation": type(evaluated.evaluation)()})
+    assert not any("evaluate" in note for note in make_plan(plain).notes)
 
 
 def test_it_is_shown_with_its_front(evaluated: Config) -> None:
@@ -437,13 +389,6 @@ def test_a_bad_section_is_refused_by_its_key(
     assert expected in str(caught.value)
     own = Path(tmp_path, "run", "evaluations", "downstream")
     assert not (own / "manifest.json").exists(), "a typo is held for a run"
-
-
-def test_overrides_are_put_over_a_section_key_by_key() -> None:
-    base = {"a": {"b": 1, "c": {"d": 2}}, "e": {"f": 3}, "g": 4}
-    found = merged(base, {"a": {"c": {"x": 5}}, "e": None, "g": {"h": 6}})
-    assert found == {"a": {"b": 1, "c": {"d": 2, "x": 5}}, "e": None, "g": {"h": 6}}
-    assert base["a"] == {"b": 1, "c": {"d": 2}}
 
 
 def test_the_cache_keeps_trainings_and_what_selections_used(

@@ -23,6 +23,7 @@ from influence.errors import InputError
 from influence.evaluations import EVALUATIONS
 from influence.local import local_execute
 from influence.one_process import run_evaluate
+from influence.plan import make_plan
 from influence.retraining import STAGE
 from influence.retraining_rows import Training
 
@@ -158,6 +159,14 @@ def test_leaving_out_is_training_without_a_row_and_all_else_the_same(
         found = document["spearman"]["own"][target]
         assert -1 <= found["low"] <= found["value"] <= found["high"] <= 1
         assert document["truth"][target]["rise"]["top"]["mean"] == pytest.approx(np.mean(rises[:2]))
+
+
+def test_the_plan_counts_their_trainings(evaluated: Config) -> None:
+    notes = make_plan(evaluated).notes
+    for name in ("lds", "leave_one_out"):
+        (note,) = (note for note in notes if f"evaluate, {name}: " in note)
+        made = manifest_of(own_run(evaluated, name)).stages[STAGE].shards
+        assert f" {made} trainings of " in note, f"the run made {made}; the plan: {note}"
 
 
 def test_one_that_was_cut_short_trains_what_is_missing(

@@ -21,10 +21,11 @@ from influence.evaluations import downstream_arms as arms
 from influence.evaluations.downstream_arms import KEY, NAME, Selected
 from influence.evaluations.downstream_document import Key, Made, document, names_in, section_of
 from influence.evaluations.downstream_shown import plots, table
-from influence.evaluations.kind import Evaluation
+from influence.evaluations.kind import Evaluation, Trainings
 from influence.evaluations.own_run import OwnReduce, load_catalogue
 from influence.job import Job, timed
 from influence.load import Load
+from influence.result_bytes import selected_rows
 from influence.retraining import (
     Tested,
     Training,
@@ -154,6 +155,25 @@ def _training(job: Job, selected: Selected, target: str, name: str, seed: int) -
     return Training(chosen.rows, chosen.weights if section.weighted else None, seed)
 
 
+def trainings(config: Config, counts: Mapping[str, Any]) -> list[Trainings]:
+    """By the evaluation's own config: the untrained model, and every selection with every seed."""
+    seeds, found = len(arms.seeds_of(config)), {}
+    for arm in arms.arms_of(config):
+        rows = selected_rows(arm.config.selection.budget, counts)
+        # A draw that every training has anew is the same one for every target.
+        drawn = arm.seed is not None
+        found[arm.name, arm.seed if drawn else arm.target] = Trainings(1 if drawn else seeds, rows)
+    full = [Trainings(seeds, counts["scored"])] if section_of(config).full else []
+    return [Trainings(1, 0), *found.values(), *full]
+
+
 EVALUATION = Evaluation(
-    settings, inputs, DownstreamReduce, run, table, plots=plots, as_written=True
+    settings,
+    inputs,
+    DownstreamReduce,
+    run,
+    table,
+    plots=plots,
+    trainings=trainings,
+    as_written=True,
 )

@@ -17,7 +17,7 @@ from influence.evaluations import downstream_results as results
 from influence.evaluations.downstream_arms import Selected, names_of, seeds_of
 from influence.finetune_job import settings_of
 from influence.job import Job
-from influence.model_shape import model_shape
+from influence.model_shape import passes_shape
 from influence.retraining import Tested, Training, read_facts, read_tests
 from influence.units import Unit
 
@@ -144,10 +144,7 @@ def _by_key(
 def _training_costs(
     job: Job, reduce: Any, made: Mapping[Key, Made]
 ) -> dict[Key, results.TrainingCost]:
-    """Operations of passes forward and backward; LoRA factors' own gradients are little beside."""
-    linear = job.config.gradients.model_copy(update={"parameters": "linear", "blocks": "all"})
-    shape = model_shape(job.config.model_copy(update={"gradients": linear}))
-    recipe = settings_of(job.config)
+    shape, recipe = passes_shape(job.config), settings_of(job.config)
     found = {}
     for key, each in made.items():
         rows = [np.asarray(training.rows, dtype=np.int64) for training in each.trainings]

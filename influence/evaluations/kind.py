@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from influence.config import Config
 from influence.job import Job
@@ -21,6 +21,18 @@ class ResultTable:
     caption: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+
+class Trainings(NamedTuple):
+    """So many trainings on so many rows each; without rows the model is tested as it is."""
+
+    count: int
+    rows: float
+
+
+def no_trainings(config: Config, counts: Mapping[str, Any]) -> Sequence[Trainings]:
+    """What an evaluation trains unless it says otherwise: nothing."""
+    return ()
 
 
 def no_plots(document: dict[str, Any]) -> Sequence[Plot]:
@@ -43,6 +55,8 @@ class Evaluation:
         plots: figures of the same document for the report, below the table; each one's `alt` is
             its caption. `influence.plots.drawn` makes one. Import it where it is called: it brings
             matplotlib along, which the replicas do without.
+        trainings: what its run trains, by those settings and the pool's counts, before anything is
+            drawn; its inputs are `influence.retraining.Tested` by target then.
         as_written: its settings are of the config as it is written, and not of the model that the
             run's warm-up made: it makes select runs of its own, which have theirs.
     """
@@ -53,4 +67,5 @@ class Evaluation:
     run: Callable[[Job, Any, Any], dict[str, Any]]
     table: Callable[[dict[str, Any]], ResultTable]
     plots: Callable[[dict[str, Any]], Sequence[Plot]] = no_plots
+    trainings: Callable[[Config, Mapping[str, Any]], Sequence[Trainings]] = no_trainings
     as_written: bool = False

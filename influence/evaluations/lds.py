@@ -21,7 +21,7 @@ from influence.datamodeling import (
     filled,
     reliability,
 )
-from influence.evaluations.kind import Evaluation, ResultTable
+from influence.evaluations.kind import Evaluation, ResultTable, Trainings
 from influence.evaluations.small_pool import (
     SmallPoolReduce,
     draw_pool,
@@ -29,6 +29,7 @@ from influence.evaluations.small_pool import (
     own_settings,
     read_tests,
     row_label,
+    rows_drawn,
     rows_of,
     section_of,
     trained_losses,
@@ -232,4 +233,13 @@ def _seeds(count: int) -> str:
     return "one seed" if count == 1 else f"{count} seeds"
 
 
-EVALUATION = Evaluation(settings, inputs, SmallPoolReduce, run, table, as_written=True)
+def trainings(config: Config, counts: Mapping[str, Any]) -> list[Trainings]:
+    """By the evaluation's own config: every subset with every seed."""
+    section = section_of(config, NAME)
+    rows = section.fraction * rows_drawn(config, NAME, counts)
+    return [Trainings(section.subsets * section.seeds, rows)]
+
+
+EVALUATION = Evaluation(
+    settings, inputs, SmallPoolReduce, run, table, trainings=trainings, as_written=True
+)

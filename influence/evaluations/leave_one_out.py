@@ -24,7 +24,7 @@ from influence.datamodeling import (
     reliability,
 )
 from influence.errors import InputError
-from influence.evaluations.kind import Evaluation, ResultTable
+from influence.evaluations.kind import Evaluation, ResultTable, Trainings
 from influence.evaluations.lds import Score
 from influence.evaluations.small_pool import (
     SmallPoolReduce,
@@ -32,6 +32,7 @@ from influence.evaluations.small_pool import (
     method_scores,
     own_settings,
     read_tests,
+    rows_drawn,
     section_of,
     trained_losses,
     training_seeds,
@@ -232,4 +233,14 @@ def table(document: dict[str, Any]) -> ResultTable:
     return ResultTable("Leave one out", caption, headings, rows)
 
 
-EVALUATION = Evaluation(settings, inputs, LeaveOneOutReduce, run, table, as_written=True)
+def trainings(config: Config, counts: Mapping[str, Any]) -> list[Trainings]:
+    """By the evaluation's own config: on all rows, and without each; a row that is left out is
+    there with a weight of nothing."""
+    section = section_of(config, NAME)
+    each = 1 + len(GROUPS) * section.each
+    return [Trainings(each * section.seeds, rows_drawn(config, NAME, counts))]
+
+
+EVALUATION = Evaluation(
+    settings, inputs, LeaveOneOutReduce, run, table, trainings=trainings, as_written=True
+)

@@ -70,6 +70,12 @@ def section_of(config: Config, name: str) -> Any:
     return section
 
 
+def rows_drawn(config: Config, name: str, counts: Mapping[str, Any]) -> int:
+    """Rows of the small pool, by the counts of the whole one."""
+    asked, scored = section_of(config, name).rows, int(counts["scored"])
+    return scored if asked is None else min(asked, scored)
+
+
 def own_settings(config: Config, name: str, budget: str, *, per_row: bool = False) -> Config:
     """The config of the evaluation's own run: model and pool, and each method's whole config.
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
-import signal
-import subprocess
-import sys
 import threading
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from own_training_scene import (
+    SECONDS,
+    assert_it_took_what_was_planned,
+    bill_of,
+    in_other_places,
+    kill_in_training,
+    own_of,
+)
 from tiny_run import (
     Setup,
     assert_same_results,
@@ -27,30 +29,20 @@ from influence import own_training_run
 from influence.cache_listing import make_listing, scan_cache
 from influence.cache_prune import plan_prune
 from influence.cache_use import recorded_use, use_of
-from influence.checkpoints import Checkpoints
 from influence.config import Config
 from influence.errors import InputError
 from influence.finetune_job import run_finetune
 from influence.one_process import run_select
-from influence.own_training import own_training
 from influence.plan import make_plan
 from influence.plan_schemas import StageBill
-from influence.status import print_status, read_status
 from influence.vector_export import export_vectors
 from ray_jobs import select as select_job
 
 pytestmark = pytest.mark.clusters
 
-SECONDS = 120.0
 SETTINGS: dict[str, Any] = {"rank": 4, "learning_rate": 0.02, "batch_size": 4, "dropout": 0.1}
 IN2CORE: dict[str, Any] = {"method": "in2core", "gradients__layer_dim": 16}
 OWN: dict[str, Any] = {**IN2CORE, "reference__finetune": SETTINGS}
-
-
-def reference_bill(config: Config) -> StageBill:
-    bill = manifest_of(config.run).bill
-    assert bill is not None
-    return bill.stages["reference"]
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +79,7 @@ def test_it_is_the_one_that_finetune_makes(
 
 def test_what_it_took_is_what_was_planned_and_is_shown(own: tuple[Config, StageBill]) -> None:
     config, planned = own
-    done = reference_bill(config)
-    assert done.took is not None
-    for what in ("shards", "rows", "tokens", "flops", "objects"):
-        expected, took = getattr(planned.planned, what), getattr(done.took, what)
-        assert expected, f"{what} is not in the plan"
-        assert expected == took, f"{what}: planned {expected}, took {took}"
-        assert getattr(done.planned, what) == expected, "the run's plan is another one"
-    assert done.took.written_bytes == pytest.approx(planned.planned.written_bytes, rel=0.3)
-    assert planned.planned.seconds > 0
-    status = read_status(config.run)
-    assert (status.planned("reference"), status.committed["reference"]) == (1, 1)
-    console = Console(record=True, width=120)
-    print_status(status, console)
-    assert "reference" in console.export_text()
+    assert_it_took_what_was_planned(config, planned)
     page = Path(config.run, "report.html").read_text()
     assert "fine-tuned on <strong>68</strong> rows of the pool" in page
     assert "This run made it." in page
@@ -110,16 +89,12 @@ def test_a_changed_path_reuses_it_and_a_changed_setting_does_not(
     own: tuple[Config, StageBill], setup: Setup, tmp_path: Path
 ) -> None:
     first = own[0]
-    shutil.copytree(setup.model, tmp_path / "moved model")
-    shutil.copytree(setup.folder / "pool", tmp_path / "moved pool")
     moved = tiny_config(
         setup,
         tmp_path / "moved",
         **{**OWN, "reference__finetune": {**SETTINGS, "token_budget": 300, "save_every": 3}},
         cache=first.cache,
-        model__name=str(tmp_path / "moved model"),
-        data__candidates=[f"{tmp_path}/moved pool/{Path(p).name}" for p in setup.candidates],
-        targets={"only": setup.targets["sums"]},
+        **in_other_places(setup, tmp_path),
     )
     assert make_plan(moved).work.stages["reference"].least.tokens is None, "it is planned again"
     run_select(moved, quiet=True)
@@ -127,14 +102,14 @@ def test_a_changed_path_reuses_it_and_a_changed_setting_does_not(
     assert manifest.reference is not None
     assert manifest.reference.reused, "a path, a micro-batch or a target made it train again"
     assert manifest.stages["reference"].tokens == 0
-    assert reference_bill(moved).cached == 1
+    assert bill_of(moved).cached == 1
     assert "An earlier run on this cache made it." in Path(moved.run, "report.html").read_text()
     changes = {"learning_rate": 0.01}, {"fraction": 0.5}, {"seed": 3}, {"weights": False}
-    keys = {_key(first)}
+    keys = {_print_of(first)}
     for change in changes:
         other = {**OWN, "reference__finetune": {**SETTINGS, **change}}
-        keys.add(_key(tiny_config(setup, tmp_path / "other", **other, cache=first.cache)))
-    keys.add(_key(tiny_config(setup, tmp_path / "other", **OWN, data__limit=50)))
+        keys.add(_print_of(tiny_config(setup, tmp_path / "other", **other, cache=first.cache)))
+    keys.add(_print_of(tiny_config(setup, tmp_path / "other", **OWN, data__limit=50)))
     assert len(keys) == len(changes) + 2, "a change that trains another adapter is not seen"
     part = {**OWN, "reference__finetune": {**SETTINGS, "fraction": 0.5}}
     half = tiny_config(setup, tmp_path / "half", **part, cache=first.cache)
@@ -145,10 +120,8 @@ def test_a_changed_path_reuses_it_and_a_changed_setting_does_not(
     assert (stage.rows, stage.tokens) == (planned.rows, planned.tokens)
 
 
-def _key(config: Config) -> str:
-    reference = own_training(config)
-    assert reference is not None
-    return reference.fingerprint.hex
+def _print_of(config: Config) -> str:
+    return own_of(config).fingerprint.hex
 
 
 def test_the_cache_lists_it_and_keeps_it_for_whom_it_is(
@@ -163,11 +136,11 @@ def test_the_cache_lists_it_and_keeps_it_for_whom_it_is(
         entries = [e for e in make_listing(contents, [use]).fingerprints if e.used_by]
         assert "reference" in {entry.stage for entry in entries}, f"{use.label}: not its own"
         assert all(
-            place[0] != "reference" or place[1] != _key(config)
+            place[0] != "reference" or place[1] != _print_of(config)
             for place in plan_prune(contents, use.places, timedelta(0)).doomed
         )
     doomed = plan_prune(contents, (), timedelta(0)).doomed
-    assert ("reference", _key(config)) in doomed, "what nobody uses stays for ever"
+    assert ("reference", _print_of(config)) in doomed, "what nobody uses stays for ever"
     unmade = {**OWN, "reference__finetune": {**SETTINGS, "rank": 2}}
     fresh = tiny_config(setup, tmp_path / "fresh", **unmade, cache=cache)
     with pytest.raises(InputError, match="not in the cache yet"):
@@ -179,28 +152,10 @@ def test_a_run_killed_in_the_training_goes_on_to_the_same_result(
 ) -> None:
     changes = {**OWN, "reference__finetune": {**SETTINGS, "save_every": 2}}
     config = tiny_config(setup, tmp_path / "run", **changes)
-    path = write_config(tmp_path / "config.yaml", config)
-    reference = own_training(config)
-    assert reference is not None
-    checkpoints = Checkpoints(reference.url)
-    command = [sys.executable, "-m", "influence.cli", "select", path, "--in-process"]
-    root = Path(__file__).parent.parent
-    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + SECONDS
-        while max(checkpoints.steps(), default=0) < 6:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "no checkpoint"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.communicate()
-    assert reference.read() is None, "killed too late: the reference is made"
-    assert manifest_of(config.run).doing.startswith("reference"), "the status does not tell"
+    reference = kill_in_training(config, tmp_path, steps=6)
     run_select(config, quiet=True)
     stage = manifest_of(config.run).stages["reference"]
-    whole = reference_bill(own[0]).planned.tokens
+    whole = bill_of(own[0]).planned.tokens
     assert whole is not None
     assert 0 < stage.tokens < whole, "it began anew"
     assert_same_results(own[0].run, config.run, "the training that went on ended elsewhere")

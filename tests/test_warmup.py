@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +10,13 @@ import pytest
 import torch
 import yaml
 from adam_states import compare
-from rich.console import Console
+from own_training_scene import (
+    assert_it_took_what_was_planned,
+    bill_of,
+    in_other_places,
+    kill_in_training,
+    own_of,
+)
 from tiny_run import (
     Setup,
     assert_same_results,
@@ -30,25 +31,23 @@ from influence import trainer_lora
 from influence.cache_listing import make_listing, scan_cache
 from influence.cache_prune import plan_prune
 from influence.cache_use import recorded_use, use_of
-from influence.checkpoints import ADAPTER_FILES, OPTIMIZER_FILE, Checkpoints
+from influence.checkpoints import ADAPTER_FILES, OPTIMIZER_FILE
 from influence.config import Config, OptimizerConfig
 from influence.config_evaluation import GroupInfluenceConfig
 from influence.errors import InputError
 from influence.finetune_job import run_finetune
 from influence.one_process import run_evaluate, run_select
 from influence.optimizer_state import load_adam_state
-from influence.own_training import OwnTraining, own_training, planned_training
+from influence.own_training import planned_training
 from influence.plan import make_plan
 from influence.plan_schemas import StageBill
 from influence.replica import load_replica
-from influence.status import print_status, read_status
 from influence.vector_export import export_vectors
 from influence.warmup import with_warmup
 from ray_jobs import select as select_job
 
 pytestmark = pytest.mark.clusters
 
-SECONDS = 120.0
 SETTINGS: dict[str, Any] = {
     "fraction": 0.5,
     "rank": 4,
@@ -71,18 +70,6 @@ def warm(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config
         assert plan.bill.stages[stage].cached == 0
     run_select(config, quiet=True)
     return config, plan.bill.stages["warmup"]
-
-
-def own_of(config: Config) -> OwnTraining:
-    own = own_training(config)
-    assert own is not None
-    return own
-
-
-def warmup_bill(config: Config) -> StageBill:
-    bill = manifest_of(config.run).bill
-    assert bill is not None
-    return bill.stages["warmup"]
 
 
 def by_hand(setup: Setup, run: Path, output: Path) -> Config:
@@ -156,20 +143,7 @@ def test_its_state_is_the_optimizers_where_adamw_has_no_other(setup: Setup, tmp_
 
 def test_what_it_took_is_what_was_planned_and_is_shown(warm: tuple[Config, StageBill]) -> None:
     config, planned = warm
-    done = warmup_bill(config)
-    assert done.took is not None
-    for what in ("shards", "rows", "tokens", "flops", "objects"):
-        expected, took = getattr(planned.planned, what), getattr(done.took, what)
-        assert expected, f"{what} is not in the plan"
-        assert expected == took, f"{what}: planned {expected}, took {took}"
-        assert getattr(done.planned, what) == expected, "the run's plan is another one"
-    assert done.took.written_bytes == pytest.approx(planned.planned.written_bytes, rel=0.3)
-    assert planned.planned.seconds > 0
-    status = read_status(config.run)
-    assert (status.planned("warmup"), status.committed["warmup"]) == (1, 1)
-    console = Console(record=True, width=120)
-    print_status(status, console)
-    assert "warmup" in console.export_text()
+    assert_it_took_what_was_planned(config, planned)
     page = Path(config.run, "report.html").read_text()
     rows = manifest_of(config.run).stages["warmup"].rows
     assert 30 <= rows <= 36, "half of 72 rows, less those that cannot be trained on"
@@ -182,17 +156,13 @@ def test_other_methods_and_targets_share_it(
     warm: tuple[Config, StageBill], setup: Setup, tmp_path: Path
 ) -> None:
     first = warm[0]
-    shutil.copytree(setup.model, tmp_path / "moved model")
-    shutil.copytree(setup.folder / "pool", tmp_path / "moved pool")
     other = tiny_config(
         setup,
         tmp_path / "other",
         method="exact",
         warmup={**SETTINGS, "token_budget": 300, "save_every": 3},
         cache=first.cache,
-        model__name=str(tmp_path / "moved model"),
-        data__candidates=[f"{tmp_path}/moved pool/{Path(p).name}" for p in setup.candidates],
-        targets={"only": setup.targets["sums"]},
+        **in_other_places(setup, tmp_path),
     )
     assert make_plan(other).work.stages["warmup"].least.tokens is None, "it is planned again"
     run_select(other, quiet=True)
@@ -200,7 +170,7 @@ def test_other_methods_and_targets_share_it(
     assert manifest.warmup is not None
     assert manifest.warmup.reused, "a path, a micro-batch, a method or a target made it train again"
     assert manifest.stages["warmup"].tokens == 0
-    assert warmup_bill(other).cached == 1
+    assert bill_of(other).cached == 1
     reused = manifest.stages["gradients"]
     assert reused.borrowed_rows + reused.reused, "the first run's gradients are not its"
     assert "An earlier run on this cache made it." in Path(other.run, "report.html").read_text()
@@ -321,27 +291,10 @@ def test_a_run_killed_in_the_warmup_goes_on_to_the_same_result(
 ) -> None:
     changes = {"warmup": {**SETTINGS, "save_every": 2}}
     config = tiny_config(setup, tmp_path / "run", **changes)
-    path = write_config(tmp_path / "config.yaml", config)
-    own = own_of(config)
-    checkpoints = Checkpoints(own.url)
-    command = [sys.executable, "-m", "influence.cli", "select", path, "--in-process"]
-    root = Path(__file__).parent.parent
-    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + SECONDS
-        while max(checkpoints.steps(), default=0) < 4:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "no checkpoint"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.communicate()
-    assert own.read() is None, "killed too late: the warm-up is made"
-    assert manifest_of(config.run).doing.startswith("warmup"), "the status does not tell"
+    own = kill_in_training(config, tmp_path, steps=4)
     run_select(config, quiet=True)
     stage = manifest_of(config.run).stages["warmup"]
-    whole = warmup_bill(warm[0]).planned.tokens
+    whole = bill_of(warm[0]).planned.tokens
     assert whole is not None
     assert 0 < stage.tokens < whole, "it began anew"
     assert_same_results(warm[0].run, config.run, "the training that went on ended elsewhere")

@@ -94,10 +94,11 @@ def _unreadable(run: str, what: str) -> InputError:
 def terminal_tables(result: ResultTable, width: int) -> list[Table]:
     """A result for a terminal of so many columns, its first column again in every part.
 
-    Names out of the data stand as they are.
+    Names out of the data stand as they are; long ones take several lines, and nothing is cut off.
     """
     cells = [result.headings, *result.rows]
     widths = [max(cell_len(row[j]) for row in cells) + 3 for j in range(len(result.headings))]
+    widths[0] = min(widths[0], width // 2)
     parts: list[list[int]] = [[]]
     for j in range(1, len(widths)):
         if parts[-1] and widths[0] + sum(widths[k] for k in parts[-1]) + widths[j] >= width:
@@ -108,8 +109,9 @@ def terminal_tables(result: ResultTable, width: int) -> list[Table]:
         last = number == len(parts) - 1
         caption = Text(result.caption) if last else None
         table = Table(title=result.title, caption=caption, caption_justify="left")
-        for j in (0, *part):
-            table.add_column(result.headings[j], justify="right" if j else "left", no_wrap=not j)
+        table.add_column(result.headings[0], max_width=widths[0] - 3, overflow="fold")
+        for j in part:
+            table.add_column(result.headings[j], justify="right", overflow="fold")
         for row in result.rows:
             if any(row[j] for j in part):
                 table.add_row(*(Text(row[j]) for j in (0, *part)))

@@ -59,3 +59,15 @@ def test_a_wide_table_is_whole_on_a_narrow_terminal(width: int) -> None:
     assert text.count("method 2") == len(tables)
     assert len(tables) > 1 or width == 200
     assert text.count("what it is") == 1
+
+
+def test_a_long_name_takes_lines_and_not_the_room_of_the_numbers() -> None:
+    name = "jvp, 4 blocks, 2 rank1 tangents; 256 landmarks; laplace kernel; damping 0.01"
+    cells = ["0.68 (0.46 to 0.84)", "0.51 (0.31 to 0.70)"]
+    console = Console(width=80, file=io.StringIO())
+    for table in terminal_tables(ResultTable("t", "", ["setting", "a", "b"], [[name, *cells]]), 80):
+        console.print(table)
+    text = console.file.getvalue()
+    assert all(cell in text for cell in cells), f"a number is cut or wrapped:\n{text}"
+    assert all(word in text for word in name.split()), f"a part of the name is lost:\n{text}"
+    assert "…" not in text

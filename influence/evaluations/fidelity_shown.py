@@ -46,10 +46,10 @@ def table(document: dict[str, Any]) -> ResultTable:
         "Setting",
         "FLOP a candidate",
         "Spearman",
-        "stated",
+        "Spearman, stated",
         "Recall",
-        "stated",
-        "held",
+        "Recall, stated",
+        "Stated held",
         "Recall, best 5%",
     )
     return ResultTable("Fidelity of predicted scores", _caption(found), headings, rows)

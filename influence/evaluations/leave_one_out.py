@@ -7,6 +7,7 @@ every method's scores.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np

@@ -55,7 +55,11 @@ def toy(folder: Path) -> Callable[[], Any]:
                 until = time.monotonic() + 60
                 while len(list(folder.glob("process-*"))) < 2 and time.monotonic() < until:
                     time.sleep(0.05)
-            time.sleep({"slow": 0.3, "long": 4.0}.get(kind, 0.01))
+            if kind == "until released":  # a file that says so
+                until = time.monotonic() + 50
+                while not (folder / "released").exists() and time.monotonic() < until:
+                    time.sleep(0.05)
+            time.sleep(0.3 if kind == "slow" else 0.01)
             return f"{name} done"
 
     actor = ray.remote(max_restarts=0, max_task_retries=0)(Toy)
@@ -267,11 +271,17 @@ def test_idle_replicas_are_released_while_the_last_unit_runs(
 ) -> None:
     monkeypatch.setattr(pool_module, "_IDLE_SECONDS", 0.2)
     up: list[int] = []
-    units = [("last", "long"), *((f"u{i}", "meets") for i in range(4))]
-    outcome = run_pool(tmp_path, units, maximum=2, on_poll=lambda ready, starting: up.append(ready))
+
+    def poll(ready: int, starting: int) -> None:
+        up.append(ready)
+        if max(up) == 2 and ready == 1:  # a machine slow to release it is no failure
+            (tmp_path / "released").touch()
+
+    units = [("last", "until released"), *((f"u{i}", "meets") for i in range(4))]
+    outcome = run_pool(tmp_path, units, maximum=2, on_poll=poll)
     assert len(outcome.results) == 5
     assert max(up) == 2, "two replicas were never up together: test too weak"
-    assert up[-2:] == [1, 1], "an idle replica was held until the end of the phase"
+    assert (tmp_path / "released").exists(), "an idle replica was held until the end of the phase"
     assert attempts(tmp_path, "last") == 1, "a replica was stopped at work"
 
 

@@ -138,7 +138,7 @@ def status(
 
 @app.command(epilog=EXIT_CODES)
 def report(run: RunDirectory) -> None:
-    """Rebuild RUN/report.html from the run's files."""
+    """Rebuild RUN/report.html from the files of a run, or of evaluations."""
     from influence.report import build_report
 
     Console().print(build_report(run), soft_wrap=True, highlight=False)
@@ -207,9 +207,8 @@ def evaluate(
     cost.
 
     Gradients and embeddings come from the cache that `influence select` fills, and go there. An
-    interrupted evaluation goes on where it was. The results are in RUN/evaluation.json, and in
-    RUN/report.html where there is a selection; RUN/evaluations/NAME is what
-    `influence status` takes meanwhile.
+    interrupted evaluation goes on where it was. The results are in RUN/evaluation.json and
+    RUN/report.html; RUN/evaluations/NAME is what `influence status` takes meanwhile.
     """
     from influence.evaluation_tables import result_tables, terminal_tables
 

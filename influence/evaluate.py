@@ -73,8 +73,7 @@ def evaluate(
                     measure = partial(chosen[name].run, job, reduce, inputs[name])
                     _run(config.run, name, job, measure)
         lease.check()
-        if storage.head(storage.join(config.run, "manifest.json")) is not None:
-            build_report(config.run)
+        build_report(config.run)
     return read_evaluation(config.run)
 
 

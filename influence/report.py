@@ -1,15 +1,10 @@
-"""The report: one self-contained HTML page of a run directory, finished or not.
-
-The page needs no network and no script. Ids, sources, group names, messages and errors come from
-the pool and are escaped wherever they appear.
-"""
+"""The report of a run directory, finished or not: what its page shows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from influence import plots, storage
@@ -23,11 +18,13 @@ from influence.report_data import (
     ScoreColumns,
     SourceRow,
     effective_numbers,
+    optional_bytes,
     read_run,
     source_table,
 )
-from influence.report_format import FILTERS, decimal, step_phrase
+from influence.report_format import decimal, step_phrase
 from influence.report_objective import objective_report
+from influence.report_page import render_page, write_page
 
 TOP_SOURCES = 30
 
@@ -76,38 +73,36 @@ class WeightSummary:
 def build_report(run_url: str) -> str:
     """Write `report.html` into a run directory (local path, s3:// or gs://) and return its URL.
 
-    Optional files that are not there yet are named on the page. Building again replaces the page.
+    Optional files that are not there yet are named on the page. A directory that only
+    `influence evaluate` wrote into has a page of its evaluations. Building again replaces the page.
 
     Raises:
-        InputError: no manifest.json in the directory, or a document there cannot be understood.
+        InputError: neither manifest.json nor evaluation.json is in the directory, or a document
+            there cannot be understood.
 
     Example:
         >>> influence.build_report(config.run)
         'runs/eight/report.html'
     """
-    page = render(read_run(run_url))
-    url = storage.join(run_url, "report.html")
-    # Text of the pool may hold lone surrogates, which UTF-8 cannot carry.
-    storage.put(url, page.encode("utf-8", "xmlcharrefreplace"))
-    return url
+    if storage.head(storage.join(run_url, "manifest.json")) is None:
+        raw = optional_bytes(run_url, "evaluation.json")
+        if raw is not None:
+            # It brings the jobs' own modules along, torch among them.
+            from influence.report_evaluation import render_evaluation
+
+            return write_page(run_url, render_evaluation(run_url, raw))
+    return write_page(run_url, render(read_run(run_url)))
 
 
 def render(run: RunData) -> str:
     """The page of a run."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("influence"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(FILTERS)
-    return environment.get_template("report.html.j2").render(**context(run))
+    return render_page("report.html.j2", context(run))
 
 
 def context(run: RunData) -> dict[str, Any]:
     """What the template shows, in its order."""
     counts, method = run.manifest.counts, METHODS.get(run.manifest.method)
+    name = run.manifest.method if method is None else method.title
     sources, other = ([], None)
     if run.scores is not None:
         sources, other = source_table(
@@ -118,7 +113,8 @@ def context(run: RunData) -> dict[str, Any]:
         "run": run,
         "manifest": run.manifest,
         "counts": counts,
-        "method": run.manifest.method if method is None else method.title,
+        "method": name,
+        "title": f"{name}: selection report",
         "model": (run.config.get("model") or {}).get("name"),
         "pool": (run.config.get("data") or {}).get("candidates"),
         "share": _ratio(counts.get("selected"), counts.get("scored")),
@@ -156,10 +152,9 @@ def evaluations(run: RunData) -> list[Any]:
     """(table, figures) of everything that `influence evaluate` measured."""
     if run.evaluation is None:
         return []
-    # It brings the jobs' own modules along, torch among them.
-    from influence.evaluation_tables import parse_evaluation, result_figures
+    from influence.report_evaluation import shown_evaluations  # as in build_report
 
-    return result_figures(run.url, parse_evaluation(run.url, run.evaluation))
+    return shown_evaluations(run.url, run.evaluation)
 
 
 def failed_shards(run: RunData) -> list[tuple[str, FailedShard]]:

@@ -112,18 +112,24 @@ def read_run(run_url: str) -> RunData:
     Raises:
         InputError: there is no manifest.json, or a document is there but cannot be understood.
     """
-    raw = _optional(run_url, "manifest.json")
+    raw = optional_bytes(run_url, "manifest.json")
     if raw is None:
         raise InputError(
             f"{run_url}: no manifest.json there, so this is not the directory of a run; check the "
             f"path, or start the run with `influence select CONFIG` (run: {run_url})"
         )
     manifest = _document(Manifest, raw, run_url, "manifest.json")
-    text, fidelity_raw = _optional(run_url, "config.yaml"), _optional(run_url, "fidelity.json")
+    text, fidelity_raw = (
+        optional_bytes(run_url, "config.yaml"),
+        optional_bytes(run_url, "fidelity.json"),
+    )
     fidelity = None
     if fidelity_raw is not None:
         fidelity = _document(Fidelity, fidelity_raw, run_url, "fidelity.json")
-    landmarks, samples = _optional(run_url, "landmarks.parquet"), _optional(run_url, "samples.json")
+    landmarks, samples = (
+        optional_bytes(run_url, "landmarks.parquet"),
+        optional_bytes(run_url, "samples.json"),
+    )
     parts, selection = _parts(run_url, "scores"), _parts(run_url, "selection")
     method = METHODS.get(manifest.method)
     needs_landmarks = (method is not None and method.draws_landmarks) and not (
@@ -146,11 +152,11 @@ def read_run(run_url: str) -> RunData:
         scores=read_scores(parts) if parts else None,
         landmarks={} if landmarks is None else _landmarks(landmarks),
         samples={} if samples is None else _samples(samples, run_url),
-        coverage=_optional_document(Coverage, run_url, COVERAGE),
-        transfer=_optional_document(Transfer, run_url, TRANSFER),
-        contamination=_optional_document(Contamination, run_url, CONTAMINATION),
+        coverage=optional_document(Coverage, run_url, COVERAGE),
+        transfer=optional_document(Transfer, run_url, TRANSFER),
+        contamination=optional_document(Contamination, run_url, CONTAMINATION),
         missing=[(name, _DESCRIBED[name]) for name, there in found.items() if not there],
-        evaluation=_optional(run_url, "evaluation.json"),
+        evaluation=optional_bytes(run_url, "evaluation.json"),
     )
 
 
@@ -227,7 +233,8 @@ def effective_numbers(weights: Float[np.ndarray, "k"]) -> tuple[float, float]:
     return float(1.0 / np.sum(p**2)), float(np.exp(-np.sum(p * np.log(p))))
 
 
-def _optional(run_url: str, name: str) -> bytes | None:
+def optional_bytes(run_url: str, name: str) -> bytes | None:
+    """A file of the directory, None where there is none."""
     url = storage.join(run_url, name)
     return None if storage.head(url) is None else storage.read_bytes(url)
 
@@ -238,8 +245,13 @@ def _parts(run_url: str, folder: str) -> list[str]:
     return [url for url, name in names if name.startswith("part-") and name.endswith(".parquet")]
 
 
-def _optional_document(kind: type[Document], run_url: str, name: str) -> Document | None:
-    raw = _optional(run_url, name)
+def optional_document(kind: type[Document], run_url: str, name: str) -> Document | None:
+    """A JSON document of the directory, None where there is none.
+
+    Raises:
+        InputError: it is there, and this version did not write it.
+    """
+    raw = optional_bytes(run_url, name)
     return None if raw is None else _document(kind, raw, run_url, name)
 
 

@@ -43,6 +43,29 @@ def test_figures_of_an_evaluation_stand_below_its_table(
     )
 
 
+def test_evaluations_without_a_selection_have_a_page_of_their_own(tmp_path: Path) -> None:
+    hostile = "<b>t</b>"
+    about = {"run": "r", "rows": 3, "of": 9, "without_gradient": 0, "model": "m", "adapter": None}
+    effect = {"members": 1.0, "first": 2.0, "second": 3.0}
+    found = {"group_influence": {"targets": {hostile: effect}, "about": about}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    page = build(tmp_path)[1]
+    table = EVALUATIONS["group_influence"].table(found["group_influence"])
+    assert page.tables["evaluation"][1:] == [list(row) for row in table.rows], (
+        "the page's numbers are not those of the table on the terminal"
+    )
+    assert hostile in page.text["evaluation"], "a name was taken for markup"
+    assert "evaluations/" in page.text["made"], "nothing says that the configs are missing"
+    own = tmp_path / "evaluations" / "group_influence"
+    own.mkdir(parents=True)
+    unfinished = write_run(tmp_path / "other", state="interrupted")
+    (own / "manifest.json").write_text((unfinished / "manifest.json").read_text())
+    (own / "config.yaml").write_text("seed: 3  # of the evaluation")
+    html, page = build(tmp_path)
+    assert "seed: 3  # of the evaluation" in page.text["made"]
+    assert "group_influence</strong> is interrupted" in html, "an attempt's end is not told"
+
+
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_a_wide_table_is_whole_on_a_narrow_terminal(width: int) -> None:
     """In parts, each with the rows' names; no cell is cut."""

@@ -160,12 +160,14 @@ class Meter:
     def _rate(self, amount: Callable[[_Answer], int]) -> float | None:
         if not self._begun_any() or self.elapsed <= 0:
             return None
-        # Back from the newest: a shard that took long widens the window that it lies in.
+        # Back from the newest: a shard that took long widens the window to twice that, so that it
+        # is still in it while the next one takes as long.
         now, span, total = self._clock(), WINDOW_SECONDS, 0
         for answer in reversed(self._answers):
-            if answer.time < now - span:
+            wider = max(span, 2 * answer.held)
+            if answer.time < now - wider:
                 break
-            span = max(span, 2 * answer.held)
+            span = wider
             total += amount(answer)
         return total / min(span, self.elapsed)
 

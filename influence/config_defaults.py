@@ -20,9 +20,16 @@ def fill_defaults(config: Any, method: Method) -> None:
         if found is None:
             found = WarmupConfig.model_validate({})
         own = {name: v for name, v in values.items() if name not in found.model_fields_set}
-        object.__setattr__(config, section, found.model_copy(update=own))
+        object.__setattr__(config, section, _filled(found, own))
     for name, target in config.targets.items():
         given = target.model_fields_set
         own = {key: v for key, v in method.target_defaults.items() if key not in given}
         if own:
-            config.targets[name] = target.model_copy(update=own)
+            config.targets[name] = _filled(target, own)
+
+
+def _filled(section: Any, values: dict[str, Any]) -> Any:
+    found = section.model_copy(update=values)
+    # They are no choice of the user's: another method has others.
+    found.model_fields_set.difference_update(values)
+    return found

@@ -23,7 +23,9 @@ class FidelityConfig(Section):
     )
     repeats: PositiveInt = Field(3, description="draws of landmarks for each setting")
     embeddings: Annotated[list[NamedEmbedding], Field(min_length=1)] | None = Field(
-        None, description="beside the config's own; default: those that `auto` chooses from"
+        None,
+        description="beside the config's own; default: those that `auto` chooses from, and the own "
+        "one with other tangents and with 256 numbers",
     )
     kernels: list[Kernel] = Field(
         ["laplace", "rbf", "linear", "cosine"], description="beside landmarks.kernel"

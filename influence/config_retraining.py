@@ -17,7 +17,8 @@ class HeldOutTest(HeldOutConfig):
     """Rows to take the loss of after a training."""
 
     exact_match: bool = Field(
-        False, description="also generate an answer to each row and compare it with the row's"
+        False,
+        description="also generate answers, and compare final answers with the rows' own",
     )
     max_new_tokens: PositiveInt = Field(256, description="of such an answer")
 

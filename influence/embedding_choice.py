@@ -23,6 +23,7 @@ from influence.embedding_kind import (
     embedding_fingerprint,
     kind_of,
     named,
+    variants,
 )
 from influence.embedding_record import CHOICES, EmbeddingChoice, EmbeddingOption
 from influence.embedding_reduce import Judged
@@ -44,6 +45,20 @@ def kinds_to_choose(config: Config, blocks: int) -> list[EmbeddingKind]:
     if config.embedding.choices is None:
         return default_kinds(blocks)
     return distinct([kind_of(section) for section in config.embedding.choices])
+
+
+def kinds_to_compare(config: Config, shape: ModelShape) -> list[EmbeddingKind]:
+    """Those of `evaluation.fidelity`: the config's own first, then those that it names, or else
+    those to choose from and, where nobody named any, the own one with one thing changed."""
+    section = config.evaluation.fidelity
+    assert section is not None
+    embedding = config.embedding
+    own = EmbeddingKind(*(getattr(embedding, name) for name in EmbeddingKind._fields))
+    first = [] if own.kind == "auto" else [own]  # not chosen yet
+    if section.embeddings is not None:
+        return distinct([*first, *map(kind_of, section.embeddings)])
+    changed = variants(own, shape.hidden) if embedding.choices is None else []
+    return distinct([*first, *kinds_to_choose(config, shape.blocks), *changed])
 
 
 def choose_embedding(

@@ -9,6 +9,10 @@ from influence.config_embedding import NamedEmbedding
 from influence.fingerprints import Fingerprint, embedding_values, values_that_count
 from influence.fingerprints import fingerprint as digest_of
 
+DIM = 4096
+"""The default `dim`, which labels leave out."""
+NARROW = 256
+
 
 class EmbeddingKind(NamedTuple):
     """The settings of one embedding; its seed is the run's."""
@@ -21,14 +25,17 @@ class EmbeddingKind(NamedTuple):
 
     @property
     def label(self) -> str:
-        """A short name, the same for all embeddings of equal numbers."""
-        if self.kind == "rds":
-            return "rds"
-        depth = f"{self.blocks} block{'s' if self.blocks > 1 else ''}"
-        if self.kind == "hidden":
-            return f"hidden, {depth}"
-        tangents = f"{self.tangents} {self.tangent} tangent{'s' if self.tangents > 1 else ''}"
-        return f"jvp, {depth}, {tangents}"
+        """A short name, the same for all embeddings of equal numbers, and of no others."""
+        parts = [self.kind]
+        if self.kind != "rds":
+            parts.append(f"{self.blocks} block{'s' if self.blocks > 1 else ''}")
+        if self.kind == "jvp":
+            parts.append(
+                f"{self.tangents} {self.tangent} tangent{'s' if self.tangents > 1 else ''}"
+            )
+        if self.dim != DIM:
+            parts.append(f"dim {self.dim}")
+        return ", ".join(parts)
 
     def width(self, hidden: int) -> int:
         """Numbers of a row in a model with so many hidden features."""
@@ -67,11 +74,25 @@ def default_kinds(blocks: int) -> list[EmbeddingKind]:
     blocks: the model's; a smaller model has fewer of them.
     """
     shallow = [
-        EmbeddingKind(kind, min(depth, blocks), 2, "rank1", 4096)
+        EmbeddingKind(kind, min(depth, blocks), 2, "rank1", DIM)
         for depth in (2, 4)
         for kind in ("hidden", "jvp")
     ]
-    return distinct([*shallow, EmbeddingKind("rds", min(4, blocks), 2, "rank1", 4096)])
+    return distinct([*shallow, EmbeddingKind("rds", min(4, blocks), 2, "rank1", DIM)])
+
+
+def variants(own: EmbeddingKind, hidden: int) -> list[EmbeddingKind]:
+    """It with one thing changed that its kind reads: the tangents' number, their kind, the width.
+
+    hidden: features of the model.
+    """
+    found = []
+    if own.kind == "jvp":
+        found.append(own._replace(tangents=2 if own.tangents == 1 else 1))
+        found.append(own._replace(tangent="dense" if own.tangent == "rank1" else "rank1"))
+    if own.width(hidden) > NARROW:
+        found.append(own._replace(dim=NARROW))
+    return found
 
 
 def embedding_fingerprint(whole: Fingerprint, config: Config, kind: EmbeddingKind) -> Fingerprint:

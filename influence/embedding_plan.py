@@ -12,11 +12,12 @@ from influence.embedding_choice import (
     choice_lines,
     embedding_flops,
     kinds_to_choose,
+    kinds_to_compare,
     pilot_units,
     recorded_choice,
     take_embedding,
 )
-from influence.embedding_kind import EmbeddingKind, embedding_fingerprint, kind_of, named
+from influence.embedding_kind import EmbeddingKind, embedding_fingerprint, named
 from influence.exact_work import Chosen
 from influence.fingerprints import Fingerprint
 from influence.job import Job
@@ -41,9 +42,11 @@ def considered_embeddings(job: Job) -> list[Fingerprint]:
     compared = config.evaluation.fidelity if config.method == "exact" else None
     if whole is None or (config.embedding.kind != "auto" and compared is None):
         return []
-    kinds = kinds_to_choose(config, model_shape(config).blocks)
-    if compared is not None and compared.embeddings is not None:
-        kinds = [kind_of(section) for section in compared.embeddings]
+    shape = model_shape(config)
+    if compared is None:
+        kinds = kinds_to_choose(config, shape.blocks)
+    else:
+        kinds = kinds_to_compare(config, shape)
     return [embedding_fingerprint(whole, config, kind) for kind in kinds]
 
 

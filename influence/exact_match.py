@@ -5,28 +5,38 @@ from __future__ import annotations
 import re
 from decimal import Decimal, InvalidOperation
 
-MARKER = "####"
+#: Goes up when what is called the same answer changes: answers of an older rule are not reused.
+RULE = 2
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+_BEHIND = re.compile(r"####(?P<text>.*)")
+_BOXED = re.compile(r"\\boxed\s*\{(?P<text>[^{}]*)\}")
+_PHRASE = re.compile(r"\banswer(?:\s+is|\s*:)(?=(?P<text>.*))", re.IGNORECASE)  # may repeat
+_AROUND = " \t\"'`*$().,:;!?"
 
 
 def same_answer(generated: str, reference: str) -> bool:
-    """Whether the final answers are the same.
+    r"""Whether the final answers are the same.
 
-    Where the reference marks its answer as gsm8k does (`#### 72`), and it is a number, that number
-    counts: of the generated text the one behind the marker, else the last one. Otherwise the whole
-    texts are compared, with single spaces for white space.
+    A text may mark its answer: `#### 72` (gsm8k), `\boxed{72}`, or `the answer is 72.` and
+    `Answer: 72` to the end of the line. Where what the reference marks begins with a number, that
+    is compared with the first number that the generated text marks, or else with its last one. Any
+    other answer that the reference marks, or its whole text where it marks none, has to be what the
+    generated text marks, or all of it. White space, case, and quotes, brackets and punctuation
+    around an answer do not count; within it they do.
     """
-    if MARKER in reference:
-        expected = last_number(reference.rsplit(MARKER, 1)[1])
-        if expected is not None:
-            return final_number(generated) == expected
-    return plain_text(generated) == plain_text(reference)
+    marked = _marked(reference)
+    number = None if marked is None else _NUMBER.match(marked.lstrip(_AROUND.replace("$", "")))
+    if number is not None:
+        return final_number(generated) == _value(number[0])
+    wanted = plain_text(reference if marked is None else marked)
+    given = _marked(generated)
+    return wanted in {plain_text(generated), None if given is None else plain_text(given)}
 
 
 def final_number(text: str) -> Decimal | None:
-    """The first number behind the first `####`; without one behind it, the last number."""
-    _, marker, behind = text.partition(MARKER)
-    found = _NUMBER.search(behind) if marker else None
+    """The first number of the answer that the text marks; without one, the text's last number."""
+    marked = _marked(text)
+    found = None if marked is None else _NUMBER.search(marked)
     return last_number(text) if found is None else _value(found[0])
 
 
@@ -37,8 +47,19 @@ def last_number(text: str) -> Decimal | None:
 
 
 def plain_text(text: str) -> str:
-    """Without white space at the ends, and with single spaces within."""
-    return " ".join(text.split())
+    """In lower case, single spaces within, without white space and punctuation at the ends."""
+    return " ".join(text.split()).strip(_AROUND).casefold()
+
+
+def _marked(text: str) -> str | None:
+    """The answer that a text marks: behind the first `####`, else in the last box, else after the
+    last `answer is`. What follows the first is another question that a model asked itself."""
+    if found := _BEHIND.search(text):
+        return found["text"]
+    for pattern in (_BOXED, _PHRASE):
+        if marks := list(pattern.finditer(text)):
+            return marks[-1]["text"]
+    return None
 
 
 def _value(text: str) -> Decimal | None:

@@ -65,21 +65,25 @@ def _note(
     speed = speeds.of(StageWork("gradients", Quantities(effort=flops)))
     least = min(round(each.rows) for each in planned if each.rows)
     most = max(round(each.rows) for each in planned)
+    longest = max(test.max_new_tokens for test in tests.values())
+    of_answers = f" (answers of {longest:,} at most among them)" if longest else ""
     of_rows = f"{least:,}" if least == most else f"{least:,} to {most:,}"
     return (
         f"influence evaluate, {name}: {count:,} trainings of {of_rows} rows, each tested on "
         f"{sum(test.rows for test in tests.values()):,}: "
-        f"{amount(trained.tokens)} and {amount(tested.tokens)} tokens, {amount(flops)}FLOP, about "
+        f"{amount(trained.tokens)} and {amount(tested.tokens)} tokens{of_answers}, "
+        f"{amount(flops)}FLOP, about "
         f"{short_seconds(flops / speed.per_second)} of one replica ({speed.source}); its "
         "selections are not counted, and what the cache holds is not taken off"
     )
 
 
 def _tests_load(tests: Mapping[str, Tested], targets: Mapping[str, Any]) -> Load:
-    """One test of all rows, as if they were as long as the target's own."""
+    """One test of all rows, as if they were as long as the target's own, and answers, where they
+    are generated, as long as they may be: a forward pass for each of their tokens."""
     total = Load()
     for name, test in tests.items():
-        length = targets[name]["tokens"] / max(1, targets[name]["rows"])
+        length = targets[name]["tokens"] / max(1, targets[name]["rows"]) + test.max_new_tokens
         tokens, squares = round(test.rows * length), round(test.rows * length**2)
         total += Load(rows=test.rows, tokens=tokens, squares=squares)
     return total

@@ -20,6 +20,7 @@ from influence.cache import Cache, Shard
 from influence.candidates import SourceFile
 from influence.config import Config
 from influence.config_retraining import HeldOutTest
+from influence.exact_match import RULE
 from influence.finetune_job import identity_of, settings_of
 from influence.fingerprints import fingerprint
 from influence.job import Job, run_units
@@ -88,6 +89,12 @@ def plain_model(config: Config) -> Config:
             "finetune": section.model_copy(update=beside),
         }
     )
+
+
+def training_seeds(config: Config, count: int) -> list[int]:
+    """The seeds of trainings: that of fine-tuning, and the next ones."""
+    first = settings_of(config).seed
+    return [(first + step) % 2**32 for step in range(count)]
 
 
 def retraining_units(
@@ -173,4 +180,6 @@ def _by_test(shard: Shard, column: str) -> dict[str, np.ndarray]:
 
 def _contents(test: Tested) -> dict[str, Any]:
     rows = [[file.content_hash, file.rows] for file in test.files]
-    return {"files": rows, "exact_match": test.exact_match, "max_new_tokens": test.max_new_tokens}
+    rule = {"answers": RULE} if test.exact_match else {}
+    asked = {"exact_match": test.exact_match, "max_new_tokens": test.max_new_tokens}
+    return {"files": rows, **asked, **rule}

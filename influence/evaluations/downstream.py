@@ -22,7 +22,7 @@ from influence.evaluations.downstream_arms import KEY, NAME, Selected
 from influence.evaluations.downstream_document import Key, Made, document, names_in, section_of
 from influence.evaluations.downstream_shown import plots, table
 from influence.evaluations.kind import Evaluation, Trainings
-from influence.evaluations.own_run import OwnReduce, load_catalogue
+from influence.evaluations.own_run import OwnReduce, kept_sections, load_catalogue, recipe_of
 from influence.job import Job, timed
 from influence.load import Load
 from influence.result_bytes import selected_rows
@@ -68,15 +68,13 @@ def settings(config: Config) -> Config:
         if name not in config.targets:
             known = ", ".join(config.targets)
             raise InputError(f"{KEY}.tests.{name}: is no target; expected one of: {known}")
-    given = config.model_dump(mode="json", exclude_unset=True)
-    finetune = section.finetune if section.finetune is not None else config.finetune
-    recipe = finetune.model_dump(mode="json", exclude_unset=True)
+    recipe = recipe_of(section.finetune, config, KEY)
     own = {**section.model_dump(mode="json"), "finetune": recipe}
     own["seeds"] = len(arms.seeds_of(config))
     own["methods"] = arms.whole_methods(config)
     asked = Config.model_validate(
         {
-            **{key: given[key] for key in _KEPT if key in given},
+            **kept_sections(config, _KEPT),
             "run": storage.join(config.run, "evaluations", NAME),
             "cache": config.cache_url,
             "method": RANDOM,

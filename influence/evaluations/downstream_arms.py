@@ -20,11 +20,12 @@ from influence.config import Config
 from influence.config_downstream import RANDOM
 from influence.config_loading import parse_config
 from influence.errors import InfluenceError, InputError, InterruptedRunError, RunTakenError
-from influence.evaluations.own_run import merged
+from influence.evaluations.own_run import merged, with_changes
 from influence.fingerprints import fingerprint
 from influence.job import Job
 from influence.records import to_json
 from influence.reference import with_reference
+from influence.retraining import training_seeds
 from influence.run_log import read_manifest
 from influence.schemas import FORMAT_VERSION
 
@@ -109,7 +110,7 @@ def seeds_of(config: Config) -> list[int]:
     section = config.evaluation.downstream
     assert section is not None
     count = section.seeds if section.seeds is not None else config.evaluation.seeds
-    return [config.seed + i for i in range(count)]
+    return training_seeds(config, count)
 
 
 def whole_methods(config: Config) -> dict[str, dict[str, Any]]:
@@ -131,7 +132,7 @@ def whole_methods(config: Config) -> dict[str, dict[str, Any]]:
             found[name] = {**plain, "method": RANDOM}
             continue
         _check_overrides(name, section.methods[name])
-        found[name] = merged(kept, section.methods[name])
+        found[name] = with_changes(kept, section.methods[name])
         if found[name].get("method") == RANDOM and "seed" in section.methods[name]:
             raise InputError(f"{KEY}.methods.{name}.seed: a random draw has the training's")
     return found

@@ -15,8 +15,8 @@ from influence import storage
 from influence.config import Config
 from influence.config_checks import check_together
 from influence.config_fidelity import FidelityConfig
-from influence.embedding_choice import embedding_flops, gradient_flops, kinds_to_choose
-from influence.embedding_kind import EmbeddingKind, distinct, embedding_fingerprint, kind_of
+from influence.embedding_choice import embedding_flops, gradient_flops, kinds_to_compare
+from influence.embedding_kind import EmbeddingKind, embedding_fingerprint
 from influence.evaluations.fidelity_document import (
     About,
     Certified,
@@ -29,11 +29,11 @@ from influence.evaluations.fidelity_document import (
 from influence.evaluations.fidelity_reduce import FidelityReduce
 from influence.evaluations.fidelity_shown import plots, table
 from influence.evaluations.kind import Evaluation
-from influence.evaluations.own_run import load_catalogue
+from influence.evaluations.own_run import kept_sections, load_catalogue
 from influence.exact_work import Chosen, exact_units
 from influence.fidelity_grid import Setting, settings_of
 from influence.job import Job, run_units, timed
-from influence.model_shape import ModelShape, model_shape
+from influence.model_shape import model_shape
 from influence.row_reuse import list_shards, reuse_rows
 from influence.run_log import read_manifest
 from influence.units import Unit, range_units, sparse_units
@@ -54,7 +54,7 @@ def settings(config: Config) -> Config:
         gradients.pop("normalize", None)
     own = Config.model_validate(
         {
-            **{key: given[key] for key in _SECTIONS if key in given},
+            **kept_sections(config, _SECTIONS),
             "run": storage.join(config.run, "evaluations", NAME),
             "cache": config.cache_url,
             "targets": given["targets"],
@@ -101,7 +101,7 @@ def run(job: Job, reduce: Any, _: None) -> dict[str, Any]:
     run_units(job, exact.all)
     with timed(job, "truth"):
         truth = reduce.take_truth(exact)
-    kinds = kinds_of(job.config, section, shape)
+    kinds = kinds_to_compare(job.config, shape)
     grid, left_out = grid_of(job.config, section, truth["pilot"], len(kinds))
     load = reduce.pool_load()
     gradient = gradient_flops(job.config, shape, load, reduce.column_count()) / max(1, load.rows)
@@ -149,20 +149,6 @@ def _document(
         )
     found = Fidelity(settings=shown, certified=certified, embeddings=embeddings, about=about)
     return found.model_dump(mode="json")
-
-
-def kinds_of(config: Config, section: FidelityConfig, shape: ModelShape) -> list[EmbeddingKind]:
-    """The embeddings that are compared, the config's own first."""
-    own = EmbeddingKind(
-        config.embedding.kind,
-        config.embedding.blocks,
-        config.embedding.tangents,
-        config.embedding.tangent,
-        config.embedding.dim,
-    )
-    if section.embeddings is None:
-        return distinct([own, *kinds_to_choose(config, shape.blocks)])
-    return distinct([own, *map(kind_of, section.embeddings)])
 
 
 def grid_of(

@@ -33,11 +33,10 @@ from influence.evaluations.small_pool import (
     rows_of,
     section_of,
     trained_losses,
-    training_seeds,
 )
 from influence.job import Job, timed
 from influence.report_format import decimal
-from influence.retraining import Tested
+from influence.retraining import Tested, training_seeds
 
 NAME = "lds"
 

@@ -36,11 +36,10 @@ from influence.evaluations.small_pool import (
     rows_drawn,
     section_of,
     trained_losses,
-    training_seeds,
 )
 from influence.job import Job, timed
 from influence.report_format import decimal, significant
-from influence.retraining import Tested
+from influence.retraining import Tested, training_seeds
 
 NAME = "leave_one_out"
 GROUPS = ("top", "random", "bottom")

@@ -8,9 +8,13 @@ from typing import Any
 from influence import storage
 from influence.config import Config
 from influence.config_checks import check_together
+from influence.config_finetune import FinetuneConfig
+from influence.errors import InputError
 from influence.in2core import gradient_units
 from influence.job import Job, run_units, timed
+from influence.methods import METHODS
 from influence.pipeline import catalogue
+from influence.pool_units import contamination_units
 from influence.reducer import Reducer
 from influence.retraining_rows import Training, WrittenTraining, write_trainings
 from influence.score_shards import scoring_url
@@ -20,6 +24,11 @@ from influence.units import ExactUnits
 _SECTIONS = ("model", "data", "gradients", "layers", "layer_economy", "reference", "replicas")
 _BESIDE = ("seed", "prices")
 _FOLDER = "evaluations"
+#: What methods with a reference model alone have a use for.
+_OF_REFERENCES = ("reference", "transfer", "coverage", "layers", "layer_economy")
+#: Of a training, what is not the evaluation's user's to say.
+_DECIDED = ("data", "fraction", "weights", "evaluate", "evaluate_every", "output", "workers")
+DEFAULT = str(Config.model_fields["method"].default)
 
 
 def own_config(config: Config, name: str, **changes: Any) -> Config:
@@ -70,7 +79,7 @@ def load_catalogue(job: Job, reduce: Any, take: Callable[[], str] | None = None)
     """Tokenise; see `all_gradients`."""
     pool, targets = catalogue(job)
     with timed(job, "catalogue"):
-        job.log.manifest.counts = reduce.load_catalogue(pool, targets)
+        job.log.manifest.counts = reduce.load_catalogue(pool, targets, contamination_units(job))
         if take is not None:
             job.progress.note(take())
     job.tokens = reduce.tokens_of
@@ -83,6 +92,22 @@ def run_gradients(job: Job, units: ExactUnits) -> None:
     run_units(job, units.all)
 
 
+def kept_sections(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    """What an evaluation on the config's pool reads of it: sections as they were given.
+
+    Among them is a contamination that drops rows: no method can select them, so they are no truth
+    either, and nothing to train on. One that flags them decides nothing here. And how a row's loss
+    is reduced, which is what a training lowers.
+    """
+    given = config.model_dump(mode="json", exclude_unset=True)
+    drops = config.contamination is not None and config.contamination.action == "drop"
+    kept = {key: given[key] for key in names if key in given}
+    kept["contamination"] = given["contamination"] if drops else None
+    if config.gradients.reduction in ("sum", "sqrt"):
+        kept.setdefault("gradients", {"reduction": config.gradients.reduction})
+    return kept
+
+
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the values of `over`; of a section in both, key by key."""
     found = dict(base)
@@ -91,6 +116,42 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(before, Mapping) and isinstance(value, Mapping)
         found[key] = merged(before, value) if both else value  # pyright: ignore[reportArgumentType]
     return found
+
+
+def with_changes(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with one method's changes.
+
+    Of another method than the base's, sections of the base that it has no use for are left out
+    (`optimizer`, with `rds` say); those that the changes name stay, to be judged as ever.
+    """
+    whole = merged(base, changes)
+    method = METHODS.get(whole.get("method", DEFAULT))
+    if method is None or "method" not in changes:
+        return whole
+    used = {
+        "optimizer": method.steps,
+        "warmup": method.steps or method.at_checkpoints,
+        "weights": method.solves_weights,
+        **dict.fromkeys(_OF_REFERENCES, method.reference_model),
+    }
+    return {k: v for k, v in whole.items() if used.get(k, True) or k in changes}
+
+
+def recipe_of(section: FinetuneConfig | None, config: Config, key: str) -> dict[str, Any]:
+    """How an evaluation trains, as it was given: by its own section, or by `finetune`.
+
+    Raises:
+        InputError: the own section names what an evaluation decides.
+    """
+    if section is None:
+        return config.finetune.model_dump(mode="json", exclude_unset=True)
+    for name in _DECIDED:
+        if name in section.model_fields_set:
+            raise InputError(
+                f"{key}.finetune.{name}: an evaluation trains on the rows that it compares, with "
+                "one worker, and is tested by `tests`; leave it out"
+            )
+    return section.model_dump(mode="json", exclude_unset=True)
 
 
 class OwnReduce:

@@ -20,8 +20,13 @@ from influence.config_checks import check_together
 from influence.config_loading import parse_config
 from influence.config_retraining import HeldOutTest, RetrainingConfig
 from influence.errors import InputError
-from influence.evaluations.own_run import OwnReduce, load_catalogue, merged
-from influence.finetune_job import settings_of
+from influence.evaluations.own_run import (
+    OwnReduce,
+    kept_sections,
+    load_catalogue,
+    recipe_of,
+    with_changes,
+)
 from influence.job import Job
 from influence.retraining import (
     Tested,
@@ -36,10 +41,8 @@ from influence.transfer import rows_at, scores_at
 
 #: Sections of a config that the small pool's own run is of, beside fine-tuning.
 _KEPT = ("model", "data", "targets", "replicas", "seed", "prices")
-#: What is said of In2Core alone, and is refused with other methods.
-_OF_IN2CORE = ("reference", "transfer", "coverage", "layers", "layer_economy")
 #: What a method cannot change: then its scores would be of something else.
-_FIXED = ("run", "cache", "targets", "evaluation", "data.candidates", "data.limit")
+_FIXED = ("run", "cache", "targets", "evaluation", "finetune", "data.candidates", "data.limit")
 POOL, ROW = "pool.jsonl", "row"
 
 
@@ -89,17 +92,15 @@ def own_settings(config: Config, name: str, budget: str, *, per_row: bool = Fals
         method: method_config(config, f"{key}.methods.{method}", run, changes, budget, per_row)
         for method, changes in methods.items()
     }
-    given = config.model_dump(exclude_unset=True, mode="json")
-    asked = section.model_dump(exclude_unset=True, mode="json")
-    finetune = asked.pop("finetune", None) or given.get("finetune", {})
+    asked = section.model_dump(exclude_unset=True, mode="json", exclude={"finetune"})
     whole = {m: each.model_dump(exclude_unset=True, mode="json") for m, each in made.items()}
     own = Config.model_validate(
         {
-            **{section: given[section] for section in _KEPT if section in given},
+            **kept_sections(config, _KEPT),
             "run": run,
             "cache": config.cache_url,
             "method": "random",
-            "finetune": finetune,
+            "finetune": recipe_of(section.finetune, config, key),
             "evaluation": {name: {**asked, "methods": whole}},
         }
     )
@@ -129,9 +130,7 @@ def method_config(
         if value is not None and (not rest or (isinstance(value, dict) and rest in value)):
             raise InputError(f"{key}.{fixed}: methods are compared on the same; leave it out")
     given = config.model_dump(exclude_unset=True, mode="json")
-    whole = merged({k: v for k, v in given.items() if k != "evaluation"}, changes)
-    if whole.get("method") != "in2core":
-        whole = {k: v for k, v in whole.items() if k not in _OF_IN2CORE or k in changes}
+    whole = with_changes({k: v for k, v in given.items() if k != "evaluation"}, changes)
     for name in ("transfer", "coverage"):
         whole.pop(name, None)  # they come after the scores
     targets = dict(given["targets"])
@@ -237,12 +236,6 @@ def trained_losses(
     run_retrainings(job, units)
     read = read_losses(job.cache, units)
     return {name: read[name].reshape(len(seeds), len(parts), -1) for name in tests}
-
-
-def training_seeds(config: Config, count: int) -> list[int]:
-    """The seeds of trainings: that of fine-tuning, and the next ones."""
-    first = settings_of(config).seed
-    return [(first + step) % 2**32 for step in range(count)]
 
 
 def _all_rows(files: Sequence[SourceFile]) -> list[dict[str, Any]]:

@@ -206,6 +206,9 @@ def evaluate(
     grid of landmarks, embeddings, kernels and dampings, what the certificate says of each, and its
     cost.
 
+    `{lds: {}}`: fine-tune on random subsets of a small pool; do summed scores rank the subsets as
+    training on them does? `{leave_one_out: {}}`: the same without single rows.
+
     Gradients and embeddings come from the cache that `influence select` fills, and go there. An
     interrupted evaluation goes on where it was. The results are in RUN/evaluation.json and
     RUN/report.html; RUN/evaluations/NAME is what `influence status` takes meanwhile.

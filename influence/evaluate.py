@@ -91,7 +91,7 @@ def named(config: Config) -> dict[str, Evaluation]:
     if not found:
         raise InputError(
             "evaluation: names nothing to measure; known: "
-            f"{', '.join(EVALUATIONS)}. For example: --set evaluation.class_detection.column=NAME"
+            f"{', '.join(EVALUATIONS)}. For example: --set evaluation.fidelity.pilot=1000"
         )
     return found
 

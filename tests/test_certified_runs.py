@@ -26,6 +26,7 @@ from influence.config import Config
 from influence.errors import InterruptedRunError
 from influence.local import local_execute
 from influence.observer import Observer
+from influence.plan import make_plan
 from influence.units import Bundle
 from influence.worker import UnitResult
 
@@ -96,6 +97,22 @@ def test_a_budget_of_gradients_that_is_too_small_is_said(run: Runner) -> None:
     assert fidelity["estimated"] == estimated > 0
     assert fidelity["recall"]["audit_low"] is None
     assert "have a predicted score" in Path(directory, "report.html").read_text()
+
+
+def test_a_recall_that_cannot_be_certified_is_said_before_the_work(
+    setup: Setup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {**CERTIFIED, "landmarks__count": 16, "selection__budget": 40}
+    few = tiny_config(setup, tmp_path / "run", **changes)
+    (note,) = (note for note in make_plan(few).notes if note.startswith("landmarks.count"))
+    one_process.run_select(few)
+    said = capsys.readouterr().err
+    assert note in said, "the run says nothing"
+    assert said.index(note) < said.index("shards to compute: gradients"), "said too late"
+    assert "no recall above 40%" in note
+    assert _fidelity(few.run)["recall"]["high"] <= 16 / 40, "more was certified than is exact"
+    enough = tiny_config(setup, tmp_path / "enough", **{**changes, "landmarks__count": 38})
+    assert not any(note.startswith("landmarks.count") for note in make_plan(enough).notes)
 
 
 def _interrupted_after(results: int) -> Callable[[Config, Observer], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +14,20 @@ from influence.exact_work import exact_units, further_units
 from influence.job import Job, run_units, timed
 from influence.methods.kind import Method
 from influence.pool_units import embedding_units
+from influence.result_bytes import selected_rows
 from influence.rounds_work import most_work
 from influence.score_map import map_scores
 from influence.units import ExactUnits, Unit
 
 if TYPE_CHECKING:
+    from influence.config import Config
     from influence.planned_work import Planner
 
 
 def run(job: Job, reduce: Any) -> None:
     """Exact gradients for landmarks and targets, embeddings for all, a regression between them."""
+    if note := count_note(job.config, job.log.manifest.counts):
+        job.progress.note(note)
     chosen = job.chosen if job.chosen is not None else reduce.choose_landmarks()
     exact = exact_units(job, reduce, chosen)
     if job.config.embedding.kind == "auto":
@@ -40,6 +45,21 @@ def run(job: Job, reduce: Any) -> None:
     scores = map_scores(job, embedding, predictor)
     with timed(job, "scores", quiet=True):
         reduce.take_predicted(scores)
+
+
+def count_note(config: Config, counts: Mapping[str, Any]) -> str | None:
+    """What to say where `landmarks.count` cannot certify the recall that is asked for.
+
+    counts: of the catalogue. The recall is the part of the selection with exact scores.
+    """
+    landmarks, rows = config.landmarks, selected_rows(config.selection.budget, counts)
+    if landmarks.choose != "certified" or landmarks.count >= landmarks.recall * rows:
+        return None
+    return (
+        f"landmarks.count: {landmarks.count:,} exact gradients at most, and {rows:,} rows are to "
+        f"be selected: no recall above {landmarks.count / rows:.0%} can be certified, and "
+        f"{landmarks.recall:g} is asked for; several times as many as are to be selected do"
+    )
 
 
 def _rounds(job: Job, reduce: Any, embedding: list[Unit], exact: ExactUnits) -> None:
@@ -60,6 +80,8 @@ def _rounds(job: Job, reduce: Any, embedding: list[Unit], exact: ExactUnits) -> 
 def plan(planner: Planner) -> None:
     """Landmarks and embeddings; of certified rounds the least and the most, or what was decided."""
     job, config, missing = planner.job, planner.job.config, planner.missing
+    if note := count_note(config, planner.counts):
+        planner.work.notes.append(note)
     chosen = planner.work.chosen = missing.reduce.choose_landmarks()
     if config.embedding.kind == "auto":
         pilot, notes = plan_embedding(missing, chosen)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import Seen, look
@@ -15,6 +17,7 @@ from tiny_run import Setup, conversation, tiny_config
 from influence.one_process import run_select
 from influence.report import build_report
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "evidence"
 #: Ways out of an element, an attribute, a style sheet or a script, and into one.
 PLANTED = (
     "<script>window.planted = 1</script>",
@@ -73,11 +76,44 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sources=("plain", *PLANTED),
         text=POISON,
     )
+    (folder / "evaluation.json").write_text(json.dumps(evaluations()))
+    return Path(build_report(str(folder)))
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of evaluations without a selection, with plots, a config and hostile names."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    (folder / "evaluation.json").write_text(json.dumps(evaluations()))
+    done = write_run(tmp_path_factory.mktemp("done")) / "manifest.json"
+    own = folder / "evaluations" / "downstream"
+    own.mkdir(parents=True)
+    (own / "manifest.json").write_text(done.read_text())
+    (own / "config.yaml").write_text(f"# {POISON}")
+    return Path(build_report(str(folder)))
+
+
+def evaluations() -> dict[str, Any]:
+    """A table alone, and two real results with figures; targets, methods and models are hostile."""
     effect = {"members": 1.0, "first": 2.0, "second": 3.0}
     about = {"run": POISON, "rows": 3, "of": 9, "without_gradient": 0}
     group = {"targets": {POISON: effect}, "about": {**about, "model": POISON, "adapter": POISON}}
-    (folder / "evaluation.json").write_text(json.dumps({"group_influence": group}))
-    return Path(build_report(str(folder)))
+    found = {"group_influence": group}
+    for name in ("downstream", "fidelity"):
+        real = json.loads((RESULTS / f"{name}.json").read_text())[name]
+        found[name] = renamed(
+            real, {"gsm8k": POISON, "rds": POISON, real["about"]["model"]: POISON}
+        )
+    return found
+
+
+def renamed(value: Any, names: dict[str, str]) -> Any:
+    """With other strings and keys wherever those stand alone."""
+    if isinstance(value, dict):
+        return {names.get(k, k): renamed(v, names) for k, v in value.items()}
+    if isinstance(value, list):
+        return [renamed(each, names) for each in value]
+    return names.get(value, value) if isinstance(value, str) else value
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -85,8 +121,18 @@ def test_hostile_text_is_inert_in_a_browser(poisoned: Path, dark: bool) -> None:
     assert_inert(look(poisoned, QUESTIONS, dark=dark), PLANTED, "the page")
 
 
-def test_escaping_alone_is_enough(poisoned: Path) -> None:
-    assert_inert(look(without_policy(poisoned), QUESTIONS), PLANTED, "the page without its policy")
+@pytest.mark.parametrize("page", ["poisoned", "evaluated"])
+def test_escaping_alone_is_enough(page: str, request: pytest.FixtureRequest) -> None:
+    bare = without_policy(request.getfixturevalue(page))
+    assert_inert(look(bare, QUESTIONS), PLANTED, "the page without its policy")
+
+
+def test_evaluations_have_an_inert_page_with_their_plots(evaluated: Path) -> None:
+    figures = "document.querySelectorAll('#evaluation figure svg').length"
+    seen = look(evaluated, [*QUESTIONS, figures])
+    *answers, count = seen.answers
+    assert count >= 5, "the plots of accuracy against cost are not on the page"
+    assert_inert(replace(seen, answers=answers), PLANTED, "the page of evaluations")
 
 
 def test_a_page_that_does_not_escape_is_found_out(poisoned: Path) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ALL = "all targets"
 LABELS = {FULL: "the whole pool", UNTRAINED: "not trained"}
+LONGEST = 24
 
 
 def table(document: dict[str, Any]) -> ResultTable:
@@ -91,7 +92,7 @@ def _pareto(shown: Mapping[str, Result]) -> Any:
                 elinewidth=0.9,
             )
             axes.annotate(
-                LABELS.get(name, name),
+                _short(LABELS.get(name, name)),
                 place,
                 xytext=(4, 4),
                 textcoords="offset points",
@@ -107,6 +108,11 @@ def _pareto(shown: Mapping[str, Result]) -> Any:
         axes.set_ylabel("test loss, nats per token")
 
     return draw
+
+
+def _short(name: str) -> str:
+    """What fits beside a point: a long name would leave the axes no room."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
 def _groups(found: Downstream) -> dict[str, TargetResult]:

@@ -20,13 +20,14 @@ def loss_table(results: dict[str, Result], contrasts: Sequence[Contrast], baseli
     against = {each.of: each for each in contrasts if each.against == baseline}
     lines = [
         f"| method | loss (s.e.) | of each seed | perplexity | less {baseline} (95 %) "
-        "| selecting, s | training, s |",
-        "|---|---|---|---:|---|---:|---:|",
+        "| selecting, TFLOP | s | training, s |",
+        "|---|---|---|---:|---|---:|---:|---:|",
     ]
     for name, each in results.items():
         seeds = " / ".join(f"{loss:.3f}" for loss in each.by_seed) if each.training else "–"
         perplexity = f"{each.perplexity.mean:.2f}" if each.perplexity else "–"
-        selecting = f"{each.selection.seconds:,.0f}" if each.selection else "–"
+        cost = each.selection
+        selecting = f"{cost.flops / 1e12:,.1f} | {cost.seconds:,.0f}" if cost else "– | –"
         training = f"{each.training.seconds:,.0f}" if each.training else "–"
         lines.append(
             f"| {name} | {_estimate(each.loss)} | {seeds} | {perplexity} "

@@ -89,6 +89,7 @@ class ReplicaPool:
         """
         self._queue = Queue(units)
         self._on_result, self._on_failure = on_result, on_failure
+        self._replicas.expect_others()
         self._nothing_at = self._calls.now()  # when there was nothing to hand out, last
         while self._queue or self._replicas.working:
             self._scale()

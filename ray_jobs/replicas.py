@@ -10,6 +10,10 @@ from ray_jobs.attempts import Attempt
 from ray_jobs.calls import Answer, Calls
 from ray_jobs.replica_actor import IN_FLIGHT
 
+#: A unit that takes longer waits in the queue, where any replica can have it, and not behind
+#: another one: what the overlap hides of it (tokenising, writing) is less than what waiting costs.
+QUICK_SECONDS = 10.0
+
 
 @dataclass(eq=False)
 class Replica:
@@ -26,6 +30,8 @@ class Replica:
     # Until when its time is accounted for.
     counted: float = 0.0
     in_flight: dict[Answer, Attempt] = field(default_factory=dict)
+    # How long its last unit took; not known before the first one of the units at hand.
+    took: float = float("inf")
 
     @property
     def alone(self) -> bool:
@@ -40,7 +46,8 @@ class Replicas:
         starting: those that are awaited, the oldest first.
         up: those that are up, without the leaving ones.
         leaving: those on nodes that are told to go: they finish what they have.
-        room: those that can take one more unit, by the number that they have.
+        room: those that can take one more unit, by the number that they have; behind another unit
+            only where the last one was quick.
     """
 
     def __init__(self, calls: Calls) -> None:
@@ -69,6 +76,11 @@ class Replicas:
     def busy(self) -> int:
         """How many have something to do and are to be counted on."""
         return len(self.up) - len(self.room[0])
+
+    def expect_others(self) -> None:
+        """Other units come, of which it is not known how long they take."""
+        for replica in self.up:
+            replica.took = float("inf")
 
     def start(self, handle: Any) -> None:
         """Await a new one."""
@@ -118,6 +130,7 @@ class Replicas:
             replica.in_flight[behind].since = now
         replica.idle_since = now
         attempt = replica.in_flight.pop(answer)
+        replica.took = now - attempt.since
         self._file(replica)
         return attempt
 
@@ -143,5 +156,7 @@ class Replicas:
         """Put one that is up where it belongs in `room`."""
         for level in self.room:
             level.pop(replica, None)
-        if replica in self.up and not replica.alone and len(replica.in_flight) < IN_FLIGHT:
-            self.room[len(replica.in_flight)][replica] = None
+        flying = len(replica.in_flight)
+        room = flying == 0 or (flying < IN_FLIGHT and replica.took <= QUICK_SECONDS)
+        if room and replica in self.up and not replica.alone:
+            self.room[flying][replica] = None

@@ -50,8 +50,9 @@ def toy(folder: Path) -> Callable[[], Any]:
                 time.sleep(3600)
             if kind == "no model":
                 raise ModelLoadError("model.name: cannot load the model of 'x'")
-            if kind == "meets":  # until two replicas hold such a unit
+            if kind in ("meets", "until released"):
                 (folder / f"process-{os.getpid()}").touch()
+            if kind == "meets":  # until two replicas hold such a unit
                 until = time.monotonic() + 60
                 while len(list(folder.glob("process-*"))) < 2 and time.monotonic() < until:
                     time.sleep(0.05)
@@ -354,6 +355,7 @@ def test_attempts_that_are_made_again_are_told(tmp_path: Path) -> None:
     assert len(told.seconds) == 12, "every attempt has its time, failed ones too"
     told, killed = Held(), tmp_path / "killed"
     killed.mkdir()
-    outcome = run_pool(killed, [("u0", "slow"), ("killer", "kills")], retries=0, observer=told)
+    units = [("first", "fine"), ("u0", "slow"), ("killer", "kills")]  # two at once
+    outcome = run_pool(killed, units, retries=0, observer=told)
     assert list(outcome.failures) == ["killer"]
     assert "u0" in told.again, "a unit that went down with its replica was made again unseen"

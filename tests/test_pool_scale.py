@@ -130,6 +130,21 @@ def test_replicas_follow_the_work_between_their_bounds() -> None:
         assert len(run.reported) == units
 
 
+def test_no_long_shard_waits_behind_another_while_a_replica_has_nothing_to_do() -> None:
+    """Graham's bound of list scheduling holds only where each shard goes to who is free first."""
+    for units in (2, 9, 41):
+        seconds = [random.Random(unit).uniform(60.0, 600.0) for unit in range(units)]
+        fates = [Fate("fine", took) for took in seconds]
+        cluster = SimulatedCluster(lambda unit, *_, fates=fates: fates[unit], places=1)
+        cluster.at(3.0, lambda cluster=cluster: cluster.resize(4))  # one comes up before the others
+        Run(cluster)(range(units), maximum=4, shard_seconds=2000.0)
+        bound = sum(seconds) / 4 + max(seconds) * 3 / 4
+        assert cluster.now() <= bound + 15, (
+            f"{units} shards of minutes took {cluster.now():.0f} s on four replicas; at most "
+            f"{bound:.0f} s and their starts, unless shards queue up behind long ones"
+        )
+
+
 def test_nodes_that_join_are_used_and_unmet_demand_is_withdrawn_at_the_tail() -> None:
     cluster = SimulatedCluster(fine, places=2)
     cluster.at(100.0, lambda: cluster.resize(6))

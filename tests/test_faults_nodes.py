@@ -135,6 +135,8 @@ def test_a_node_that_drains(
     nodes: list[LocalNode],
     undisturbed: str,
 ) -> None:
+    # Several units on each replica from the first one on, however long they are held here.
+    monkeypatch.setattr(replicas_module, "QUICK_SECONDS", float("inf"))
     with recorded("spot notice (ray drain-node), then the node goes") as fault:
         job = Job(setup, tmp_path, monkeypatch, replicas__min=2, replicas__max=2)
         job.until("two have units", lambda: sorted(len(_open(job, n)) for n in nodes) == [0, 3, 3])

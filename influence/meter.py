@@ -20,8 +20,9 @@ class Work:
 
 
 class Left(NamedTuple):
-    """Time left: seconds for the stages whose speed is known (None: no replica is up, or no speed
-    is known), and the stages of which no shard has been computed yet, whose time is not in it."""
+    """Time left: seconds for the stages whose speed is known (None: no replica is up, no speed is
+    known, or what is left takes longer than it should), and the stages of which no shard has been
+    computed yet, whose time is not in it."""
 
     seconds: float | None
     not_begun: tuple[str, ...]
@@ -140,8 +141,12 @@ class Meter:
 
     def left(self, replicas: int) -> Left:
         """Time left with so many replicas: each stage's missing tokens (where its tokens are not
-        known: shards) at the price in replica-seconds that one of them has had."""
-        total, not_begun = 0.0, []
+        known: shards) at the price in replica-seconds that one of them has had.
+
+        Since the last answer the replicas have been at work, on one shard each: without that the
+        time would stand still while a shard takes minutes.
+        """
+        total, shards, not_begun = 0.0, 0, []
         for name, of in self._stages.items():
             missing = of.work.shards - of.answered
             if missing <= 0:
@@ -154,8 +159,14 @@ class Meter:
             if by_tokens and of.work.tokens is not None:
                 missing = max(0, of.work.tokens - of.planned_gone)
             total += of.spent / units * missing
-        known = replicas > 0 and self._begun_any()
-        return Left(total / replicas if known else None, tuple(not_begun))
+            shards += of.work.shards - of.answered
+        if replicas < 1 or not self._begun_any():
+            return Left(None, tuple(not_begun))
+        if not shards:
+            return Left(0.0, tuple(not_begun))
+        since = self._clock() - self._answers[-1].time if self._answers else 0.0
+        left = total - min(replicas, shards) * min(since, total / shards)
+        return Left(left / replicas if left > 0 else None, tuple(not_begun))
 
     def _rate(self, amount: Callable[[_Answer], int]) -> float | None:
         if not self._begun_any() or self.elapsed <= 0:

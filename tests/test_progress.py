@@ -138,6 +138,24 @@ def test_time_left_without_tokens_goes_by_shards() -> None:
     assert meter.left(0).seconds is None, "a time left with nobody at work"
 
 
+def test_time_left_goes_on_while_long_shards_are_at_work() -> None:
+    clock = Clock()
+    meter = Meter({"retraining": Work(5)}, clock)
+    for _ in range(2):
+        meter.held("retraining", 300.0)
+        meter.done("retraining")
+    assert meter.left(2).seconds == pytest.approx(450.0)
+    clock.now += 100.0
+    assert meter.left(2).seconds == pytest.approx(350.0), "it stands still between shards"
+    clock.now += 900.0
+    assert meter.left(2).seconds == pytest.approx(150.0), "what no replica has yet was taken off"
+    for _ in range(2):
+        meter.held("retraining", 1000.0)
+        meter.done("retraining")
+    clock.now += 1000.0
+    assert meter.left(1).seconds is None, "a time that is over was said to be left"
+
+
 def test_loading_the_model_is_no_price_of_a_shard() -> None:
     meter = Meter({"embedding": Work(101, 101_000)}, Clock())
     meter.held("embedding", 42.0)
@@ -199,7 +217,7 @@ def test_the_line_without_a_terminal_says_everything(
     assert line == (
         "gradients 400 tokens/s a replica, 4/10 shards; embedding 0/3 shards; "
         "0.5 samples/s, 77 tokens/s; 2 replica(s) up, 1 awaited; 1 tried again; 1 failed; "
-        "25 s left, and embedding (not begun)"
+        "15 s left, and embedding (not begun)"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from influence import cost, history, storage
+from influence import history, storage
 from influence.config import Config
 from influence.embedding_kind import (
     EmbeddingKind,
@@ -27,6 +27,7 @@ from influence.embedding_kind import (
 )
 from influence.embedding_record import CHOICES, EmbeddingChoice, EmbeddingOption
 from influence.embedding_reduce import Judged
+from influence.exact_price import embedding_flops, gradient_flops
 from influence.exact_work import Chosen
 from influence.job import Job, run_units, timed
 from influence.load import Load
@@ -162,18 +163,6 @@ def _apart(job: Job) -> None:
     computed[PILOT] = computed.pop("embedding", set())
 
 
-def embedding_flops(config: Config, shape: ModelShape, load: Load, kind: EmbeddingKind) -> float:
-    """Operations of a load's embeddings of one kind."""
-    return cost.STAGES["embedding"](named(config, kind), shape, load)
-
-
-def gradient_flops(config: Config, shape: ModelShape, load: Load, columns: int) -> float:
-    """Operations of a load's exact scores for so many target columns."""
-    products = config.gradients.projection == "exact"
-    stage = "inner_products" if products else "gradients"
-    return cost.STAGES[stage](config, shape, replace(load, products=load.rows * columns))
-
-
 def priced_choice(
     config: Config,
     shape: ModelShape,
@@ -201,10 +190,13 @@ def priced_choice(
         )
     best = min(options, key=lambda option: option.cost)
     first = judged[0][1]
+    why = _why(best, options, config.landmarks.count - first.rows[0])
+    if best.cost >= n * exact:
+        why += f"; exact scores of all (`method: exact`) cost no more: {amount(n * exact)} FLOP"
     return EmbeddingChoice(
         chosen=best.label,
         settings=best.settings,
-        why=_why(best, options, config.landmarks.count - first.rows[0]),
+        why=why,
         options=options,
         candidates=n,
         landmarks=first.rows[0],

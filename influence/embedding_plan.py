@@ -10,7 +10,6 @@ from influence.config import Config
 from influence.embedding_choice import (
     PILOT,
     choice_lines,
-    embedding_flops,
     kinds_to_choose,
     kinds_to_compare,
     pilot_units,
@@ -18,6 +17,7 @@ from influence.embedding_choice import (
     take_embedding,
 )
 from influence.embedding_kind import EmbeddingKind, embedding_fingerprint, named
+from influence.exact_price import embedding_flops
 from influence.exact_work import Chosen
 from influence.fingerprints import Fingerprint
 from influence.job import Job

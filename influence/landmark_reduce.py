@@ -33,10 +33,14 @@ from influence.units import Unit
 
 
 class RoundStep(NamedTuple):
-    """What the next round computes: the rows of each file (none: it is done), and a line for it."""
+    """What the next round computes: the rows of each file (none: it is done), and a line for it.
+
+    exact: candidates that have exact scores.
+    """
 
     rows: list[tuple[SourceFile, list[int]]]
     text: str
+    exact: int
 
 
 def draw_landmarks(config: Config, pool: Catalogue) -> list[tuple[SourceFile, list[int]]]:
@@ -154,7 +158,8 @@ class RoundsReduce:
         step = self.certified.next_step(believed, np.empty(0, np.int64))
         scores = certified_scores(self.certified) if step.kind == "done" else None
         rows = self._pool.by_file(step.rows.tolist())
-        return RoundStep(rows, step_text(self.certified, step)), scores
+        exact = self.certified.rounds[-1].exact
+        return RoundStep(rows, step_text(self.certified, step), exact), scores
 
 
 def _lengths(config: Config) -> bool:

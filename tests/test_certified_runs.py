@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,6 +88,30 @@ def test_the_certificate_counts_every_exact_gradient(setup: Setup, tmp_path: Pat
     computed = manifest_of(directory).stages["gradients"]
     assert not list(Path(directory, "scoring").rglob("*.parquet")), "score shards outlive the run"
     assert computed.rows == exact + 11, "rows were computed that the certificate does not count"
+
+
+def test_what_the_rounds_took_is_told_beside_exact_scores_of_all(
+    setup: Setup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def line_of(name: str, **changes: Any) -> tuple[str, int]:
+        config = tiny_config(setup, tmp_path / name, **{**CERTIFIED, **changes})
+        one_process.run_select(config)
+        (line,) = manifest_of(config.run).stages["regression"].notes
+        assert line in capsys.readouterr().err, "it is in the manifest alone"
+        assert line.split(" (on")[0] in html.unescape(Path(config.run, "report.html").read_text())
+        return line, sum(scores_of(config.run)["exact"].to_pylist())
+
+    dear, exact = line_of("dear", landmarks__recall=1.0)
+    few, fewer = line_of("few", landmarks__count=16)
+    assert fewer == 16 < exact, "the rounds do not differ: test too weak"
+    shares = []
+    for line, rows in ((dear, exact), (few, fewer)):
+        assert line.startswith(f"certified: {rows:,} of {N_SCORED:,} candidates got exact scores")
+        of_all = float(line.split("FLOP, ")[1].split()[0])
+        assert ("`method: exact`" in line) == (of_all >= 1)
+        shares.append(of_all - rows / N_SCORED)  # the embeddings', the same for both
+    assert shares[0] == pytest.approx(shares[1], abs=0.011), "exact rows have no fixed price"
+    assert shares[0] > 0, "the embeddings cost nothing"
 
 
 def test_a_budget_of_gradients_that_is_too_small_is_said(run: Runner) -> None:

@@ -137,6 +137,9 @@ def test_costs_are_embeddings_and_the_exact_scores_that_they_leave(
         assert option.cost == pytest.approx(expected)
         assert 0 < option.look_at <= found.candidates - found.landmarks
     assert found.chosen == min(found.options, key=lambda option: option.cost).label
+    of_all = found.candidates * found.gradient_flops
+    dear = min(option.cost for option in found.options) >= of_all
+    assert ("`method: exact`" in found.why) == dear, "exact scores of all cost less, and it is said"
     assert (found.candidates, found.landmarks) == (64, 24)
     assert 0 < found.pilot <= 16, "landmarks among the random rows count twice"
 

@@ -15,7 +15,7 @@ from influence import storage
 from influence.config import Config
 from influence.config_checks import check_together
 from influence.config_fidelity import FidelityConfig
-from influence.embedding_choice import embedding_flops, gradient_flops, kinds_to_compare
+from influence.embedding_choice import kinds_to_compare
 from influence.embedding_kind import EmbeddingKind, embedding_fingerprint
 from influence.evaluations.fidelity_document import (
     About,
@@ -30,6 +30,7 @@ from influence.evaluations.fidelity_reduce import FidelityReduce
 from influence.evaluations.fidelity_shown import plots, table
 from influence.evaluations.kind import Evaluation
 from influence.evaluations.own_run import kept_sections, load_catalogue
+from influence.exact_price import embedding_flops, gradient_flops
 from influence.exact_work import Chosen, exact_units
 from influence.fidelity_grid import Setting, settings_of
 from influence.job import Job, run_units, timed

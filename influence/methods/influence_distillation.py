@@ -10,9 +10,11 @@ from influence.certified import rounds_at_most
 from influence.curvature_stages import second_order
 from influence.embedding_choice import choose_embedding
 from influence.embedding_plan import plan_embedding
+from influence.exact_price import certified_line
 from influence.exact_work import exact_units, further_units
 from influence.job import Job, run_units, timed
 from influence.methods.kind import Method
+from influence.model_shape import model_shape
 from influence.pool_units import embedding_units
 from influence.result_bytes import selected_rows
 from influence.rounds_work import most_work
@@ -72,9 +74,20 @@ def _rounds(job: Job, reduce: Any, embedding: list[Unit], exact: ExactUnits) -> 
             step = reduce.next_round(scores)
         job.progress.note(step.text)
         if not step.rows:
+            _say_price(job, reduce, step.exact)
             return
         exact = further_units(job, reduce, step.rows)
         run_units(job, exact.candidates)
+
+
+def _say_price(job: Job, reduce: Any, exact: int) -> None:
+    """Whether the rounds cost less than exact scores of all candidates."""
+    shape = job.shape if job.shape is not None else model_shape(job.config)
+    load, columns = reduce.pool_load(), reduce.column_count()
+    if line := certified_line(job.config, shape, load, columns, exact):
+        job.progress.note(line)
+        record = job.log.manifest.stages["regression"]
+        record.notes = [line]
 
 
 def plan(planner: Planner) -> None:

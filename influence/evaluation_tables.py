@@ -53,12 +53,13 @@ def parse_evaluation(run: str, data: bytes) -> dict[str, Any]:
 
 
 def result_tables(run: str, found: Mapping[str, Any]) -> list[ResultTable]:
-    """The results of `read_evaluation` as tables.
+    """The results of `read_evaluation` as tables, each one's further ones after it.
 
     Raises:
         InputError: a result that this version did not write.
     """
-    return _each(run, found, lambda evaluation, document: evaluation.table(document))
+    first = _each(run, found, lambda evaluation, document: evaluation.table(document))
+    return [table for result in first for table in (result, *result.further)]
 
 
 def result_figures(run: str, found: Mapping[str, Any]) -> list[tuple[ResultTable, Sequence[Plot]]]:

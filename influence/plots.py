@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
+import textalloc
 from jaxtyping import Float, Int
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
@@ -238,6 +239,28 @@ def drawn(draw: Callable[[Axes], object], alt: str, *, height: float = 3.0) -> P
         figure, axes = _figure(height)
         draw(axes)
         return _plot(figure, alt)
+
+
+def name_points(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+    """Names beside points of a figure that is complete but for them, so that none hides another."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # names are placed in the final layout
+    x, y = [point[0] for point in points], [point[1] for point in points]
+    textalloc.allocate(
+        axes,
+        x,
+        y,
+        list(names),
+        x_scatter=x,
+        y_scatter=y,
+        textsize=7.5,
+        textcolor=INK,
+        linecolor=POOL,
+        linewidth=0.5,
+        max_distance=0.3,
+        parse_math=False,
+    )
 
 
 def _figure(height: float = 2.7) -> tuple[Figure, Axes]:

@@ -18,6 +18,7 @@ from influence.cache import Cache
 from influence.cache_use import use_of
 from influence.candidates import read_examples, scan_files
 from influence.config import Config
+from influence.config_downstream import UNTRAINED
 from influence.config_loading import load_config
 from influence.errors import InputError
 from influence.evaluation_tables import result_figures, result_tables
@@ -213,10 +214,25 @@ def test_the_plan_counts_its_trainings(evaluated: Config) -> None:
 def test_it_is_shown_with_its_front(evaluated: Config) -> None:
     document = {"downstream": result_of(evaluated)}
     ((table, figures),) = result_figures(evaluated.run, document)
-    assert result_tables(evaluated.run, document) == [table]
+    assert result_tables(evaluated.run, document) == [table, *table.further]
     first = [row[0] for row in table.rows]
-    for text in ("sums: rds", "mixed: the whole pool", "all targets: own less rds"):
+    for text in ("sums: rds", "mixed: the whole pool", "all targets: own"):
         assert text in first
+    for target, pairs in zip(("sums", "mixed", "all targets"), table.further, strict=True):
+        assert target in pairs.title
+        group = document["downstream"]["overall"]
+        group = document["downstream"]["targets"].get(target, group)
+        names = [name for name in group["results"] if name != UNTRAINED]
+        for pair in group["contrasts"]:
+            if UNTRAINED in (pair["of"], pair["against"]):
+                continue
+            i, j = (names.index(pair[side]) for side in ("of", "against"))
+            value = pair["value"]
+            sure = pair["low"] * pair["high"] > 0
+            for row, column, sign in ((i, j, 1), (j, i, -1)):
+                cell = pairs.rows[row][1 + column].replace("\N{MINUS SIGN}", "-")
+                assert float(cell.rstrip("*")) == pytest.approx(sign * value, abs=6e-4), cell
+                assert cell.endswith("*") == sure, "a difference that may be 0 is shown as sure"
     assert len({len(row) for row in table.rows} | {len(table.headings)}) == 1
     assert "mixed: 1 test rows have no response" in table.caption
     assert len(figures) == 3

@@ -6,7 +6,9 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from run_fixture import write_run
@@ -94,3 +96,26 @@ def test_a_long_name_takes_lines_and_not_the_room_of_the_numbers() -> None:
     assert all(cell in text for cell in cells), f"a number is cut or wrapped:\n{text}"
     assert all(word in text for word in name.split()), f"a part of the name is lost:\n{text}"
     assert "…" not in text
+
+
+def test_names_of_crowded_points_hide_neither_each_other_nor_points() -> None:
+    draw = np.random.default_rng(0)
+    points = [(10.0**a, 1 + 0.02 * b) for a, b in draw.normal(size=(15, 2)) * 0.3]
+    names = [f"a method {i}" for i in range(15)]
+    boxes: list[Any] = []
+
+    def crowded(axes: Any) -> None:
+        axes.plot(*zip(*points, strict=True), "o", color=plots.POOL, markersize=4)
+        axes.set_xscale("log")
+        axes.margins(0.2)
+        plots.name_points(axes, points, names)
+        axes.figure.draw_without_rendering()
+        assert sorted(text.get_text() for text in axes.texts) == sorted(names), "one is missing"
+        boxes.extend(text.get_window_extent() for text in axes.texts)
+        centres = axes.transData.transform(points)
+        assert not any(box.contains(*centre) for box in boxes for centre in centres)
+
+    first = plots.drawn(crowded, "names")
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i]), "a name lies on another one"
+    assert plots.drawn(crowded, "names").svg == first.svg, "the same figure, drawn otherwise"

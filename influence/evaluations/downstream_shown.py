@@ -27,7 +27,7 @@ LONGEST = 24
 
 
 def table(document: dict[str, Any]) -> ResultTable:
-    """A line for each target and selection, then one for each pair of selections."""
+    """A line for each target and selection; further tables hold every two of them side by side."""
     found = Downstream.model_validate(document)
     groups = _groups(found)
     answers = any(r.exact_match for each in groups.values() for r in each.results.values())
@@ -41,15 +41,33 @@ def table(document: dict[str, Any]) -> ResultTable:
         for name, result in each.results.items():
             cells = _cells(result, against.get(name), answers=answers)
             rows.append((f"{target}: {LABELS.get(name, name)}", *cells))
-        for pair in each.contrasts:
-            if pair.against == found.about.baseline:
-                continue
-            empty = [""] * (2 + answers)
-            cells = [*empty, _difference(pair), _seeds(pair), *[""] * 6]
-            rows.append(
-                (f"{target}: {pair.of} less {LABELS.get(pair.against, pair.against)}", *cells)
-            )
-    return ResultTable("Downstream", _caption(found), headings, rows)
+    pairs = [_pairs(target, each) for target, each in groups.items()]
+    return ResultTable("Downstream", _caption(found), headings, rows, list(filter(None, pairs)))
+
+
+def _pairs(target: str, found: TargetResult) -> ResultTable | None:
+    """The loss of each row's selection less that of each column's; None for less than three."""
+    less: dict[tuple[str, str], Contrast] = {(c.of, c.against): c for c in found.contrasts}
+    names = [name for name in found.results if name != UNTRAINED]
+    if len(names) < 3:
+        return None
+
+    def cell(row: str, column: str) -> str:
+        pair, sign = less.get((row, column)), 1
+        if pair is None:
+            pair, sign = less.get((column, row)), -1
+        if pair is None:
+            return DASH
+        sure = "*" if pair.low > 0 or pair.high < 0 else ""
+        return decimal(sign * pair.value, 3) + sure
+
+    return ResultTable(
+        f"Downstream, {target}: each selection less each other one",
+        "Test loss of the row's selection less that of the column's; below 0, the row's is better. "
+        "*: 0 is not in the 95 % interval (intervals: evaluation.json).",
+        ["Trained on", *(LABELS.get(name, name) for name in names)],
+        [(LABELS.get(row, row), *(cell(row, column) for column in names)) for row in names],
+    )
 
 
 def plots(document: dict[str, Any]) -> Sequence[Plot]:
@@ -76,12 +94,12 @@ def plots(document: dict[str, Any]) -> Sequence[Plot]:
 def _pareto(shown: Mapping[str, Result]) -> Any:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    from influence.plots import CHOSEN, INK, POOL
+    from influence.plots import CHOSEN, POOL, name_points
 
     def draw(axes: Axes) -> None:
         front = sorted((r.flops, r.loss.mean) for r in shown.values() if r.front)
         axes.step(*zip(*front, strict=True), where="post", color=CHOSEN, linewidth=1.0)
-        for name, result in shown.items():
+        for result in shown.values():
             color, place = CHOSEN if result.front else POOL, (result.flops, result.loss.mean)
             axes.errorbar(
                 *place,
@@ -91,14 +109,6 @@ def _pareto(shown: Mapping[str, Result]) -> Any:
                 markersize=4,
                 elinewidth=0.9,
             )
-            axes.annotate(
-                _short(LABELS.get(name, name)),
-                place,
-                xytext=(4, 4),
-                textcoords="offset points",
-                fontsize=7.5,
-                color=INK,
-            )
         axes.set_xscale("log")
         axes.margins(x=0.2, y=0.15)
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -106,6 +116,8 @@ def _pareto(shown: Mapping[str, Result]) -> Any:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("operations of selecting and training")
         axes.set_ylabel("test loss, nats per token")
+        points = [(r.flops, r.loss.mean) for r in shown.values()]
+        name_points(axes, points, [_short(LABELS.get(name, name)) for name in shown])
 
     return draw
 

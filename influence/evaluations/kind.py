@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A result as a table; the first column names the rows, the others hold numbers."""
+    """A result as a table; the first column names the rows, the others hold numbers.
+
+    further: tables of the same result, to be shown below it.
+    """
 
     title: str
     caption: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
+    further: Sequence[ResultTable] = ()
 
 
 class Trainings(NamedTuple):

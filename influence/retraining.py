@@ -131,18 +131,20 @@ def retraining_units(
         # Without rows nothing is trained, and no setting counts.
         own = {"rows": written.digest, "seed": training.seed, **settings} if written.digest else {}
         found = fingerprint({**values, **own})
-        units.append(Unit(STAGE, found.hex, file, 0, 0, needs=(key, written.key)))
+        reads, tokens = (key, written.key), written.tokens
+        units.append(Unit(STAGE, found.hex, file, 0, 0, needs=reads, tokens=tokens))
     return units
 
 
 def run_retrainings(job: Job, units: Sequence[Unit]) -> None:
-    """Make those that the cache does not hold.
+    """Make those that the cache does not hold, the longest first: no replica is left with one.
 
     Raises:
         ShardsFailedError: one failed for good (all others are committed).
     """
+    once = {unit.key: unit for unit in units}.values()
     # The catalogue has no tokens of theirs: they are not about a range of rows.
-    run_units(replace(job, tokens=None), list({unit.key: unit for unit in units}.values()))
+    run_units(replace(job, tokens=None), sorted(once, key=lambda unit: -unit.tokens))
 
 
 def read_losses(cache: Cache, units: Sequence[Unit]) -> dict[str, Float[np.ndarray, "u t"]]:

@@ -42,10 +42,12 @@ class WrittenTraining:
     Attributes:
         key: of the object with its rows, below the URL that it was written to.
         digest: 32 hex digits of the rows' contents, order and weights; None without rows.
+        tokens: of the rows, as the catalogue has them.
     """
 
     key: str
     digest: str | None
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def write_trainings(
         files = [asdict(file) for file in pool.files] if len(rows) else []
         key = write_arrays(url, FOLDER, {"files": files, "seed": training.seed}, arrays)
         digest = content_digest(pool.digests.at(rows), weights) if len(rows) else None
-        written.append(WrittenTraining(key, digest))
+        tokens = int(pool.n_tokens[rows].sum(dtype=np.int64))
+        written.append(WrittenTraining(key, digest, tokens))
     return written
 
 

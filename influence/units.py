@@ -33,6 +33,7 @@ class Unit:
         checkpoint: folder or URL of the adapter, with the optimiser's state, that the model has for
             it instead of its own; only the fingerprint tells of it.
         against: names and files whose rows it is compared with; the fingerprint has their contents.
+        tokens: of a training's rows, which are no range of its file's.
     """
 
     stage: str
@@ -47,6 +48,7 @@ class Unit:
     beside: tuple[tuple[SourceFile, tuple[int, ...]], ...] = ()
     checkpoint: str | None = None
     against: tuple[tuple[str, SourceFile], ...] = ()
+    tokens: int = 0
 
     @property
     def key(self) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ from influence.retraining_rows import rows_of, runs_of
 from influence.retraining_work import Measured, retrain
 from influence.tokenization import make_encoder
 from influence.training_data import TrainingRows
+from influence.units import Bundle
 
 #: Rows that can be trained on; 17 is a duplicate, 49 malformed.
 ROWS = [40, 3, 8, 21, 17, 5, 60]
@@ -148,6 +152,22 @@ def test_one_that_was_cut_short_goes_on_with_the_missing_ones(
     record = again.job.log.manifest.stages[STAGE]
     assert (record.reused, record.computed) == (2, 2)
     assert all((found[name] == expected[name]).all() for name in expected)
+
+
+def test_the_longest_is_handed_out_first(made: Prepared) -> None:
+    """Or else one that takes long begins when all others are done, beside idle replicas."""
+    sizes = [2, 7, 1, 4]
+    units = made.units([Training(range(20, 20 + size), seed=5) for size in sizes])
+    encode = make_encoder(load_tokenizer(made.config.model), made.config.data.max_length)
+    rows = encode(read_examples(made.job.files[0], 20, 26))
+    assert [unit.tokens for unit in units] == [sum(r.n_tokens for r in rows[:s]) for s in sizes]
+    handed: list[int] = []
+
+    def execute(bundles: Sequence[Bundle], done: Any, failed: Any) -> None:
+        handed.extend(units.index(unit) for bundle in bundles for unit in bundle.units)
+
+    run_retrainings(replace(made.job, execute=execute), units)
+    assert [sizes[i] for i in handed] == sorted(sizes, reverse=True)
 
 
 def test_what_was_trained_is_told(made: Prepared) -> None:

@@ -11,7 +11,7 @@ from influence.cache import Cache
 from influence.errors import InfluenceError
 from influence.job import Job
 from influence.methods import METHODS
-from influence.model_shape import ModelShape, model_shape
+from influence.model_shape import ModelShape
 from influence.own_training import STAGES as TRAINED
 from influence.own_training_work import training_bytes, training_flops
 from influence.plan_schemas import Amounts, Bill, Measured, MeasuredStage, StageBill
@@ -50,7 +50,7 @@ def shape_of(job: Job) -> ModelShape | None:
     """The shape of the job's model, if its method has one."""
     if not METHODS[job.config.method].runs_model:
         return None
-    return job.shape if job.shape is not None else model_shape(job.config)
+    return job.model_shape
 
 
 def end_bill(job: Job, exact: int) -> None:

@@ -14,7 +14,6 @@ from influence.config import Config
 from influence.cost import check_direction_bytes
 from influence.fingerprints import Fingerprint, fingerprint, optimizer_values
 from influence.job import Job, run_units, timed
-from influence.model_shape import model_shape
 from influence.optimizer_use import scaled_stages
 from influence.second_order_plan import DirectionPlan, MadeVectors
 from influence.units import ExactUnits, Unit, range_units, sparse_units
@@ -117,7 +116,7 @@ def product_units(
 
 
 def _directions(job: Job, plan: DirectionPlan) -> MadeVectors:
-    shape = job.shape if job.shape is not None else model_shape(job.config)
+    shape = job.model_shape
     check_direction_bytes(job.config, shape, len(plan.keys))
     vectors = direction_units(job, plan)
     if has_offset(job.config):

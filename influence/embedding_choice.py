@@ -31,7 +31,7 @@ from influence.exact_price import embedding_flops, gradient_flops
 from influence.exact_work import Chosen
 from influence.job import Job, run_units, timed
 from influence.load import Load
-from influence.model_shape import ModelShape, model_shape
+from influence.model_shape import ModelShape
 from influence.pool_units import embedding_units
 from influence.records import to_json
 from influence.report_format import amount, decimal
@@ -75,7 +75,7 @@ def choose_embedding(
         InputError: the model has fewer blocks than an embedding asks for, or too few landmarks.
         ShardsFailedError: some of the pilot's shards failed for good.
     """
-    shape = job.shape if job.shape is not None else model_shape(job.config)
+    shape = job.model_shape
     digest = job.asked or history.decision_digest(job)
     found, waiting = recorded_choice(job.config.cache_url, digest), exact.all
     if found is None:

@@ -10,7 +10,6 @@ from influence.candidates import SourceFile
 from influence.cost import check_target_bytes, check_vector_bytes
 from influence.fingerprints import Fingerprint, fingerprint, optimizer_values
 from influence.job import Job, run_units
-from influence.model_shape import model_shape
 from influence.optimizer_use import TARGET_GRADIENTS, scaled_stages
 from influence.row_reuse import list_shards, reuse_rows
 from influence.units import ExactUnits, Unit, range_units, sparse_units
@@ -135,7 +134,7 @@ def exact_units(job: Job, reduce: Any, chosen: Chosen | None) -> ExactUnits:
     """
     work = plan_exact(job, reduce, chosen)
     vectors = [unit for members in work.vectors.values() for unit in members]
-    shape = job.shape if job.shape is not None else model_shape(job.config)
+    shape = job.model_shape
     check_vector_bytes(job.config, shape)
     if vectors:
         check_target_bytes(job.config, shape, len(vectors))

@@ -15,7 +15,7 @@ from influence.errors import InputError
 from influence.exact_work import exact_units
 from influence.job import Job, run_units, timed
 from influence.layer_choice import restricted_fingerprint, write_names
-from influence.model_shape import ModelShape, model_shape
+from influence.model_shape import ModelShape
 from influence.records import LayerChoice
 from influence.score_map import map_scores, map_units
 from influence.score_shards import scoring_url
@@ -54,7 +54,7 @@ def gradient_units(job: Job, reduce: Any) -> ExactUnits:
     Raises:
         InputError: more target columns, or larger gradients, than a replica can hold.
     """
-    job.shape = job.shape if job.shape is not None else model_shape(job.config)
+    job.shape = job.model_shape
     check_query_bytes(job.config, job.shape, reduce.column_count())
     if job.config.layers == "auto":
         choose_layers(job, reduce)

@@ -16,7 +16,7 @@ from influence.candidates import SourceFile
 from influence.config import Config
 from influence.errors import ShardsFailedError
 from influence.fingerprints import Fingerprint
-from influence.model_shape import ModelShape
+from influence.model_shape import ModelShape, model_shape
 from influence.own_training import OwnTraining
 from influence.progress import Progress
 from influence.run_log import RunLog
@@ -81,6 +81,11 @@ class Job:
     own_training: OwnTraining | None = None
     select_run: SelectRun | None = None
     against: dict[str, list[SourceFile]] = field(default_factory=dict)
+
+    @property
+    def model_shape(self) -> ModelShape:
+        """`shape`, or that of the config's model where nobody has asked for it yet."""
+        return self.shape if self.shape is not None else model_shape(self.config)
 
 
 def run_units(job: Job, units: Sequence[Unit]) -> None:

@@ -14,7 +14,6 @@ from influence.exact_price import certified_line
 from influence.exact_work import exact_units, further_units
 from influence.job import Job, run_units, timed
 from influence.methods.kind import Method
-from influence.model_shape import model_shape
 from influence.pool_units import embedding_units
 from influence.result_bytes import selected_rows
 from influence.rounds_work import most_work
@@ -82,7 +81,7 @@ def _rounds(job: Job, reduce: Any, embedding: list[Unit], exact: ExactUnits) -> 
 
 def _say_price(job: Job, reduce: Any, exact: int) -> None:
     """Whether the rounds cost less than exact scores of all candidates."""
-    shape = job.shape if job.shape is not None else model_shape(job.config)
+    shape = job.model_shape
     load, columns = reduce.pool_load(), reduce.column_count()
     if line := certified_line(job.config, shape, load, columns, exact):
         job.progress.note(line)

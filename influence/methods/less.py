@@ -34,7 +34,6 @@ from influence.errors import InputError
 from influence.job import Job, run_units, timed
 from influence.methods.kind import Method
 from influence.missing_work import PREDICTOR_BYTES
-from influence.model_shape import model_shape
 from influence.optimizer_use import TARGET_GRADIENTS
 from influence.score_map import map_scores
 
@@ -48,7 +47,7 @@ _PROJECTIONS = ("srht", "rademacher", "countsketch", "kronecker", "none")
 
 def run(job: Job, reduce: Any) -> None:
     """Updates and gradients at every checkpoint, their products, and the weighted sums."""
-    shape = job.shape if job.shape is not None else model_shape(job.config)
+    shape = job.model_shape
     check_vector_bytes(job.config, shape)
     check_bytes(job.config, shape, reduce.column_count())
     records = checkpoint_records(job.config)

@@ -79,7 +79,7 @@ class Replicas:
 
     def expect_others(self) -> None:
         """Other units come, of which it is not known how long they take."""
-        for replica in self.up:
+        for replica in (*self.up, *self.leaving):
             replica.took = float("inf")
 
     def start(self, handle: Any) -> None:

@@ -12,7 +12,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from influence.evaluations.downstream_results import Contrast, Downstream, Estimate, Result
+from influence.evaluations.downstream_results import (
+    Contrast,
+    Downstream,
+    Estimate,
+    Result,
+    both_ways,
+)
 
 
 def loss_table(results: dict[str, Result], contrasts: Sequence[Contrast], baseline: str) -> str:
@@ -39,19 +45,13 @@ def loss_table(results: dict[str, Result], contrasts: Sequence[Contrast], baseli
 def contrast_table(contrasts: Sequence[Contrast], of: Sequence[str]) -> str:
     """The differences of some methods with the others, the baseline left out."""
     lines = ["| less | " + " | ".join(of) + " |", "|---|" + "---|" * len(of)]
-    known = {(each.of, each.against): each for each in contrasts}
-    known |= {(b, a): _turned(each) for (a, b), each in known.items()}
+    known = both_ways(contrasts)
     against = dict.fromkeys(each.against for each in contrasts)
     against |= dict.fromkeys(each.of for each in contrasts)
     for name in against:
         cells = [_contrast(known.get((one, name))) for one in of]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _turned(each: Contrast) -> Contrast:
-    swapped = {"of": each.against, "against": each.of, "value": -each.value}
-    return each.model_copy(update={**swapped, "low": -each.high, "high": -each.low})
 
 
 def _estimate(each: Estimate) -> str:

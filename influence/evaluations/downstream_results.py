@@ -51,6 +51,17 @@ class Contrast(BaseModel):
     error: float | None
     seeds_needed: float | None
 
+    @property
+    def turned(self) -> Contrast:
+        """`against` - `of`."""
+        swapped = {"of": self.against, "against": self.of, "value": -self.value}
+        return self.model_copy(update={**swapped, "low": -self.high, "high": -self.low})
+
+
+def both_ways(contrasts: Sequence[Contrast]) -> dict[tuple[str, str], Contrast]:
+    """Contrasts by (of, against), each one turned round as well."""
+    return {(c.of, c.against): c for each in contrasts for c in (each, each.turned)}
+
 
 class SelectionCost(BaseModel):
     """Of making the selection with an empty cache; see `influence.cold_cost`."""

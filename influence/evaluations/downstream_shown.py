@@ -12,6 +12,7 @@ from influence.evaluations.downstream_results import (
     Estimate,
     Result,
     TargetResult,
+    both_ways,
 )
 from influence.evaluations.kind import ResultTable
 from influence.report_format import DASH, amount, decimal, percent, short_seconds
@@ -47,19 +48,17 @@ def table(document: dict[str, Any]) -> ResultTable:
 
 def _pairs(target: str, found: TargetResult) -> ResultTable | None:
     """The loss of each row's selection less that of each column's; None for less than three."""
-    less: dict[tuple[str, str], Contrast] = {(c.of, c.against): c for c in found.contrasts}
+    less = both_ways(found.contrasts)
     names = [name for name in found.results if name != UNTRAINED]
     if len(names) < 3:
         return None
 
     def cell(row: str, column: str) -> str:
-        pair, sign = less.get((row, column)), 1
-        if pair is None:
-            pair, sign = less.get((column, row)), -1
+        pair = less.get((row, column))
         if pair is None:
             return DASH
         sure = "*" if pair.low > 0 or pair.high < 0 else ""
-        return decimal(sign * pair.value, 3) + sure
+        return decimal(pair.value, 3) + sure
 
     return ResultTable(
         f"Downstream, {target}: each selection less each other one",

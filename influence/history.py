@@ -14,8 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from influence import storage
+from influence.config_content import content_values
 from influence.errors import InfluenceError
-from influence.fingerprints import fingerprint, optimizer_values
+from influence.fingerprints import fingerprint
 from influence.job import Job
 from influence.optimizer_use import scaled_stages
 from influence.plan_schemas import Measured
@@ -35,6 +36,7 @@ _UNASKED = {
     "reference",
     "warmup",
     "finetune",
+    "evaluation",
     "coverage",
     "transfer",
 }
@@ -80,19 +82,12 @@ def now() -> str:
 
 def decision_digest(job: Job) -> str:
     """Digest of everything that decides which rows a run's rounds, or its pilot, ask for."""
-    config = job.config
-    values = config.model_dump(mode="json", exclude=_UNASKED)
-    values["replicas"] = config.replicas.gradient_rows_per_shard
-    values["data"]["candidates"] = [(f.content_hash, f.rows) for f in job.files]
-    for name, files in job.target_files.items():
-        values["targets"][name]["path"] = [(f.content_hash, f.rows) for f in files]
     # Those of inner products come with the targets' gradients, which are decided by the rest.
-    prints = {k: v.hex for k, v in job.fingerprints.items() if k != "inner_products"}
-    # Its path says nothing; its content is in the stages' fingerprints, but for those left out.
-    values["optimizer"] = {"state": None, "kind": "sgd"}
-    if scaled_stages(config):
-        values["optimizer"] = optimizer_values(config)
-    values["stages"] = prints
+    prints = {k: v for k, v in job.fingerprints.items() if k != "inner_products"}
+    values = content_values(job.config, prints, job.files, job.target_files, without=_UNASKED)
+    values["replicas"] = job.config.replicas.gradient_rows_per_shard
+    if not scaled_stages(job.config):
+        values["optimizer"] = {"state": None, "kind": "sgd"}
     return fingerprint(values).hex
 
 

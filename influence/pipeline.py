@@ -122,13 +122,7 @@ def prepare_targets(config: Config, progress: Progress, log: RunLog | None = Non
     target_files = {}
     for name, target in config.targets.items():
         target_files[name] = scan_named(f"targets.{name}.path", [target.path], target.limit)
-    section = config.contamination
-    against = {
-        name: scan_named(
-            f"contamination.against.{name}", [paths] if isinstance(paths, str) else paths, None
-        )
-        for name, paths in ({} if section is None else section.against).items()
-    }
+    against = against_files(config)
     template = template_fingerprint(load_tokenizer(config.model))
     texts = contamination_print(config, guards_of(target_files, against))
     log = log if log is not None else RunLog(config.run, config.method, progress.note)
@@ -144,6 +138,21 @@ def prepare_targets(config: Config, progress: Progress, log: RunLog | None = Non
         Watch(log, progress),
         against=against,
     )
+
+
+def against_files(config: Config) -> dict[str, list[SourceFile]]:
+    """The files of `contamination.against`, by name.
+
+    Raises:
+        InputError: files that are not there.
+    """
+    section = config.contamination
+    return {
+        name: scan_named(
+            f"contamination.against.{name}", [paths] if isinstance(paths, str) else paths, None
+        )
+        for name, paths in ({} if section is None else section.against).items()
+    }
 
 
 def scan_named(key: str, patterns: Sequence[str], limit: int | None) -> list[SourceFile]:

@@ -27,11 +27,14 @@ from influence.embedding_kind import EmbeddingKind, default_kinds
 from influence.embedding_record import EmbeddingChoice
 from influence.embedding_reduce import Judged
 from influence.errors import InputError
+from influence.history import decision_digest
 from influence.kernels import KERNELS, bandwidth_of, diagonal
 from influence.load import Load
 from influence.model_shape import model_shape
 from influence.one_process import run_select
+from influence.pipeline import prepare
 from influence.plan import make_plan
+from influence.progress import Progress
 from influence.report import build_report
 from influence.vector_export import export_vectors
 
@@ -295,3 +298,27 @@ def test_default_embeddings_fit_into_the_model() -> None:
         "rds",
     ]
     assert len(default_kinds(2)) == 3, "equal embeddings are tried twice"
+
+
+def test_what_decides_nothing_does_not_ask_anew(setup: Setup, tmp_path: Path) -> None:
+    def digest(**changes: Any) -> str:
+        config = tiny_config(setup, tmp_path / "run", embedding=auto(), **changes)
+        return decision_digest(prepare(config, Progress(quiet=True)))
+
+    plain = digest()
+    for same in (
+        {"evaluation": {"fidelity": {}}},
+        {"contamination": None},
+        {"contamination": {"action": "keep"}},
+        {"finetune": {"rank": 2}},
+        {"replicas__max": 2},
+    ):
+        assert digest(**same) == plain, f"{same}: the pilot is judged anew"
+    for other in (
+        {"contamination": {"action": "drop"}},
+        {"selection__budget": 11},
+        {"landmarks__damping": 0.1},
+        {"gradients__side": 4},
+        {"seed": 1},
+    ):
+        assert digest(**other) != plain, f"{other}: decides other rows"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +13,25 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ValidationError
 
 from influence import storage
-from influence.candidates import SourceFile
 from influence.cold_cost import ColdCost, cold_cost
-from influence.config import Config
+from influence.config import Config, ModelConfig
+from influence.config_content import content_values
 from influence.config_downstream import RANDOM
 from influence.config_loading import parse_config
+from influence.contamination_units import contamination_print, guards_of
 from influence.errors import InfluenceError, InputError, InterruptedRunError, RunTakenError
 from influence.evaluations.own_run import merged, with_changes
-from influence.fingerprints import fingerprint
+from influence.fingerprints import fingerprint, stage_fingerprints
+from influence.hub import resolve_revision
 from influence.job import Job
+from influence.pipeline import against_files
 from influence.records import to_json
 from influence.reference import with_reference
+from influence.replica import load_tokenizer
 from influence.retraining import training_seeds
 from influence.run_log import read_manifest
 from influence.schemas import FORMAT_VERSION
+from influence.tokenization import template_fingerprint
 
 NAME = "downstream"
 KEY = f"evaluation.{NAME}"
@@ -41,7 +45,7 @@ _SHARED = ("data", "replicas")
 _OF_METHODS = ("embedding", "gradients", "landmarks", "optimizer", "warmup", "weights")
 _OF_METHODS += ("reference", "layers", "layer_economy")
 #: Of an arm's config, what changes no selection.
-_FREE = ("run", "cache", "replicas", "prices", "evaluation", "finetune")
+_FREE = frozenset({"run", "cache", "replicas", "prices", "evaluation", "finetune"})
 
 
 @dataclass(frozen=True)
@@ -203,11 +207,12 @@ def run_arms(job: Job) -> Selected:
     """
     found, section = Selected({}, {}, {}), job.config.evaluation.downstream
     assert section is not None
+    prints = _Prints(job)
     for arm in arms_of(job.config):
         job.log.doing(f"selection: {arm.label}")
         job.log.save()
-        print_ = _fingerprint(arm, job)
         try:
+            print_ = prints.of(arm)
             record = _made(arm, print_)
             if record is None:
                 job.progress.note(f"{NAME}: selecting {arm.label}")
@@ -247,16 +252,36 @@ def _made(arm: Arm, print_: str) -> ArmRecord | None:
     return record if record.fingerprint == print_ else None
 
 
-def _fingerprint(arm: Arm, job: Job) -> str:
-    """Of all that decides the selection: the config, and the contents of the files."""
-    values = json.loads(arm.config.model_dump_json(exclude=set(_FREE)))
-    values["data"]["candidates"] = _contents(job.files)
-    values["targets"][arm.target]["path"] = _contents(job.target_files[arm.target])
-    return fingerprint({"format_version": FORMAT_VERSION, **values}).hex
+class _Prints:
+    """Digests of all that decides an arm's selection: its config, and what its paths hold."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        # Reading a tokenizer takes seconds, and most arms have the same one.
+        self._templates = {
+            _files_of(job.config.model): job.fingerprints["catalogue"].values["template"]
+        }
+
+    def of(self, arm: Arm) -> str:
+        """Raises InputError: a file, a model or an adapter of its config is not there."""
+        config, job = resolve_revision(with_reference(arm.config)), self._job
+        prints = stage_fingerprints(config, self._template(config.model))
+        targets = {arm.target: job.target_files[arm.target]}
+        guards = guards_of(targets, against_files(config))
+        prints |= contamination_print(config, guards)
+        values = content_values(config, prints, job.files, targets, without=_FREE)
+        return fingerprint({"format_version": FORMAT_VERSION, **values}).hex
+
+    def _template(self, model: ModelConfig) -> str:
+        files = _files_of(model)
+        if files not in self._templates:
+            self._templates[files] = template_fingerprint(load_tokenizer(model))
+        return self._templates[files]
 
 
-def _contents(files: Sequence[SourceFile]) -> list[list[Any]]:
-    return [[file.content_hash, file.rows] for file in files]
+def _files_of(model: ModelConfig) -> str:
+    """Of a model's section, what decides which tokenizer is read."""
+    return model.model_copy(update={"adapter": None, "adapter_revision": None}).model_dump_json()
 
 
 def read_chosen(run: str, *, everything: bool = False) -> Chosen:

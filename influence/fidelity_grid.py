@@ -38,7 +38,8 @@ class Trial(NamedTuple):
 
     Attributes:
         spearman: with the truth over the rows that are no landmarks; NaN where a side is constant.
-        recall: of the best rows, landmarks being ranked by their exact scores; (tops x columns).
+        recall: of the pool's best rows, landmarks being ranked by their exact scores; (tops x
+            columns).
         stated: what the certificate says of the last `len(stated)` columns.
     """
 
@@ -94,11 +95,15 @@ def try_setting(
     stated: int,
     share: float,
     seed: int,
+    pool: int,
 ) -> Trial:
     """Fit on the chosen rows and hold the predictions of the others against their scores.
 
-    tops: numbers of best rows whose recall is taken. stated: the last so many columns get a
-    certificate, for the best `share`.
+    The rows are a sample of a pool of `pool` rows, where the landmarks are but themselves and the
+    others stand for all the rest: a recall is that of the same number of landmarks in the pool.
+
+    tops: numbers of best rows of the sample whose recall is taken, as that part of the pool.
+    stated: the last so many columns get a certificate, for the best `share`.
 
     Raises InputError for fewer than 4 landmarks, or a singular kernel.
     """
@@ -107,12 +112,15 @@ def try_setting(
     rest = np.setdiff1d(np.arange(len(X)), chosen)
     spearman = rank_correlations(P[rest], Y[rest])
     P[chosen] = Y[chosen]
-    recall = np.stack([recalls(P, Y, top) for top in tops])
+    stands_for = np.ones(len(X))
+    stands_for[rest] = (pool - len(chosen)) / len(rest)
+    recall = np.stack([recalls(P, Y, stands_for, top / len(X)) for top in tops])
     first = Y.shape[1] - stated
-    claims = certify(
-        Y[chosen, first:], model.loo_predictions[:, first:], n=len(X), share=share, seed=seed
-    )
-    return Trial(spearman, recall, [(claim.spearman, claim.recall) for claim in claims])
+    y, loo = Y[chosen, first:], model.loo_predictions[:, first:]
+    # The truth is known of the sample alone, which widens a Spearman's interval.
+    here, there = (certify(y, loo, n=n, share=share, seed=seed) for n in (len(X), pool))
+    claims = [(a.spearman, b.recall) for a, b in zip(here, there, strict=True)]
+    return Trial(spearman, recall, claims)
 
 
 def rank_correlations(
@@ -127,14 +135,24 @@ def rank_correlations(
 
 
 def recalls(
-    P: Float[np.ndarray, "n c"], Y: Float[np.ndarray, "n c"], top: int
+    P: Float[np.ndarray, "n c"],
+    Y: Float[np.ndarray, "n c"],
+    weights: Float[np.ndarray, " n"],
+    share: float,
 ) -> Float[np.ndarray, " c"]:
-    """The part of the `top` best rows by Y that is among those by P; ties go by position."""
-    member = np.zeros((2, *Y.shape), dtype=bool)
+    """The part of the best `share` of the weight by Y that is in the best share by P.
+
+    Ties go by position. A row on the boundary counts with the part of it that lies inside; with
+    weights of 1 this is the recall of the best share * n rows.
+    """
+    top = share * weights.sum()
+    inside = np.empty((2, *Y.shape))
     for place, scores in enumerate((P, Y)):
-        best = np.argsort(-scores, axis=0, kind="stable")[:top]
-        np.put_along_axis(member[place], best, True, axis=0)
-    return (member[0] & member[1]).sum(axis=0) / top
+        order = np.argsort(-scores, axis=0, kind="stable")
+        own = weights[order]
+        head = np.clip(top - (np.cumsum(own, axis=0) - own), 0.0, own)
+        np.put_along_axis(inside[place], order, head, axis=0)
+    return inside.min(axis=0).sum(axis=0) / top
 
 
 def play(

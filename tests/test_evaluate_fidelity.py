@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from influence.embedding_kind import EmbeddingKind, embedding_fingerprint
 from influence.evaluation_tables import result_figures, result_tables
 from influence.evaluations.fidelity_reduce import OVERALL
 from influence.fidelity import certify
-from influence.fidelity_grid import Setting, rank_correlations, recalls, settings_of
+from influence.fidelity_grid import Setting, rank_correlations, recalls, settings_of, try_setting
 from influence.one_process import run_evaluate, run_select
 from influence.pipeline import catalogue_units, embedding_units, prepare
 from influence.progress import Progress
@@ -233,11 +234,44 @@ def test_rank_correlations_and_recalls_are_those_of_loops() -> None:
         assert found[column] == pytest.approx(expected), "ties are not at their mean rank"
     assert np.isnan(found[4])
     for top in (1, 7, 40):
-        for column, value in enumerate(recalls(A, B, top)):
+        for column, value in enumerate(recalls(A, B, np.ones(40), top / 40)):
             heads = [
                 set(sorted(range(40), key=lambda i, s=s: (-s[i, column], i))[:top]) for s in (A, B)
             ]
-            assert value == len(heads[0] & heads[1]) / top
+            assert value == pytest.approx(len(heads[0] & heads[1]) / top)
+
+
+def test_a_row_that_stands_for_several_counts_as_so_many_rows() -> None:
+    rng = np.random.default_rng(1)
+    A, B = (rng.normal(size=(40, 3)) for _ in range(2))
+    copies = rng.integers(1, 6, 40)
+    n = int(copies.sum())
+    many = [np.repeat(scores, copies, axis=0) for scores in (A, B)]
+    for top in (1, 9, n // 2, n):
+        found = recalls(A, B, copies.astype(float), top / n)
+        assert found == pytest.approx(recalls(*many, np.ones(n), top / n)), f"top {top}"
+
+
+def test_a_pilots_recall_is_that_of_so_many_landmarks_in_the_pool() -> None:
+    """Half of the pilot are landmarks: among its own rows their exact scores are half the head."""
+    rng = np.random.default_rng(2)
+    n, pilot, count = 20_000, 1_000, 500
+    X = rng.normal(size=(n, 12))
+    X /= np.linalg.norm(X, axis=1, keepdims=True)
+    Y = np.tanh(3 * X @ rng.normal(size=(12, 4))) + rng.normal(size=(n, 4))
+    rows, chosen = np.sort(rng.permutation(n)[:pilot]), np.arange(0, pilot, pilot // count)
+    trial = partial(
+        try_setting, kernel="laplace", damping=0.1, stated=4, share=0.05, seed=0, pool=n
+    )
+    whole = trial(X, Y, rows[chosen], tops=[n // 20])
+    found = trial(X[rows], Y[rows], chosen, tops=[pilot // 20])
+    assert found.recall.mean() == pytest.approx(whole.recall.mean(), abs=0.05), (
+        "landmarks count as a part of the pilot, and are paid for as a part of the pool"
+    )
+    alone = trial(X[rows], Y[rows], chosen, tops=[pilot // 20], pool=pilot)
+    assert alone.recall.mean() > whole.recall.mean() + 0.2, "the scene is not as it should be"
+    for (_, stated), recall in zip(found.stated, whole.recall[0], strict=True):
+        assert stated.low <= recall <= stated.high, "stated for the pilot, not for the pool"
 
 
 def test_a_full_design_has_every_combination_once() -> None:

@@ -90,6 +90,7 @@ class FidelityReduce(OwnReduce):
                         stated=self._mix.shape[1],
                         share=self._share,
                         seed=own.config.seed,
+                        pool=len(own.pool.eligible) - (len(self._rows) - len(usable)),
                     )
                 )
             found.append(trials)

@@ -15,6 +15,10 @@ class InputError(InfluenceError):
     exit_code = 2
 
 
+class TrainingError(InputError):
+    """A training came to nothing for its own rows' or settings' sake: a loss that is no number."""
+
+
 class RunBusyError(InputError):
     """Another driver is at work on the same directory; it can be waited for."""
 
@@ -40,6 +44,13 @@ class RunTakenError(InfluenceError):
 
 class ShardsFailedError(InfluenceError):
     """Some shards failed for good; everything else is committed and the same command goes on."""
+
+    exit_code = 3
+
+
+class UnitError(InfluenceError):
+    """A unit ends like this at every attempt, for reasons of its own: it is given up at once, and
+    the others go on."""
 
     exit_code = 3
 

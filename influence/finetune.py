@@ -19,7 +19,13 @@ import torch
 from influence import storage
 from influence.adapters import local_adapter
 from influence.checkpoints import AT_LEAST, Checkpoints, epoch_folder, publish
-from influence.errors import InputError, InterruptedRunError, RunTakenError, StorageError
+from influence.errors import (
+    InputError,
+    InterruptedRunError,
+    RunTakenError,
+    StorageError,
+    TrainingError,
+)
 from influence.finetune_settings import FinetuneSettings
 from influence.finetune_steps import Steps, effective_rows
 from influence.tokenization import Encoded
@@ -72,7 +78,7 @@ def finetune(
         RunTakenError: out of the watcher, where another driver has taken OUTPUT over.
     """
     if not rows.encoded:
-        raise InputError("finetune: no row can be trained on")
+        raise TrainingError("finetune: no row can be trained on")
     watcher = watcher or TrainingProgress(quiet=True)
     whole = full_identity(rows, evaluation_sets, settings, identity or {}, adapter)
     before = check_claim(output, whole)

@@ -170,11 +170,7 @@ def _of(missing: Mapping[str, Unit], stage: str) -> int:
 
 def _failure_text(failures: Sequence[Any]) -> str:
     lines = [f"{len(failures)} shard(s) failed for good; everything else is committed."]
-    lines += [
-        f"  {failed.file} rows {failed.first}-{failed.last} ({failed.attempts} attempts): "
-        f"{failed.error}"
-        for failed in failures[:10]
-    ]
+    lines += [f"  {failed.place} ({failed.tries}): {failed.error}" for failed in failures[:10]]
     if len(failures) > 10:
         lines.append(f"  ... and {len(failures) - 10} more; see manifest.json")
     lines.append("Mend the cause and run the same command again: it goes on from there.")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from influence.config import Config
-from influence.errors import InputError, StorageError
+from influence.errors import InputError, StorageError, UnitError
 from influence.observer import Observer, Silent
 from influence.pipeline import Execute
 from influence.units import Bundle
@@ -36,7 +36,8 @@ def retry_pause(failures: int) -> float:
 def local_execute(config: Config, observer: Observer | None = None) -> Execute:
     """An executor for `influence.pipeline.select` that runs everything here.
 
-    Bad input (`InputError`, a model that does not load among it) ends the job. Anything else is
+    Bad input (`InputError`, a model that does not load among it) ends the job; a `UnitError` is a
+    failed shard at once. Anything else is
     retried as often as the config says, after all that waits by then, and then recorded as a failed
     shard; a unit that the store failed waits `retry_pause` seconds at least.
     `observer` is told of time and retries; this process is the one replica.
@@ -58,6 +59,9 @@ def local_execute(config: Config, observer: Observer | None = None) -> Execute:
                 results = worker.run(attempt.bundle)
             except InputError:
                 raise
+            except UnitError as error:
+                since = _account(told, attempt.bundle, since)
+                on_failure(attempt.bundle, attempt.failures + 1, str(error))
             except Exception as error:
                 since = _account(told, attempt.bundle, since)
                 attempt.failures += 1

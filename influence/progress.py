@@ -164,7 +164,7 @@ class Progress:
         if self._meter is not None:
             with self._lock:
                 self._meter.failed(unit.stage, self._tokens(unit))
-        self.note(f"FAILED {unit.stage} {unit.file.url} rows {unit.first}-{unit.last}: {error}")
+        self.note(f"FAILED {unit.stage} {unit.place}: {error}")
 
     def pace(self) -> Pace | None:
         """Speed and time left, for the run's record; None while no units are computed."""

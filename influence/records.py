@@ -81,7 +81,7 @@ class Fidelity(BaseModel):
 
 
 class FailedShard(BaseModel):
-    """A shard that failed for good: which rows of which file, and why."""
+    """A shard that failed for good: which rows of which file, or which training, and why."""
 
     key: str
     file: str
@@ -89,6 +89,17 @@ class FailedShard(BaseModel):
     last: int
     attempts: int
     error: str
+    label: str = Field(default="", description="of a unit that is not these rows of this file")
+
+    @property
+    def place(self) -> str:
+        """As messages call it."""
+        return self.label or f"{self.file} rows {self.first}-{self.last}"
+
+    @property
+    def tries(self) -> str:
+        """1 attempt, 4 attempts."""
+        return "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts"
 
 
 class StageRecord(BaseModel):

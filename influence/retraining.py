@@ -132,7 +132,8 @@ def retraining_units(
         own = {"rows": written.digest, "seed": training.seed, **settings} if written.digest else {}
         found = fingerprint({**values, **own})
         reads, tokens = (key, written.key), written.tokens
-        units.append(Unit(STAGE, found.hex, file, 0, 0, needs=reads, tokens=tokens))
+        label = training.label or f"a training on {len(training.rows):,} rows, seed {training.seed}"
+        units.append(Unit(STAGE, found.hex, file, 0, 0, needs=reads, tokens=tokens, label=label))
     return units
 
 
@@ -142,9 +143,9 @@ def run_retrainings(job: Job, units: Sequence[Unit]) -> None:
     Raises:
         ShardsFailedError: one failed for good (all others are committed).
     """
-    once = {unit.key: unit for unit in units}.values()
+    once = {unit.key: unit for unit in reversed(units)}.values()  # by its first label
     # The catalogue has no tokens of theirs: they are not about a range of rows.
-    run_units(replace(job, tokens=None), sorted(once, key=lambda unit: -unit.tokens))
+    run_units(replace(job, tokens=None), sorted(once, key=lambda unit: (-unit.tokens, unit.key)))
 
 
 def read_losses(cache: Cache, units: Sequence[Unit]) -> dict[str, Float[np.ndarray, "u t"]]:

@@ -28,11 +28,13 @@ class Training:
         rows: positions in the pool's catalogue, in order; none for the model as it is.
         weights: one for each row, of at least 0; None for equal ones.
         seed: of the fresh factors and of the order of the steps.
+        label: what messages call it.
     """
 
     rows: Int[np.ndarray, " r"] | Sequence[int]
     weights: Float[np.ndarray, " r"] | None = None
     seed: int = 0
+    label: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from influence.array_files import read_arrays
 from influence.cache import Cache
 from influence.candidates import SourceFile, read_examples, read_rows
 from influence.config import Config
+from influence.errors import TrainingError, UnitError
 from influence.exact_match import same_answer
 from influence.finetune import adapted, finetune
 from influence.finetune_job import adapter_to_start, identity_of, settings_of, start_of
@@ -92,7 +93,7 @@ def retrain(
         adapter: folder of an adapter to go on from, instead of fresh factors.
 
     Raises:
-        InputError: not one row can be trained on, or a loss that is not finite.
+        TrainingError: not one row can be trained on, or a loss that is not finite.
     """
 
     def tested(folder: str | None) -> dict[str, Measured]:
@@ -163,7 +164,11 @@ class RetrainingUnits:
         self._ready: tuple[Encoder, dict[str, Any], str | None] | None = None
 
     def run(self, unit: Unit) -> CommittedRetraining:
-        """Compute and commit one unit."""
+        """Compute and commit one unit.
+
+        Raises:
+            UnitError: its training comes to nothing (a loss that is no number).
+        """
         start = time.monotonic()
         tests_key, rows_key = unit.needs
         encode, identity, adapter = self._prepared()
@@ -182,7 +187,10 @@ class RetrainingUnits:
                 n: measured(replica.model, t, self._tokenizer, budget) for n, t in tests.items()
             }
 
-        found = retrain(replica.model, rows, measure, settings, adapter)
+        try:
+            found = retrain(replica.model, rows, measure, settings, adapter)
+        except TrainingError as error:
+            raise UnitError(str(error)) from error  # of this training alone: the others go on
         seconds = time.monotonic() - start - set_up
         facts = {
             "rows": len(rows.encoded) if rows else 0,

@@ -170,6 +170,7 @@ class RunLog:
                 last=unit.last,
                 attempts=attempts,
                 error=error,
+                label=unit.label,
             )
         )
         self.save()

@@ -210,10 +210,7 @@ def print_status(status: Status, console: Console) -> None:
     for record in manifest.stages.values():
         for failed in record.failed:
             console.print(
-                Text(
-                    f"failed: {failed.file} rows {failed.first}-{failed.last} after "
-                    f"{failed.attempts} attempts: {failed.error}"
-                ),
+                Text(f"failed: {failed.place} after {failed.tries}: {failed.error}"),
                 soft_wrap=True,
             )
     there = [name for name, present in status.results.items() if present]

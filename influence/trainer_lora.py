@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from influence.batching import make_batches
-from influence.errors import InputError
+from influence.errors import TrainingError
 from influence.finetune_settings import FinetuneSettings
 from influence.finetune_steps import Steps, rate_factor, share_of
 from influence.held_out import row_losses, set_loss
@@ -263,8 +263,8 @@ def _noise_seed(seed: int, step: int, worker: int) -> int:
     return ((seed * 1_000_003 + step) * 1_009 + worker + 0xD60) % 2**63
 
 
-def _not_finite(step: int, loss: float) -> InputError:
-    return InputError(
+def _not_finite(step: int, loss: float) -> TrainingError:
+    return TrainingError(
         f"finetune: the loss of step {step} is {loss}; a lower finetune.learning_rate, a smaller "
         "finetune.max_grad_norm or a float32 base may help"
     )

@@ -34,6 +34,7 @@ class Unit:
             it instead of its own; only the fingerprint tells of it.
         against: names and files whose rows it is compared with; the fingerprint has their contents.
         tokens: of a training's rows, which are no range of its file's.
+        label: what messages call it, where that is not its rows of its file.
     """
 
     stage: str
@@ -49,6 +50,12 @@ class Unit:
     checkpoint: str | None = None
     against: tuple[tuple[str, SourceFile], ...] = ()
     tokens: int = 0
+    label: str = ""
+
+    @property
+    def place(self) -> str:
+        """As messages call it."""
+        return self.label or f"{self.file.url} rows {self.first}-{self.last}"
 
     @property
     def key(self) -> str:

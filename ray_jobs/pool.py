@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from influence.errors import InfluenceError, InputError
+from influence.errors import InfluenceError, InputError, UnitError
 from influence.local import retry_pause
 from influence.observer import Observer, Silent
 from ray_jobs.attempts import Attempt, Queue
@@ -292,12 +292,15 @@ class ReplicaPool:
         self._on_result(unit, value)
 
     def _raised(self, replica: Replica, answer: Answer, error: RayTaskError) -> None:
-        """A unit raised: bad input ends the job, a failing store or anything else does not."""
+        """A unit raised: bad input ends the job, anything else does not."""
         cause = cause_of(error)
         if isinstance(cause, InputError):
             raise cause from error
         attempt = self._replicas.finished(replica, answer)
         self._count(replica, attempt.unit)
+        if isinstance(cause, UnitError):
+            self._on_failure(attempt.unit, attempt.failures + 1, str(cause))
+            return
         if isinstance(cause, InfluenceError):  # the store's fault, and not the replica's
             attempt.not_before = self._calls.now() + retry_pause(attempt.failures + 1)
         else:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from influence.errors import InputError, ModelLoadError, StorageError
+from influence.errors import InputError, ModelLoadError, StorageError, UnitError
 from influence.observer import Silent
 from ray_jobs import pool as pool_module
 from ray_jobs.placement import PlacementWatch
@@ -41,6 +41,8 @@ def toy(folder: Path) -> Callable[[], Any]:
                 raise StorageError("bucket 'pool' at http://store failed (503) and kept failing")
             if kind == "no store":
                 raise StorageError("bucket 'pool' at http://store cannot be reached")
+            if kind == "hopeless":
+                raise UnitError(f"the loss of {name} is nan")
             if kind == "raises once" and attempt == 1:
                 raise OSError("a moment's trouble")
             if kind == "kills":
@@ -115,6 +117,15 @@ def test_a_unit_that_raises_is_retried_then_reported(tmp_path: Path) -> None:
     assert outcome.results["shaky"] == "shaky done", "a failure that passes was not retried"
     assert len(outcome.results) == 21, "other units did not go on"
     assert all(attempts(tmp_path, f"u{i}") == 1 for i in range(20)), "units of others ran again"
+
+
+def test_a_unit_that_no_attempt_can_mend_is_given_up_and_the_others_go_on(tmp_path: Path) -> None:
+    units = [("u0", "fine"), *((f"bad{i}", "hopeless") for i in range(4)), ("u1", "fine")]
+    outcome = run_pool(tmp_path, units)
+    expected = {f"bad{i}": (1, f"the loss of bad{i} is nan") for i in range(4)}
+    assert outcome.failures == expected, "the same training is made again, or ends the job"
+    assert sorted(outcome.results) == ["u0", "u1"]
+    assert len(list(tmp_path.glob("worked-*"))) == 1, "the replica was replaced for no fault of its"
 
 
 def test_a_unit_that_kills_its_replica_is_found_and_the_innocent_are_not(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from influence.report import build_report
 from influence.report_data import choose_drawn, effective_numbers, read_run, source_table
 from influence.report_format import decimal, percent, seconds, significant
 
+pytestmark = pytest.mark.figures
+
 HOSTILE = """<script>alert("x")</script><img src=x onerror='y()'>&amp;{{ 7 * 7 }}$\\frac{"""
 VOID = {"meta", "br", "img", "link", "hr", "input"}
 
@@ -234,6 +236,16 @@ def test_failed_shards_come_before_everything_else(tmp_path: Path) -> None:
     assert len(rows) == 2, "not every failed shard is listed"
     assert html.index('id="failed"') < html.index('id="certificate"'), "the failure is buried"
     assert 'id="failed"' not in build(write_run(tmp_path / "good"))[0]
+
+
+def test_a_failed_training_is_called_by_its_name(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, failed=1, text="boom", state="failed")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (failed,) = manifest["stages"]["embeddings"]["failed"]
+    failed |= {"label": "gsm8k/rds, seed 1", "attempts": 1}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (row,) = build(folder)[1].tables["failed"][1:]
+    assert row[:4] == ["embeddings", "gsm8k/rds, seed 1", "", "1"], "a file that is not at fault"
 
 
 def test_an_exact_method_says_that_nothing_was_approximated(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tiny_run import Setup, shards_in
 
 from influence.cache import Cache
 from influence.candidates import read_examples
+from influence.errors import ShardsFailedError
 from influence.finetune_job import settings_of
 from influence.held_out import row_losses
 from influence.replica import load_replica, load_tokenizer
@@ -168,6 +169,25 @@ def test_the_longest_is_handed_out_first(made: Prepared) -> None:
 
     run_retrainings(replace(made.job, execute=execute), units)
     assert [sizes[i] for i in handed] == sorted(sizes, reverse=True)
+
+
+def test_a_training_that_diverges_is_named_and_the_others_are_made(
+    setup: Setup, tmp_path: Path
+) -> None:
+    recipe = {**RECIPE, "learning_rate": 1e30}
+    made = prepared(setup, tmp_path / "run", finetune=recipe)
+    trainings = [Training(ROWS, seed=4, label="sums/own, seed 4"), Training(ROWS, seed=5)]
+    units = made.units([*trainings, Training([])])
+    with pytest.raises(ShardsFailedError) as caught:
+        run_retrainings(made.job, units)
+    text = str(caught.value)
+    assert "2 shard(s) failed for good" in text, "one that diverges ends the job"
+    assert "  sums/own, seed 4 (1 attempt): finetune: the loss of step " in text
+    assert "  a training on 7 rows, seed 5 (1 attempt): " in text
+    assert str(setup.folder) not in text, "a test file is blamed for a training"
+    record = made.job.log.manifest.stages[STAGE]
+    assert record.computed == 1, "the last one, longest first, is the model as it is"
+    assert [failed.label for failed in record.failed] == ["sums/own, seed 4", units[1].label]
 
 
 def test_what_was_trained_is_told(made: Prepared) -> None:

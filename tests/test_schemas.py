@@ -37,7 +37,9 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Every value under its path of keys."""
+    """Every value under its path of keys, and of places in lists of objects."""
+    if isinstance(node, list) and any(isinstance(each, dict) for each in node):
+        node = dict(enumerate(node))
     if isinstance(node, dict) and node:
         return {
             path: value

@@ -125,7 +125,7 @@ def _trainings(
     for target in job.config.targets:
         for name in names_in(job):
             if name == UNTRAINED:
-                asked[target, name] = [Training([])]
+                asked[target, name] = [Training([], label="the untrained model")]
                 continue
             found = [_training(job, selected, target, name, s) for s in arms.seeds_of(job.config)]
             there = [training for training in found if training is not None]
@@ -149,8 +149,9 @@ def _training(job: Job, selected: Selected, target: str, name: str, seed: int) -
         )
     if name == FULL:
         assert chosen.scored is not None
-        return Training(chosen.scored, None, seed)
-    return Training(chosen.rows, chosen.weights if section.weighted else None, seed)
+        return Training(chosen.scored, None, seed, f"the whole pool, seed {seed}")
+    weights = chosen.weights if section.weighted else None
+    return Training(chosen.rows, weights, seed, f"{target}/{name}, seed {seed}")
 
 
 def trainings(config: Config, counts: Mapping[str, Any]) -> list[Trainings]:

@@ -75,7 +75,10 @@ class LdsConfig(RetrainingConfig):
 class LeaveOneOutConfig(RetrainingConfig):
     """Do scores of single rows say what training without them does?"""
 
-    each: PositiveInt = Field(10, description="rows from the top, the bottom, and between")
+    each: PositiveInt = Field(10, description="rows from the top, and from the bottom")
+    random: Annotated[int, Field(ge=4)] = Field(
+        20, description="random rows, by which all methods are compared"
+    )
     by: str | None = Field(
         None, description="the method whose top and bottom rows are left out; default: the first"
     )

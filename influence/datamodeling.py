@@ -43,8 +43,15 @@ def draw_subsets(rows: int, subsets: int, fraction: float, seed: int) -> Bool[np
 def subset_sums(
     scores: Float[np.ndarray, "n c"], subsets: Bool[np.ndarray, "s n"]
 ) -> Float[np.ndarray, "s c"]:
-    """What the scores say of every subset: the sum over its rows."""
-    return subsets.astype(np.float64) @ np.asarray(scores, dtype=np.float64)
+    """What the scores say of every subset: the sum over its rows.
+
+    Without what rounding leaves of them (1e-12 of the largest sum of absolute scores): sums that
+    are equal would be ranked by the order of their terms.
+    """
+    chosen, scores = subsets.astype(np.float64), np.asarray(scores, dtype=np.float64)
+    grain = 1e-12 * (chosen @ np.abs(scores)).max(axis=0)
+    grain[grain == 0] = 1.0
+    return np.round(chosen @ scores / grain) * grain
 
 
 def rank_correlations(
@@ -184,15 +191,24 @@ def mean_rank(scores: Float[np.ndarray, "n c"]) -> Float[np.ndarray, " n"]:
     return np.where(np.isfinite(scores).all(axis=1), ranks, np.nan)
 
 
-def extremes(
-    scores: Float[np.ndarray, " n"], each: int, seed: int
-) -> dict[str, Int[np.ndarray, " k"]]:
-    """`each` rows from the top, as many from the bottom, and as many random ones of the rest.
+def group_sizes(rows: int, each: int, at_random: int) -> tuple[int, int]:
+    """Rows from either end, and random ones, of so many rows: half of them are random at most, and
+    a third of the others at either end."""
+    at_random = min(at_random, rows // 2)
+    return min(each, (rows - at_random) // 3), at_random
 
-    Ties go by position; rows without a score (NaN) are not chosen.
+
+def extremes(
+    scores: Float[np.ndarray, " n"], each: int, at_random: int, seed: int
+) -> dict[str, Int[np.ndarray, " k"]]:
+    """Random rows, whatever their scores are, and `each` rows from the top and from the bottom of
+    the others; fewer of few rows (`group_sizes`).
+
+    Ties go by position; rows without a score (NaN) are at neither end.
     """
-    ranked = np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())]
-    each = min(each, len(ranked) // 3)
-    top, rest, bottom = np.split(ranked, [each, len(ranked) - each])
-    drawn = np.random.default_rng([seed, 0x100]).permutation(np.sort(rest))[:each]
-    return {"top": top, "bottom": bottom, "random": np.sort(drawn)}
+    each, at_random = group_sizes(len(scores), each, at_random)
+    drawn = np.sort(np.random.default_rng([seed, 0x100]).permutation(len(scores))[:at_random])
+    others = np.setdiff1d(np.flatnonzero(np.isfinite(scores)), drawn)
+    each = min(each, len(others) // 3)
+    ranked = others[np.argsort(-scores[others], kind="stable")]
+    return {"top": ranked[:each], "bottom": ranked[len(ranked) - each :], "random": drawn}

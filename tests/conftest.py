@@ -24,6 +24,7 @@ from encoders import encoder
 from gcs import gcs_endpoint, gs_url
 from hub import data_hub
 from in2core_runs import adapter, in2core
+from markupsafe import Markup
 from optimizer_training import lora
 from s3 import s3_server, s3_url
 from tiny_run import Runner, Setup, save_model, tiny_config, write_pool, write_targets
@@ -46,6 +47,20 @@ __all__ = [
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start clusters come first: the last ones would run with idle cores beside them."""
     items.sort(key=lambda item: item.get_closest_marker("clusters") is None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _undrawn_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No figure is drawn but in files that look at them: it is half of what a tiny run takes."""
+    from influence import plots
+
+    def blank(figure: Any, alt: str) -> plots.Plot:
+        return plots.Plot(Markup("<svg></svg>"), alt)
+
+    with pytest.MonkeyPatch.context() as patched:
+        if request.node.get_closest_marker("figures") is None:
+            patched.setattr(plots, "_plot", blank)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -128,16 +128,59 @@ def test_changes_are_paired_by_seed_and_leave_out_rows_without_a_loss() -> None:
         assert found[s, k] == pytest.approx(np.mean(rises))
 
 
-def test_extremes_are_the_ends_and_random_ones_between() -> None:
+def test_random_rows_are_drawn_first_and_the_ends_are_those_of_the_others() -> None:
     scores = np.array([0.5, np.nan, 3, -1, 2, 2, 0, 0.1, -5, 0.2])
-    found = extremes(scores, 2, seed=0)
-    assert found["top"].tolist() == [2, 4]
-    assert sorted(found["bottom"].tolist()) == [3, 8]
-    assert set(found["random"]) <= {0, 5, 6, 7, 9}
-    assert len(found["random"]) == 2
-    few = extremes(scores, 100, seed=0)
-    assert [len(few[name]) for name in ("top", "bottom", "random")] == [3, 3, 3]
-    assert not set(few["random"]) & {*few["top"], *few["bottom"]}
+    found = extremes(scores, 2, 3, seed=0)
+    again = extremes(-scores, 2, 3, seed=0)
+    drawn = found["random"].tolist()
+    assert drawn == again["random"].tolist(), "random rows depend on the scores that they judge"
+    assert len(set(drawn)) == 3
+    others = [i for i in range(10) if i not in drawn and i != 1]
+    ranked = sorted(others, key=lambda i: (-scores[i], i))
+    assert found["top"].tolist() == ranked[:2]
+    assert found["bottom"].tolist() == ranked[-2:]
+    few = extremes(scores, 100, 100, seed=0)
+    assert [len(few[name]) for name in ("top", "bottom", "random")] == [1, 1, 5]
+    assert len({*few["top"], *few["bottom"], *few["random"]}) == 7
+
+
+def test_the_method_whose_ends_are_left_out_is_not_favoured() -> None:
+    """Two methods that are equally good, told apart by whose ends were taken alone."""
+    rng, found = np.random.default_rng(3), []
+    for repeat in range(300):
+        truth = rng.normal(size=120)
+        one, other = (truth + 2.5 * rng.normal(size=120) for _ in range(2))
+        rows = extremes(one, 20, 20, seed=repeat)
+        by_rows = [rows["random"], np.concatenate(list(rows.values()))]
+        found.append(
+            [
+                rank_correlations(s[chosen, None], truth[chosen, None])[0]
+                for chosen in by_rows
+                for s in (one, other)
+            ]
+        )
+    own, fair, favoured, plain = np.mean(found, axis=0)
+    assert own == pytest.approx(fair, abs=0.05), "random rows favour one of two equal methods"
+    assert favoured > plain + 0.05, "the scene is not as it should be"
+
+
+def test_sums_that_are_equal_are_ranked_as_equal() -> None:
+    """The order of the terms leaves other last digits: they are no ranking."""
+    rng = np.random.default_rng(8)
+    subsets = draw_subsets(100, 60, 0.5, seed=0)
+    losses = rng.normal(size=(60, 1))
+    for constant in (0.1, 1e-9, -3e5):
+        found = datamodeling_score(np.full((100, 1), constant), subsets, losses)
+        assert found.value is None, f"a constant score has an LDS of {found.value}"
+    few = np.where(rng.random((100, 1)) < 0.3, 0.3, 0.1)
+    exact = np.array(
+        [
+            [(3 if s > 0.2 else 1) * m for s, m in zip(few[:, 0], subset, strict=True)]
+            for subset in subsets
+        ]
+    ).sum(axis=1)
+    expected = rank_correlations(exact[:, None].astype(float), -losses)[0]
+    assert datamodeling_score(few, subsets, losses).value == pytest.approx(expected, abs=1e-12)
 
 
 def test_left_out_weights_leave_out_one_row() -> None:

@@ -18,7 +18,7 @@ from influence.candidates import scan_files
 from influence.cli import main
 from influence.config import Config
 from influence.config_loading import parse_config
-from influence.datamodeling import draw_subsets, left_out_weights
+from influence.datamodeling import draw_subsets, extremes, left_out_weights
 from influence.errors import InputError
 from influence.evaluations import EVALUATIONS
 from influence.local import local_execute
@@ -37,7 +37,7 @@ LDS: dict[str, Any] = {
     "seeds": 2,
     "methods": {"own": {}, "rds": {"method": "rds"}},
 }
-LOO: dict[str, Any] = {"rows": 16, "each": 2, "seeds": 2, "methods": {"own": None}}
+LOO: dict[str, Any] = {"rows": 16, "each": 2, "random": 4, "seeds": 2, "methods": {"own": None}}
 
 
 def lds_config(setup: Setup, run: Path | str, **changes: Any) -> Config:
@@ -150,13 +150,17 @@ def test_leaving_out_is_training_without_a_row_and_all_else_the_same(
         assert np.abs(losses[1] - losses[0]).max() > 1e-4, "nothing was left out"
         rise = np.mean([losses[1] - losses[0], losses[4] - losses[3]])
         assert top["rise"][target] == pytest.approx(rise, abs=1e-9)
-    assert len(document["rows"]) == 6
+    assert len(document["rows"]) == 8
     assert len(rows) == 16
     for target in evaluated.targets:
-        places = {name: place for place, name in enumerate(scores.column("id").to_pylist())}
-        assert len(places) == 16
+        assert len(set(scores.column("id").to_pylist())) == 16
         rises = [row["rise"][target] for row in document["rows"]]
         found = document["spearman"]["own"][target]
+        at_random = extremes(np.arange(16.0), 2, 4, seed=0)["random"]
+        own = scores.column(f"score.{target}").to_numpy()[at_random]
+        rises_there = [r["rise"][target] for r in document["rows"] if r["group"] == "random"]
+        by_hand = stats.spearmanr(own, rises_there).statistic
+        assert found["value"] == pytest.approx(by_hand), "not over the random rows"
         assert -1 <= found["low"] <= found["value"] <= found["high"] <= 1
         assert document["truth"][target]["rise"]["top"]["mean"] == pytest.approx(np.mean(rises[:2]))
 
@@ -273,7 +277,7 @@ def test_tables_show_every_method_and_target(evaluated: Config) -> None:
     assert "5 random subsets of 8 of 20 candidates, with 2 seeds each" in table.caption
     table = EVALUATIONS["leave_one_out"].table(result_of(evaluated, "leave_one_out"))
     assert [row[0] for row in table.rows] == ["sums: own", "mixed: own"]
-    assert "6 of 16 candidates" in table.caption
+    assert "8 of 16 candidates" in table.caption
 
 
 def test_on_ray_the_figures_are_the_same(

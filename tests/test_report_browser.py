@@ -17,6 +17,8 @@ from tiny_run import Setup, conversation, tiny_config
 from influence.one_process import run_select
 from influence.report import build_report
 
+pytestmark = pytest.mark.figures
+
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "evidence"
 #: Ways out of an element, an attribute, a style sheet or a script, and into one.
 PLANTED = (

@@ -18,6 +18,8 @@ from influence import plots
 from influence.evaluation_tables import terminal_tables
 from influence.evaluations import EVALUATIONS, ResultTable
 
+pytestmark = pytest.mark.figures
+
 
 def test_figures_of_an_evaluation_stand_below_its_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

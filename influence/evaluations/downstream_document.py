@@ -111,6 +111,8 @@ def _put_answers(
         for name, result in each.results.items():
             right = correct[target, name][target]
             known = np.isfinite(right).all(axis=0)  # a row without an answer to compare has none
+            if tests[target].exact_match:
+                each.answers = int(known.sum())
             if tests[target].exact_match and known.any():
                 result.exact_match = _estimate(right[:, known].mean(axis=1), name)
 

@@ -123,10 +123,14 @@ class Judge(BaseModel):
 
 
 class TargetResult(BaseModel):
-    """All that was compared on one target's test, or on all of them together."""
+    """All that was compared on one target's test, or on all of them together.
+
+    answers: rows whose answers were generated and compared; None where none were asked for.
+    """
 
     rows: int
     without_loss: int = 0
+    answers: int | None = None
     results: dict[str, Result]
     contrasts: list[Contrast]
     judge: Judge | None

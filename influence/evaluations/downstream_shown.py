@@ -184,6 +184,13 @@ def _caption(found: Downstream) -> str:
     for name, each in _groups(found).items():
         if each.without_loss:
             lines.append(f"{name}: {each.without_loss:,} test rows have no response, and no loss.")
+        if each.answers is not None:
+            lines.append(
+                f"{name}: exact match of {each.answers:,} answers; other test rows have none to "
+                "compare, or a prompt that is longer than max_length."
+                if each.answers < each.rows + each.without_loss
+                else f"{name}: exact match of {each.answers:,} answers."
+            )
         if each.judge is not None:
             apart = (
                 "no selection stands out from that"

@@ -131,7 +131,7 @@ def run(job: Job, reduce: Any, tests: dict[str, Tested]) -> dict[str, Any]:
     scores = method_scores(job, NAME, len(pool))
     subsets = draw_subsets(len(pool), section.subsets, section.fraction, config.seed)
     seeds = training_seeds(config, section.seeds)
-    parts = [(pool[subset], None) for subset in subsets]
+    parts = [(pool[subset], None, f"lds: subset {i}") for i, subset in enumerate(subsets)]
     losses = trained_losses(job, reduce, parts, seeds, tests)
     with timed(job, "comparing", quiet=True):
         found = {

@@ -1,8 +1,9 @@
 """Evaluation `leave_one_out`: do scores of single rows say what training without them does?
 
-Rows from the top, the bottom and the middle of a method's ranking are left out of the training on a
-small pool, one at a time, everything else being the same; the rise of the test loss is held against
-every method's scores.
+Rows from the top and the bottom of a method's ranking, and random ones, are left out of the
+training on a small pool, one at a time, everything else being the same. The rise of the test loss
+by group says whether that method's ends are what they are said to be; every method's scores are
+held against the rises of the random rows alone: rows from the ends of one ranking would favour it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from influence.datamodeling import (
     changes,
     extremes,
     filled,
+    group_sizes,
     left_out_weights,
     mean_rank,
     reliability,
@@ -55,8 +57,8 @@ class Rise(BaseModel):
 
 
 class Truth(BaseModel):
-    """By group (top, random, bottom) of the method that chose the rows; the full training's mean
-    test loss; and how well the rises rank (`influence.datamodeling.reliability`)."""
+    """By group: random rows, and top and bottom of the method `by`; the full training's mean test
+    loss; and how well the random rows' rises rank (`influence.datamodeling.reliability`)."""
 
     rise: dict[str, Rise]
     full_loss: float
@@ -83,7 +85,7 @@ class LeftOut(BaseModel):
 
 
 class LeaveOneOut(BaseModel):
-    """The document of evaluation.json; `spearman` by method and target, over the rows left out."""
+    """The document of evaluation.json; `spearman` by method and target, over the random rows."""
 
     spearman: dict[str, dict[str, Score]]
     truth: dict[str, Truth]
@@ -137,22 +139,29 @@ def run(job: Job, reduce: Any, tests: dict[str, Tested]) -> dict[str, Any]:
     scores = method_scores(job, NAME, len(pool))
     by = section.by or next(iter(scores))
     ranked = np.stack([scores[by][target] for target in tests], axis=1)
-    groups = extremes(mean_rank(ranked), section.each, config.seed)
+    groups = extremes(mean_rank(ranked), section.each, section.random, config.seed)
     chosen = np.concatenate([groups[name] for name in GROUPS])
     seeds = training_seeds(config, section.seeds)
-    weights = [None, *(left_out_weights(len(pool), int(place)) for place in chosen)]
-    parts = [(pool, each) for each in weights]
+    of_group = np.repeat(GROUPS, [len(groups[name]) for name in GROUPS])
+    parts: list[tuple[Any, Any, str]] = [(pool, None, "leave_one_out: all rows")]
+    for place, name in zip(chosen.tolist(), reduce.ids_of(pool[chosen]), strict=True):
+        without = left_out_weights(len(pool), place)
+        parts.append((pool, without, f"leave_one_out: without row {name}"))
     losses = trained_losses(job, reduce, parts, seeds, tests)
     with timed(job, "comparing", quiet=True):
         rises = {name: changes(each[:, 1:], each[:, 0]) for name, each in losses.items()}
         spearman = {
             method: {
-                target: judged(named[target], chosen, rise.mean(axis=0), config.seed)
+                target: judged(
+                    named[target],
+                    groups["random"],
+                    rise[:, of_group == "random"].mean(axis=0),
+                    config.seed,
+                )
                 for target, rise in rises.items()
             }
             for method, named in scores.items()
         }
-    of_group = np.repeat(GROUPS, [len(groups[name]) for name in GROUPS])
     about = About(
         rows=len(pool),
         left_out=len(chosen),
@@ -185,7 +194,7 @@ def judged(
     rise: Float[np.ndarray, " k"],
     seed: int,
 ) -> Score:
-    """Spearman of scores and rises over the rows left out; the bootstrap is over them, too."""
+    """Spearman of scores and rises over some rows; the bootstrap is over them, too."""
     whole, _ = filled(scores[:, None])
     return Score.of(agreement(whole[chosen], rise[:, None], seed=seed), len(chosen))
 
@@ -199,7 +208,8 @@ def truth_of(rise: Float[np.ndarray, "seeds k"], group: np.ndarray, full: float)
         if len(own):
             se = float(own.std(ddof=1) / np.sqrt(len(own))) if len(own) > 1 else None
             of_group[name] = Rise(mean=float(own.mean()), se=se, rows=len(own))
-    return Truth(rise=of_group, full_loss=full, reliability=reliability(rise))
+    at_random = rise[:, group == "random"]
+    return Truth(rise=of_group, full_loss=full, reliability=reliability(at_random))
 
 
 def table(document: dict[str, Any]) -> ResultTable:
@@ -216,8 +226,8 @@ def table(document: dict[str, Any]) -> ResultTable:
     caption = (
         f"{about.left_out} of {about.rows:,} candidates were left out of the training one by one "
         f"({len(about.seeds)} seeds): those at the top and at the bottom of {about.by}, and random "
-        "ones between. Spearman of scores and the rise of the mean test loss, and its 95 % "
-        "interval (bootstrap over the rows left out)."
+        "ones. Spearman of scores and the rise of the mean test loss over the random ones, and its "
+        "95 % interval (bootstrap over them)."
     )
     for target, truth in found.truth.items():
         parts = [
@@ -236,9 +246,9 @@ def table(document: dict[str, Any]) -> ResultTable:
 def trainings(config: Config, counts: Mapping[str, Any]) -> list[Trainings]:
     """By the evaluation's own config: on all rows, and without each; a row that is left out is
     there with a weight of nothing."""
-    section = section_of(config, NAME)
-    each = 1 + len(GROUPS) * section.each
-    return [Trainings(each * section.seeds, rows_drawn(config, NAME, counts))]
+    section, rows = section_of(config, NAME), rows_drawn(config, NAME, counts)
+    ends, at_random = group_sizes(rows, section.each, section.random)
+    return [Trainings((1 + 2 * ends + at_random) * section.seeds, rows)]
 
 
 EVALUATION = Evaluation(

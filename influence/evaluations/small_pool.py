@@ -224,14 +224,19 @@ def method_scores(job: Job, name: str, rows: int) -> dict[str, dict[str, Float[n
 
 
 def trained_losses(
-    job: Job, reduce: Any, parts: Sequence[tuple[Any, Any]], seeds: Sequence[int], tests: Any
+    job: Job, reduce: Any, parts: Sequence[tuple[Any, Any, str]], seeds: Sequence[int], tests: Any
 ) -> dict[str, Float[np.ndarray, "seeds p t"]]:
-    """Test losses after a training on every part (positions, weights or None), with every seed.
+    """Test losses after a training on every part (positions, weights or None, what messages call
+    it), with every seed.
 
     Raises:
         ShardsFailedError: some units failed for good; everything else is committed.
     """
-    trainings = [Training(rows, weights, seed) for seed in seeds for rows, weights in parts]
+    trainings = [
+        Training(rows, weights, seed, f"{label}, seed {seed}")
+        for seed in seeds
+        for rows, weights, label in parts
+    ]
     units = retraining_units(job, reduce, trainings, tests)
     run_retrainings(job, units)
     read = read_losses(job.cache, units)

@@ -20,16 +20,19 @@ from tiny_models import tiny_model
 from tiny_run import Setup
 
 from influence.errors import InputError
+from influence.evaluations.downstream_results import Downstream
 from influence.gradients import attributed_layers
 from influence.projection import layer_shapes, make_kronecker
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "evidence"))
 
 import common
 import in2core_experiment
 import in2core_report
 import lora_training
 import sketch_sides
+import table as evidence_tables
 import true_fidelity
 import worth
 
@@ -238,3 +241,15 @@ def test_true_fidelity_refuses_runs_over_other_pools(tmp_path: Path):
     run, other = write_run(tmp_path / "a", rows=400), write_run(tmp_path / "b", rows=300)
     with pytest.raises(InputError, match="other ids"):
         true_fidelity.compare(str(run), str(other))
+
+
+def test_the_page_of_results_has_the_figures_of_the_stored_evaluation() -> None:
+    root = Path(__file__).parents[1]
+    stored = root / "benchmarks" / "results" / "evidence" / "downstream.json"
+    found = Downstream.model_validate(json.loads(stored.read_text())["downstream"])
+    page = (root / "docs" / "results.md").read_text()
+    filled = evidence_tables.filled_page(page, evidence_tables.tables(found, "id"))
+    assert filled == page, "run benchmarks/evidence/table.py on it with --page docs/results.md"
+    for name, target in found.targets.items():
+        for result in target.results.values():
+            assert f"| {result.loss.mean:.3f}" in page, name

@@ -54,7 +54,7 @@ def loss_table(target: TargetResult, baseline: str) -> str:
     against = {each.of: each for each in target.contrasts if each.against == baseline}
     lines = [
         f"| method | loss (s.e.) | of each seed | perplexity | less {baseline} (95 %) "
-        "| selecting, TFLOP | s | training, s |",
+        "| selecting, TFLOP | s | training, TFLOP |",
         "|---|---|---|---:|---|---:|---:|---:|",
     ]
     for name, each in target.results.items():
@@ -62,7 +62,7 @@ def loss_table(target: TargetResult, baseline: str) -> str:
         perplexity = f"{each.perplexity.mean:.2f}" if each.perplexity else "–"
         cost = each.selection
         selecting = f"{cost.flops / 1e12:,.1f} | {cost.seconds:,.0f}" if cost else "– | –"
-        training = f"{each.training.seconds:,.0f}" if each.training else "–"
+        training = f"{each.training.flops / 1e12:,.1f}" if each.training else "–"
         lines.append(
             f"| {TITLES.get(name, name)} | {_estimate(each.loss)} | {seeds} | {perplexity} "
             f"| {_contrast(against.get(name))} | {selecting} | {training} |"

@@ -6,6 +6,7 @@ the pool and are escaped wherever they appear.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,12 @@ from influence.report_format import FILTERS
 
 def render_page(template: str, context: Mapping[str, Any]) -> str:
     """A template of this package, filled; a name that the context lacks is an error."""
+    return _environment().get_template(template).render(**context)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """Kept, with the templates that it has compiled: that takes longer than to fill one."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("influence"),
         autoescape=True,
@@ -25,7 +32,7 @@ def render_page(template: str, context: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(FILTERS)
-    return environment.get_template(template).render(**context)
+    return environment
 
 
 def write_page(run_url: str, page: str) -> str:

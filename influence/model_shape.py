@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,7 +85,8 @@ def model_shape(config: Config) -> ModelShape:
 
             folder = local_adapter(config.model.adapter)
             adapter = PeftConfig.from_pretrained(folder, **adapter_arguments(config.model))
-            with torch.device("meta"):
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT
                 model = get_peft_model(model, adapter)
     except ModelLoadError:
         raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +141,9 @@ def load_replica(config: ModelConfig, dtype: str, device: str = "auto") -> Repli
 
             check_adapter(config)
             folder = local_adapter(config.adapter)
-            model = PeftModel.from_pretrained(model, folder, **adapter_arguments(config))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT
+                model = PeftModel.from_pretrained(model, folder, **adapter_arguments(config))
         model.to(where)  # pyright: ignore[reportArgumentType]
     except ModelLoadError:
         raise

@@ -8,7 +8,6 @@ from typing import Any
 from influence.candidates import SourceFile
 from influence.config import Config
 from influence.fingerprints import Fingerprint, optimizer_values
-from influence.optimizer_use import scaled_stages
 
 
 def content_values(
@@ -31,15 +30,15 @@ def content_values(
     for name, own in target_files.items():
         values["targets"][name]["path"] = _contents(own)
     stages = {name: each.hex for name, each in prints.items()}
-    section = values.pop("contamination", None)
-    if section is None or section["action"] != "drop":
+    contamination = values.pop("contamination", None)
+    if contamination is None or contamination["action"] != "drop":
         stages.pop("contamination", None)  # like rows are told of, and selected as any other
     for section, key in (("reference", "adapter"), ("semantic", "encoder")):
         if section in values:
             values[section][key] = None
     # Not in every fingerprint of a stage: those of inner products are made when they are computed.
-    state = optimizer_values(config)["optimizer_state"] if scaled_stages(config) else None
-    values["optimizer"]["state"] = state
+    if config.optimizer.state is not None:
+        values["optimizer"]["state"] = optimizer_values(config)["optimizer_state"]
     values["stages"] = stages
     return values
 

@@ -34,6 +34,11 @@ def write_row(path: Path, text: str) -> str:
     return str(path)
 
 
+def write_bytes(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
 @pytest.fixture
 def paths(tmp_path: Path, setup: Setup, adapter: str, encoder: str) -> dict[str, str]:
     """Everything that a method's config can name, in folders of this test."""
@@ -44,6 +49,7 @@ def paths(tmp_path: Path, setup: Setup, adapter: str, encoder: str) -> dict[str,
         "reference": str(shutil.copytree(adapter, here / "reference")),
         "encoder": str(shutil.copytree(encoder, here / "encoder")),
         "guard": write_row(here / "guard.jsonl", "one"),
+        "state": write_bytes(here / "optimizer.pt", b"moments"),
     }
 
 
@@ -55,6 +61,12 @@ def config_of(setup: Setup, run: Path, paths: dict[str, str], **methods: Any) ->
         "reference": {"method": "in2core", "reference": {"adapter": paths["reference"]}},
         "semantic": {"method": "semantic", "semantic": {"encoder": paths["encoder"]}},
         "guarded": {"method": "rds", "contamination": drop},
+        "adam": {
+            "method": "exact",
+            "model": {"adapter": paths["adapter"]},
+            "optimizer": {"kind": "adamw", "state": paths["state"]},
+        },
+        "warmed": {"method": "exact", "warmup": {"rank": 2}, "optimizer": {"kind": "adamw"}},
         **methods,
     }
     target = setup.targets["sums"]
@@ -91,7 +103,9 @@ def test_contents_count_and_paths_do_not(
         return found
 
     scale_weights(paths["adapter"], 2.0)
-    assert changed() == {"tuned"}
+    assert changed() == {"tuned", "adam"}
+    write_bytes(Path(paths["state"]), b"other moments")
+    assert changed() == {"adam"}
     scale_weights(paths["reference"], 2.0)
     assert changed() == {"reference"}
     scale_weights(paths["encoder"], 2.0)
@@ -99,7 +113,8 @@ def test_contents_count_and_paths_do_not(
     write_row(Path(paths["guard"]), "two")
     assert changed() == {"guarded"}
     scale_weights(paths["model"], 2.0)
-    assert changed() == {"own", "tuned", "reference", "guarded"}, "these run the model"
+    of_model = {"own", "tuned", "reference", "guarded", "adam", "warmed"}
+    assert changed() == of_model, "these run the model"
     tokenizer = Path(paths["model"], "tokenizer_config.json")
     fields = json.loads(tokenizer.read_text())
     fields["eos_token"] = "<|endoftext|>"
@@ -111,7 +126,7 @@ def test_an_adapter_that_is_trained_anew_has_its_selection_made_anew(
     setup: Setup, tmp_path: Path, paths: dict[str, str]
 ) -> None:
     """As where a second round selects with what the first one trained."""
-    methods = {"reference": {}, "semantic": {"method": "rds"}, "guarded": {"method": "rds"}}
+    methods = {key: {"method": "rds"} for key in ("reference", "semantic", "guarded", "adam")}
     config = config_of(setup, tmp_path / "run", paths, **methods)
     run_evaluate(config, quiet=True)
     arms = {name: f"{own_run(config)}/sums/{name}" for name in ("own", "tuned")}

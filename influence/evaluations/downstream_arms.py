@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from influence import storage
 from influence.cold_cost import ColdCost, cold_cost
-from influence.config import Config, ModelConfig
+from influence.config import Config, ModelConfig, OptimizerConfig
 from influence.config_content import content_values
 from influence.config_downstream import RANDOM
 from influence.config_loading import parse_config
@@ -265,7 +265,11 @@ class _Prints:
     def of(self, arm: Arm) -> str:
         """Raises InputError: a file, a model or an adapter of its config is not there."""
         config, job = resolve_revision(with_reference(arm.config)), self._job
-        prints = stage_fingerprints(config, self._template(config.model))
+        before = config
+        if config.optimizer.state is None:
+            # A warm-up that makes the state has a section that says all of it.
+            before = config.model_copy(update={"optimizer": OptimizerConfig()})
+        prints = stage_fingerprints(before, self._template(config.model))
         targets = {arm.target: job.target_files[arm.target]}
         guards = guards_of(targets, against_files(config))
         prints |= contamination_print(config, guards)

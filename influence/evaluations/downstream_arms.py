@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from influence import storage
 from influence.cold_cost import ColdCost, cold_cost
-from influence.config import Config, ModelConfig, OptimizerConfig
+from influence.config import Config, ModelConfig
 from influence.config_content import content_values
 from influence.config_downstream import RANDOM
 from influence.config_loading import parse_config
@@ -268,7 +268,8 @@ class _Prints:
         before = config
         if config.optimizer.state is None:
             # A warm-up that makes the state has a section that says all of it.
-            before = config.model_copy(update={"optimizer": OptimizerConfig()})
+            stateless = config.optimizer.model_copy(update={"kind": "sgd"})
+            before = config.model_copy(update={"optimizer": stateless})
         prints = stage_fingerprints(before, self._template(config.model))
         targets = {arm.target: job.target_files[arm.target]}
         guards = guards_of(targets, against_files(config))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 from influence import storage
@@ -29,6 +32,14 @@ def local_adapter(adapter: str) -> str:
             "`influence finetune` or an adapter that PEFT saved with safe_serialization=True"
         )
     return _fetched(adapter, f"{found.etag} {found.size}")
+
+
+@contextmanager
+def peft_quiet() -> Iterator[None]:
+    """Without what transformers warns about PEFT's own calls: it is not the user's to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 @lru_cache(maxsize=8)

@@ -6,7 +6,6 @@ Plans, speeds and precisions go by shapes; no weight of the model is loaded for 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from influence.adapters import local_adapter
+from influence.adapters import local_adapter, peft_quiet
 from influence.checkpoints import ADAPTER_FILES, OPTIMIZER_FILE
 from influence.config import Config
 from influence.errors import InputError, ModelLoadError
@@ -54,8 +53,7 @@ def write_blank(training: Config, folder: str, *, optimizer: bool = False, seed:
         except (OSError, ValueError) as error:
             raise ModelLoadError(f"model.adapter: {start.adapter!r}: {error}") from error
     try:
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore", FutureWarning)
+        with peft_quiet(), torch.device("meta"):
             wrapped = get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"finetune.target_modules: {error}") from error

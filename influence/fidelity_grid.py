@@ -118,7 +118,8 @@ def try_setting(
     first = Y.shape[1] - stated
     y, loo = Y[chosen, first:], model.loo_predictions[:, first:]
     # The truth is known of the sample alone, which widens a Spearman's interval.
-    here, there = (certify(y, loo, n=n, share=share, seed=seed) for n in (len(X), pool))
+    here = certify(y, loo, n=len(X), share=share, seed=seed)
+    there = here if pool == len(X) else certify(y, loo, n=pool, share=share, seed=seed)
     claims = [(a.spearman, b.recall) for a, b in zip(here, there, strict=True)]
     return Trial(spearman, recall, claims)
 

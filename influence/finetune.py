@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from influence import storage
-from influence.adapters import local_adapter
+from influence.adapters import local_adapter, peft_quiet
 from influence.checkpoints import AT_LEAST, Checkpoints, epoch_folder, publish
 from influence.errors import (
     InputError,
@@ -285,8 +285,7 @@ def adapted(model: Any, settings: FinetuneSettings, adapter: str | None) -> Iter
         model.is_quantized = False
     if adapter is None:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT
+            with peft_quiet():
                 wrapped: Any = get_peft_model(model, lora_config(settings))
         except ValueError as error:
             raise InputError(f"finetune.target_modules: {error}") from error
@@ -296,8 +295,7 @@ def adapted(model: Any, settings: FinetuneSettings, adapter: str | None) -> Iter
                 for name in module.lora_A:
                     module.reset_lora_parameters(name, True)
     else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the same
+        with peft_quiet():
             wrapped = PeftModel.from_pretrained(model, local_adapter(adapter), is_trainable=True)
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from influence.adapters import local_adapter
+from influence.adapters import local_adapter, peft_quiet
 from influence.blocks import find_decoder
 from influence.config import Config
 from influence.errors import ModelLoadError
@@ -85,8 +84,7 @@ def model_shape(config: Config) -> ModelShape:
 
             folder = local_adapter(config.model.adapter)
             adapter = PeftConfig.from_pretrained(folder, **adapter_arguments(config.model))
-            with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT
+            with torch.device("meta"), peft_quiet():
                 model = get_peft_model(model, adapter)
     except ModelLoadError:
         raise

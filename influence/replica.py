@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from influence.adapters import ADAPTER_WEIGHTS, local_adapter
+from influence.adapters import ADAPTER_WEIGHTS, local_adapter, peft_quiet
 from influence.config import ModelConfig
 from influence.errors import ModelLoadError
 from influence.hub import hub_has
@@ -141,8 +140,7 @@ def load_replica(config: ModelConfig, dtype: str, device: str = "auto") -> Repli
 
             check_adapter(config)
             folder = local_adapter(config.adapter)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT
+            with peft_quiet():
                 model = PeftModel.from_pretrained(model, folder, **adapter_arguments(config))
         model.to(where)  # pyright: ignore[reportArgumentType]
     except ModelLoadError:

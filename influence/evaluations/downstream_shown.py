@@ -185,12 +185,9 @@ def _caption(found: Downstream) -> str:
         if each.without_loss:
             lines.append(f"{name}: {each.without_loss:,} test rows have no response, and no loss.")
         if each.answers is not None:
-            lines.append(
-                f"{name}: exact match of {each.answers:,} answers; other test rows have none to "
-                "compare, or a prompt that is longer than max_length."
-                if each.answers < each.rows + each.without_loss
-                else f"{name}: exact match of {each.answers:,} answers."
-            )
+            why = "; other test rows have none to compare, or a prompt longer than max_length"
+            others = why if each.answers < each.rows + each.without_loss else ""
+            lines.append(f"{name}: exact match of {each.answers:,} answers{others}.")
         if each.judge is not None:
             apart = (
                 "no selection stands out from that"

@@ -54,9 +54,8 @@ def markdown(results: Mapping[str, Mapping[int, Any]]) -> str:
         parts += [f"### {test}", loss_table(results, names), difference_table(results, names)]
         parts.append(judge_line(results, names))
     parts.append(
-        f"Differences: a minus b, negative if a is better; {LEVEL:.0%} percentile interval of a "
-        f"paired bootstrap over seeds and test rows ({DRAWS:,} draws). With S seeds the bootstrap "
-        "sees only (S - 1)/S of the variance between seeds. `seed sd` is that of one seed's "
+        f"Differences: a minus b, negative if a is better; {LEVEL:.0%} interval, test rows "
+        f"resampled in pairs, seeds by Student's t ({DRAWS:,} draws). `seed sd`: of one seed's "
         "difference; `seeds needed`: until the difference is twice its standard error over seeds."
     )
     return "\n\n".join(part for part in parts if part)
@@ -135,10 +134,10 @@ def difference_table(results: Mapping[str, Mapping[int, Any]], tests: Sequence[s
         left, right = losses_of(results[a], seeds), losses_of(results[b], seeds)
         found = difference({t: left[t] for t in tests}, {t: right[t] for t in tests})
         value = f"**{found.value:+.4f}**" if found.sure else f"{found.value:+.4f}"
-        noise = "| |"
+        interval, noise = "", "| |"  # of one seed
         if np.isfinite(found.seed_sd):
+            interval = f"{found.low:+.4f} to {found.high:+.4f}"
             noise = f"| {found.seed_sd:.4f} | {found.seeds_until(2):.1f}"
-        interval = f"{found.low:+.4f} to {found.high:+.4f}"
         lines.append(f"| {a} | {b} | {len(seeds)} | {value} | {interval} {noise} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 

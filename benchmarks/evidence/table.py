@@ -98,7 +98,11 @@ def _estimate(each: Estimate) -> str:
 
 
 def _contrast(each: Contrast | None) -> str:
-    return "–" if each is None else f"{each.value:+.3f} ({each.low:+.3f} to {each.high:+.3f})"
+    if each is None:
+        return "–"
+    if each.low is None or each.high is None:  # one seed
+        return f"{each.value:+.3f}"
+    return f"{each.value:+.3f} ({each.low:+.3f} to {each.high:+.3f})"
 
 
 def filled_page(page: str, found: Mapping[str, str]) -> str:

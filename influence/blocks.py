@@ -128,10 +128,15 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
 
 def check_count(decoder: Decoder, count: int) -> None:
     """Raise InputError unless the decoder has a block number `count` (counted from 1)."""
-    if not 1 <= count <= len(decoder.blocks):
+    check_depth(len(decoder.blocks), count)
+
+
+def check_depth(blocks: int, count: int) -> None:
+    """Raise InputError unless a model of so many blocks has a block number `count`."""
+    if not 1 <= count <= blocks:
         raise InputError(
-            f"embedding.blocks: {count}, expected 1 to {len(decoder.blocks)}, the number of "
-            "decoder blocks of this model"
+            f"embedding.blocks: {count}, expected 1 to {blocks}, the number of decoder blocks of "
+            "this model"
         )
 
 

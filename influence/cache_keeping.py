@@ -13,8 +13,8 @@ from influence.cache_prune import (
     plan_prune,
     remove,
 )
+from influence.cache_record import CacheListing
 from influence.cache_use import recorded_use, use_of
-from influence.records import CacheListing
 
 
 def listing_of(contents: Contents, configs: Sequence[str], runs: Sequence[str]) -> CacheListing:

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from influence import storage
+from influence.cache_record import CachedFingerprint, CacheListing, OtherObjects
 from influence.cache_use import Place, Use
 from influence.embedding_record import CHOICES
 from influence.history import FOLDER
 from influence.methods import METHODS
 from influence.own_training import STAGES as TRAINED
-from influence.records import CachedFingerprint, CacheListing, OtherObjects
 from influence.schemas import layout_of
 
 #: The stages whose fingerprints this version can compute. What is kept under any other name (of a

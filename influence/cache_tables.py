@@ -11,8 +11,8 @@ from rich.text import Text
 
 from influence.cache_listing import Contents, StoredShard, describe
 from influence.cache_prune import Pruning
+from influence.cache_record import CachedFingerprint, CacheListing, OtherObjects
 from influence.cache_use import Place
-from influence.records import CachedFingerprint, CacheListing, OtherObjects
 from influence.report_format import DASH, size, whole
 from influence.vector_export import Exported
 

@@ -18,7 +18,7 @@ from influence.content import SourceFile, stamp_of
 from influence.errors import InputError
 from influence.json_lines import parse_line, read_lines, scan_lines
 from influence.parquet_rows import open_checked, scan_parquet, take_rows, values_of_rows
-from influence.row_formats import COLUMNS, Message, parse_row
+from influence.row_formats import COLUMNS, EXPECTED, Message, parse_row
 
 __all__ = [
     "Example",
@@ -278,3 +278,16 @@ def _column(values: list[Any]) -> pa.Array:
         encoded = [None if value is None else json.dumps(value) for value in values]
         column = pa.array(encoded, pa.string())
     return column
+
+
+def none_usable(key: str, files: Sequence[SourceFile], reasons: Mapping[str, int]) -> InputError:
+    """The error for files without a usable row; `reasons`: how many rows have which.
+
+    key: the config's, that names the files.
+    """
+    rows = sum(file.rows for file in files)
+    where = ", ".join(file.url for file in files[:3]) + (", ..." if len(files) > 3 else "")
+    counted = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
+    return InputError(
+        f"{key}: none of the {rows:,} rows of {where} can be used ({counted}); expected {EXPECTED}"
+    )

@@ -245,7 +245,10 @@ class ReplicasConfig(Section):
     rows_per_shard: PositiveInt = Field(512, description="candidates of an embedding shard")
     gradient_rows_per_shard: PositiveInt = Field(64, description="rows of a gradient shard")
     retries: Annotated[int, Field(ge=0)] = Field(3, description="attempts after the first one")
-    shard_seconds: PositiveFloat = Field(3600, description="time limit of one shard")
+    shard_seconds: PositiveFloat = Field(
+        3600,
+        description="time limit of one shard; a training has one for each of its shards of rows",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> ReplicasConfig:

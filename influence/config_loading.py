@@ -69,11 +69,26 @@ def read_yaml(path: str) -> object:
         raise InputError(f"config file {path!r} does not exist{hint}")
     with open(path, encoding="utf-8") as file:
         try:
-            return yaml.safe_load(file)
+            return yaml.load(file, Loader=_Loader)
         except yaml.YAMLError as error:
             raise InputError(f"{path}: not valid YAML: {error}") from None
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: expected UTF-8 text: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which the library's own loader takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[Any, Any] = {}
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name in first and name not in (None, "<<"):
+                raise yaml.constructor.ConstructorError(
+                    "first", first[name], f"the key {name!r} is there twice", key.start_mark
+                )
+            first[name] = key.start_mark
+        return super().construct_mapping(node, deep)
 
 
 def refuse_unbuilt(config: Config, name: str = "config") -> None:
@@ -143,6 +158,8 @@ def _explain(error: ValidationError, name: str) -> str:
         else:
             found = _short(problem.get("input"))
             message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "model_type":
+                message = f"expected a section of keys, for example {{{_first_key(parts)}: ...}}"
             lines.append(f"{name}: {key}: {message}; found {found}{_near_value(problem)}")
     return "\n".join(lines)
 
@@ -169,6 +186,16 @@ def _inside(annotation: Any, key: object) -> Any:
     choices = [choice for choice in typing.get_args(inner) if choice is not type(None)]
     # `X | None` is an X here: pydantic reports its problems as those of X.
     return choices[0] if isinstance(inner, types.UnionType) and len(choices) == 1 else inner
+
+
+def _first_key(parts: list[str]) -> str:
+    """A key of the section that these keys lead to, one without a default if there is any."""
+    annotation: Any = Config
+    for part in parts:
+        annotation = _inside(annotation, part)
+    known: dict[str, Any] = getattr(annotation, "model_fields", {})
+    required = [name for name, field in known.items() if field.is_required()]
+    return (required or list(known) or ["KEY"])[0]
 
 
 def _nearest(parts: list[str]) -> str:

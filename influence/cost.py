@@ -42,11 +42,14 @@ def head(shape: ModelShape, load: Load) -> float:
     return 4.0 * shape.head_weights * load.response_tokens
 
 
-def embedding(shape: ModelShape, load: Load, kind: str, blocks: int, tangents: int) -> float:
+def embedding(
+    shape: ModelShape, load: Load, kind: str, blocks: int, tangents: int, tangent: str = "rank1"
+) -> float:
     """jvp: a pass of the values and one for each tangent; hidden: one; rds: one, of all blocks.
 
     Of the last of some blocks the feed-forward part sees a row's last token alone. A tangent's
-    attention is twice the values': queries and keys, and weights and values, move both.
+    attention is twice the values': queries and keys, and weights and values, move both. So do a
+    matrix and its input where the tangent is dense; of rank one the matrix's own part is little.
     """
     if kind == "rds":
         return forward(shape, load)
@@ -55,7 +58,8 @@ def embedding(shape: ModelShape, load: Load, kind: str, blocks: int, tangents: i
     if kind == "hidden":
         return forward(shape, load, blocks) - spared
     linear = 2.0 * shape.block_weights * load.tokens * part - spared
-    return (1 + tangents) * linear + (1 + 2 * tangents) * _attention(shape, load) * part
+    moved = 2 if tangent == "dense" else 1
+    return (1 + moved * tangents) * linear + (1 + 2 * tangents) * _attention(shape, load) * part
 
 
 def passes(shape: ModelShape, load: Load) -> float:
@@ -145,7 +149,7 @@ def token_scores(shape: ModelShape, load: Load) -> float:
 
 def _embedding(config: Config, shape: ModelShape, load: Load) -> float:
     settings, kind = config.embedding, embedding_values(config)["embedding"]
-    return embedding(shape, load, kind, settings.blocks, settings.tangents)
+    return embedding(shape, load, kind, settings.blocks, settings.tangents, settings.tangent)
 
 
 def _gradients(stage: str, config: Config, shape: ModelShape, load: Load) -> float:

@@ -16,13 +16,17 @@ from scipy.stats import rankdata
 
 DRAWS = 2000
 LEVEL = 0.95
+#: Of fewer observations a resample knows too little: its interval held the truth as seldom as in 67
+#: of 100 simulations of 4, and of a perfect ranking it is a point.
+FEWEST = 6
 # Resampled values held at once: 2^21 float64 are 16 MiB.
 _BLOCK_ENTRIES = 1 << 21
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """A rank correlation and its 95 % interval; None where a side is constant."""
+    """A rank correlation and its 95 % interval; None where a side is constant. Less than FEWEST
+    observations have no interval."""
 
     value: float | None
     low: float | None
@@ -99,6 +103,8 @@ def agreement(
     usable = np.flatnonzero(np.isfinite(values))
     if not len(usable):
         return Agreement(None, None, None)
+    if len(a) < FEWEST:
+        return Agreement(float(values[usable].mean()), None, None)
     generator = np.random.default_rng(seed)
     drawn = generator.integers(0, len(a), size=(draws, len(a)))
     sample = _resampled(a[:, usable], b[:, usable], drawn)

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from influence.blocks import find_decoder
+from influence.blocks import check_depth, find_decoder
+from influence.config import Config
 from influence.errors import InputError
 from influence.jvp import Embed, Tangent, make_jvp_embedder
+from influence.methods import METHODS
+from influence.model_shape import ModelShape
 from influence.pooling import make_hidden_embedder, make_rds_embedder
 from influence.projection import rademacher_projection
 
@@ -97,3 +100,14 @@ def _hidden_size(model: nn.Module) -> int:
     # The blocks' own width: a token embedding may be narrower (OPT-350m).
     find_decoder(model)
     return model.config.get_text_config().hidden_size  # pyright: ignore
+
+
+def check_embedding(config: Config, shape: ModelShape) -> None:
+    """See that the model has as many blocks as its embeddings are of, before anything is computed.
+
+    Raises:
+        InputError: names embedding.blocks.
+    """
+    method, kind = METHODS[config.method], config.embedding.kind
+    if method.embeds and method.embedding_kind is None and kind in ("jvp", "hidden"):
+        check_depth(shape.blocks, config.embedding.blocks)

@@ -7,12 +7,15 @@ from decimal import Decimal, InvalidOperation
 from functools import partial
 
 #: Goes up when what is called the same answer changes: answers of an older rule are not reused.
-RULE = 3
+RULE = 4
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 _BEHIND = re.compile(r"####(?P<text>.*)")
 _BOX = re.compile(r"\\boxed\s*\{")
 _PHRASE = re.compile(r"\banswer(?:\s+is|\s*:)(?=(?P<text>.*))", re.IGNORECASE)  # may repeat
 _AROUND = " \t\"'`*$().,:;!?"
+#: The same of an answer that is nothing else but brackets.
+_AROUND_BRACKETS = " \t\"'`*$.,:;!?"
+_MINUS = "\u2212"  # as it is typeset
 #: Behind a number, what makes it a part of something else: 1/2, 3:45, 10^6, 2x + 7, 3 - x.
 _GOES_ON = re.compile(r"[A-Za-z]|.*(?:[\d/^=+*\\{}]|(?:^|\s)-)", re.DOTALL)
 _JOINED = re.compile(r"\s*[/:^]\s*\d")
@@ -27,8 +30,9 @@ def same_answer(generated: str, reference: str) -> bool:
     first number that the generated text marks, or else with its last one. Any other answer that the
     reference marks, or its whole text where it marks none, has to be what the generated text marks,
     or all of it. White space, case, and quotes, brackets and punctuation around an answer do not
-    count; within it they do.
+    count; within it they do, and where there is nothing else.
     """
+    generated, reference = (text.replace(_MINUS, "-") for text in (generated, reference))
     marked = _marked(reference)
     number = None if marked is None else _plain_number(marked)
     if number is not None:
@@ -55,8 +59,10 @@ def last_number(text: str) -> Decimal | None:
 
 
 def plain_text(text: str) -> str:
-    """In lower case, single spaces within, without white space and punctuation at the ends."""
-    return " ".join(text.split()).strip(_AROUND).casefold()
+    """In lower case, single spaces within, without white space and punctuation at the ends; of a
+    text of brackets alone these stay, and of other punctuation all of it."""
+    spaced = " ".join(text.split()).casefold()
+    return spaced.strip(_AROUND) or spaced.strip(_AROUND_BRACKETS) or spaced
 
 
 def _marked(text: str) -> str | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from influence import storage
-from influence.candidates import SourceFile, scan_files
+from influence.candidates import SourceFile, none_usable, scan_files
 from influence.config import Config, ModelConfig
 from influence.config_finetune import POOL
 from influence.errors import InputError, ModelLoadError
@@ -246,10 +247,7 @@ def _sets(config: Config, encode: Encoder, watcher: Watcher) -> dict[str, list[E
         encoded = [row for rows in encoded_chunks(files, encode) for row in rows]
         sets[name] = [row for row in encoded if row.reason is None]
         if not sets[name]:
-            raise InputError(
-                f"{key}.{name}: none of the {len(encoded)} rows of {each.path} has a response "
-                "within max_length"
-            )
+            raise none_usable(f"{key}.{name}", files, Counter(row.reason or "" for row in encoded))
         if left := len(encoded) - len(sets[name]):
             watcher.note(f"{name}: {left} of {len(encoded)} rows have no loss and are left out")
     return sets

@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from influence import storage
+from influence.cache_record import CacheListing
 from influence.config import Config
 from influence.config_loading import parse_config, put_value, read_yaml
 from influence.errors import InputError
-from influence.records import CacheListing, Fidelity
+from influence.records import Fidelity
 
 if TYPE_CHECKING:
     from influence.cache_prune import Pruning

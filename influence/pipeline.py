@@ -16,6 +16,7 @@ from influence.cache import Cache
 from influence.candidates import SourceFile, scan_files
 from influence.config import Config
 from influence.contamination_units import contamination_print, guards_of
+from influence.embeddings import check_embedding
 from influence.errors import InputError
 from influence.fingerprints import stage_fingerprints
 from influence.job import Execute, Job, run_units, timed
@@ -70,6 +71,7 @@ def select(job: Job, execute: Execute, reduce: Any) -> dict[str, Any]:
     if method.needs_gradients:
         job.shape = model_shape(config)
         log.manifest.coverage = job.shape.coverage
+        check_embedding(config, job.shape)
         if step := step_phrase(config.optimizer.kind, config.optimizer.state):
             job.progress.note(f"optimizer: scores are about {step}")
     log.save()

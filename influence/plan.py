@@ -12,6 +12,7 @@ from influence.bill_record import replicas_of, shape_of
 from influence.budget import parse_budget
 from influence.config import Config
 from influence.cost import ReplicaMemory
+from influence.embeddings import check_embedding
 from influence.errors import InputError
 from influence.hub import resolve_revision
 from influence.local import local_execute
@@ -120,10 +121,11 @@ def _memory(config: Config, shape: ModelShape, counts: dict[str, Any]) -> Replic
 
 
 def _refusals(config: Config, shape: ModelShape, work: Work, counts: dict[str, Any]) -> list[str]:
-    """What would stop the run: vectors that do not fit."""
+    """What would stop the run: blocks that the model has not, vectors that do not fit."""
     found = []
     vectors = [] if work.exact is None else [u for us in work.exact.vectors.values() for u in us]
     try:
+        check_embedding(config, shape)
         cost.check_vector_bytes(config, shape)
         if vectors:
             cost.check_target_bytes(config, shape, len(vectors))

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from influence.bill_tables import footnotes, plan_table
 from influence.cost import ReplicaMemory
+from influence.methods import METHODS
 from influence.plan import Plan
 from influence.status import compact_table
 
@@ -39,7 +40,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         _line(console, line)
     if plan.memory is not None:
         _line(console, memory_line(plan.memory, plan.config.replicas.token_budget))
-    if plan.shape is not None:
+    if plan.shape is not None and METHODS[plan.config.method].needs_gradients:
         console.print(coverage_table(plan.shape.coverage))
     for note in plan.notes:
         _line(console, f"note: {note}")

@@ -1,6 +1,7 @@
-"""File contracts: the JSON documents of a run and of a cache, and what they consist of.
+"""File contracts: the JSON documents of a run and of what it trained, and what they consist of.
 
-The Arrow schemas are in `influence.schemas`, what a plan says in `influence.plan_schemas`.
+The Arrow schemas are in `influence.schemas`, what a plan says in `influence.plan_schemas`, what a
+cache is said to hold in `influence.cache_record`.
 """
 
 from __future__ import annotations
@@ -312,41 +313,6 @@ class Manifest(BaseModel):
 
     def _with_model(self) -> list[StageRecord]:
         return [record for record in self.stages.values() if record.model_share is not None]
-
-
-class CachedFingerprint(BaseModel):
-    """The shards of one stage and fingerprint in a cache."""
-
-    stage: str
-    fingerprint: str
-    shards: int
-    rows: int | None = Field(description="null where the shards' names do not tell")
-    bytes: int
-    newest: datetime
-    used_by: list[str] = Field(default_factory=list, description="of the configs and runs given")
-    values: dict[str, Any] | None = Field(
-        default=None, description="what the fingerprint covers, if one of those uses it"
-    )
-    made: dict[str, Any] = Field(
-        default_factory=dict, description="else: vectors, device, torch of one shard's footer"
-    )
-
-
-class OtherObjects(BaseModel):
-    """Objects in a cache directory that are no shards."""
-
-    objects: int = 0
-    bytes: int = 0
-    examples: list[str] = Field(default_factory=list, description="the first names")
-
-
-class CacheListing(BaseModel):
-    """What `influence cache list --json` writes."""
-
-    cache: str
-    fingerprints: list[CachedFingerprint] = Field(default_factory=list)
-    empty: OtherObjects = Field(default_factory=OtherObjects, description="no bytes: damaged")
-    foreign: OtherObjects = Field(default_factory=OtherObjects, description="no shard's name")
 
 
 def to_json(document: BaseModel) -> bytes:

@@ -15,7 +15,7 @@ import numpy as np
 
 from influence import landmarks, scoring
 from influence.cache import Cache
-from influence.candidates import SourceFile
+from influence.candidates import SourceFile, none_usable
 from influence.catalogue import Catalogue
 from influence.certificate import certificate_of
 from influence.certified_result import recall_certificate
@@ -24,7 +24,6 @@ from influence.config import Config
 from influence.contamination_reduce import find_matches
 from influence.coverage_reduce import Likeness, coverage_of, likeness_of
 from influence.embedding_reduce import Judged, draw_pilot, judge_embeddings
-from influence.errors import InputError
 from influence.in2core_reduce import InfluenceReduce
 from influence.landmark_reduce import LandmarkReduce, RoundsReduce, RoundStep, draw_landmarks
 from influence.load import Load
@@ -40,7 +39,7 @@ from influence.score_table import ArrayTable
 from influence.scores import Scores
 from influence.second_order_plan import Along, DirectionPlan, MadeVectors, check_covariance
 from influence.selection import Rule
-from influence.selection_rule import method_weights, selection_rule
+from influence.selection_rule import check_quotas, method_weights, selection_rule
 from influence.shard_reader import (
     NO_EMBEDDING,
     NO_GRADIENT,
@@ -74,10 +73,8 @@ class Reducer:
         self.matches = find_matches(self.config, self.cache, contamination, self.pool)
         self.load_targets(targets)
         if not len(self.pool.eligible):
-            raise InputError(
-                f"data.candidates: none of the {len(self.pool)} rows can be scored: "
-                f"{self.pool.reasons()}"
-            )
+            raise none_usable("data.candidates", self.pool.files, self.pool.reasons())
+        check_quotas(self.config, self.pool)
         return self.counts()
 
     def load_targets(self, targets: Mapping[str, Sequence[Unit]]) -> None:

@@ -43,8 +43,9 @@ def reference_adapter(config: Config) -> str:
     if adapter is None:
         raise InputError(
             "reference.adapter: method: in2core takes the gradients of LoRA factors that were "
-            "fine-tuned on the pool; name the folder of such an adapter (PEFT) in "
-            "reference.adapter or model.adapter, or let the job make it: reference.finetune: {}"
+            "fine-tuned on the pool, and so do evaluations of its influences; name the folder of "
+            "such an adapter (PEFT) in model.adapter, or, with method: in2core, in "
+            "reference.adapter, or let the job make it: reference.finetune: {}"
         )
     return adapter
 

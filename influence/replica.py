@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
+from glob import glob
 from typing import Any
 
 import torch
@@ -212,9 +213,14 @@ def _load_arguments(config: ModelConfig) -> dict[str, Any]:
 
 def _explain(config: ModelConfig, part: str, error: Exception) -> str:
     first = str(error).strip().splitlines()
+    folder = resolve_name(config)
+    quantised = sorted(glob("*.gguf", root_dir=folder)) if os.path.isdir(folder) else []
+    hint = ""
+    if quantised and not config.gguf_file:
+        hint = f"; the folder holds {', '.join(quantised)}: name it in model.gguf_file"
     return (
         f"model.name: cannot load the {part} of {config.name!r}"
         + (f" (gguf_file {config.gguf_file!r})" if config.gguf_file else "")
         + (f" with adapter {config.adapter!r}" if config.adapter else "")
-        + f": {type(error).__name__}: {first[0] if first else ''}"
+        + f": {type(error).__name__}: {first[0] if first else ''}{hint}"
     )

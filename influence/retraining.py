@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -133,8 +134,17 @@ def retraining_units(
         found = fingerprint({**values, **own})
         reads, tokens = (key, written.key), written.tokens
         label = training.label or f"a training on {len(training.rows):,} rows, seed {training.seed}"
-        units.append(Unit(STAGE, found.hex, file, 0, 0, needs=reads, tokens=tokens, label=label))
+        work = _shards(job.config, len(training.rows), ordered)
+        units.append(
+            Unit(STAGE, found.hex, file, 0, 0, needs=reads, tokens=tokens, label=label, shards=work)
+        )
     return units
+
+
+def _shards(config: Config, rows: int, tests: Mapping[str, Tested]) -> int:
+    """How many gradient shards have as many rows as a training and its tests."""
+    passed = rows * settings_of(config).epochs + sum(test.rows for test in tests.values())
+    return max(1, ceil(passed / config.replicas.gradient_rows_per_shard))
 
 
 def run_retrainings(job: Job, units: Sequence[Unit]) -> None:

@@ -23,6 +23,11 @@ COLUMNS = (
     "output",
     "response",
 )
+#: What messages ask for where no row can be used.
+EXPECTED = (
+    "rows with `messages` or `conversations` (a list of turns), `prompt` and `completion`, or "
+    "`instruction` and `output` or `response`, and an assistant's response within max_length"
+)
 _SHAREGPT = {
     "human": "user",
     "gpt": "assistant",

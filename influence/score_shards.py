@@ -32,8 +32,7 @@ def scoring_url(run: str) -> str:
 
 def remove_scoring(run: str) -> None:
     """Remove the score shards of a run that is done, or that is to be made anew."""
-    for info in storage.list_objects(scoring_url(run)):
-        storage.delete(info.url)
+    storage.delete_all(scoring_url(run))
 
 
 def score_units(embedding: Sequence[Unit], predictor: str) -> list[Unit]:

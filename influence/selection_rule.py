@@ -11,7 +11,7 @@ from influence.catalogue import Catalogue
 from influence.config import Config
 from influence.methods import METHODS
 from influence.quotas import Quota
-from influence.selection import Rule, Selection
+from influence.selection import Rule, Selection, terms_of
 from influence.target_columns import TargetColumns
 from influence.weights import id_ranks
 
@@ -26,10 +26,39 @@ def selection_rule(config: Config, pool: Catalogue, columns: TargetColumns) -> R
         combine=section.combine,
         sources=pool.sources,
         n_tokens=pool.n_tokens,
-        per_source={name: Quota(q.min, q.max) for name, q in section.per_source.items()},
+        per_source=_quotas(config),
         # Only proponents are kept: training on the others is expected to do harm.
         floor=0.0 if METHODS[config.method].signed else None,
     )
+
+
+def _quotas(config: Config) -> dict[str, Quota]:
+    return {name: Quota(q.min, q.max) for name, q in config.selection.per_source.items()}
+
+
+def check_quotas(config: Config, pool: Catalogue) -> None:
+    """Quotas that the pool cannot meet, found before anything is computed of it.
+
+    Rows may still turn out to have no score; `terms_of` looks again. How many rows a method that
+    keeps proponents takes is not known yet: of one row shares and patterns are seen.
+
+    Raises:
+        InputError: names selection.per_source and what is wrong with it.
+    """
+    section = config.selection
+    if not section.per_source:
+        return
+    budget = 1 if METHODS[config.method].signed else section.budget
+    rule = Rule(
+        column_target=np.empty(0, dtype=np.int64),
+        ranks=np.empty(0, dtype=np.int64),
+        budget=parse_budget(budget),
+        combine=section.combine,
+        sources=pool.sources,
+        n_tokens=pool.n_tokens,
+        per_source=_quotas(config),
+    )
+    terms_of(rule, pool.scorable)
 
 
 def method_weights(method: str, selection: Selection) -> Selection:

@@ -142,9 +142,11 @@ class Toolbox:
             self._built["projection"] = other.projection
 
     def step_notes(self, stage: str) -> tuple[str, ...]:
-        """What is to be said of the step that a stage's gradients are scaled by."""
+        """What is to be said of the step that a stage's gradients are scaled by; nothing before
+        the first row: a shard may have none that can be scored."""
         if self.settings.updates and stage == "gradients":
-            return (f"update: {self._built['updates'][1]}",)
+            built = self._built.get("updates")
+            return () if built is None else (f"update: {built[1]}",)
         return (f"optimizer: {self.step.note}",) if stage in self.settings.scaled else ()
 
     @property

@@ -18,6 +18,7 @@ from rich.text import Text
 from influence import storage
 from influence.cache import Cache
 from influence.config import Config
+from influence.config_evaluation import EvaluationConfig
 from influence.errors import InputError
 from influence.meter import Left
 from influence.progress import left_text, speed_text
@@ -81,6 +82,13 @@ class Status:
         return len(set(self.manifest.stages[stage].planned))
 
 
+def _evaluations_in(run: str) -> str:
+    """Of a folder with runs of `influence evaluate` alone: where these are."""
+    places = [storage.join(run, "evaluations", name) for name in EvaluationConfig.model_fields]
+    found = [url for url in places if storage.head(storage.join(url, "manifest.json")) is not None]
+    return f", or that of an evaluation: {', '.join(found)}" if found else ""
+
+
 def read_status(run: str) -> Status:
     """Read the manifest and look which of its shards the cache holds now.
 
@@ -97,7 +105,7 @@ def read_status(run: str) -> Status:
     if manifest is None or storage.head(url) is None:
         raise InputError(
             f"{run}: no manifest.json and config.yaml there; expected the run directory of an "
-            "`influence select` (the config's `run`)"
+            f"`influence select` (the config's `run`){_evaluations_in(run)}"
         )
     config = Config.model_validate(yaml.safe_load(storage.read_bytes(url)))
     cache = Cache(_cache_url(run, config, manifest))

@@ -213,6 +213,17 @@ def delete(url: str) -> None:
     ask(where, url, remove)
 
 
+def delete_all(prefix_url: str) -> None:
+    """Remove everything below a folder, and on a disk the folder; what is not there is no error."""
+    for info in list_objects(prefix_url):
+        delete(info.url)
+    where = locate(prefix_url, key_needed=False)
+    if not where.scheme:
+        for folder, _, _ in os.walk(where.key, topdown=False):
+            with contextlib.suppress(OSError):  # another process has written into it
+                os.rmdir(folder)
+
+
 def expand(pattern: str) -> list[str]:
     """The files that a glob matches, sorted; a pattern without a wildcard is itself.
 

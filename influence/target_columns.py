@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from influence.candidates import SourceFile
+from influence.candidates import SourceFile, none_usable
 from influence.catalogue import NO_SOURCE, Catalogue
 from influence.errors import InputError
 
@@ -68,10 +68,7 @@ def target_columns(
     for target, catalogue in catalogues.items():
         usable = [int(position) for position in catalogue.eligible]
         if not usable:
-            raise InputError(
-                f"targets.{target}: none of its {len(catalogue)} rows can be scored "
-                f"({catalogue.reasons()}); expected rows with at least one assistant turn"
-            )
+            raise none_usable(f"targets.{target}", catalogue.files, catalogue.reasons())
         names.append(target)
         if grouped[target]:
             groups: dict[str, list[int]] = {}

@@ -35,6 +35,7 @@ class Unit:
         against: names and files whose rows it is compared with; the fingerprint has their contents.
         tokens: of a training's rows, which are no range of its file's.
         label: what messages call it, where that is not its rows of its file.
+        shards: how many shards' worth of work it is; its time limit is so many times theirs.
     """
 
     stage: str
@@ -51,6 +52,7 @@ class Unit:
     against: tuple[tuple[str, SourceFile], ...] = ()
     tokens: int = 0
     label: str = ""
+    shards: int = 1
 
     @property
     def place(self) -> str:
@@ -109,6 +111,11 @@ class Bundle:
     """
 
     units: tuple[Unit, ...]
+
+    @property
+    def shards(self) -> int:
+        """How many shards' worth of time one pass may take."""
+        return max(unit.shards for unit in self.units)
 
 
 @dataclass(frozen=True)

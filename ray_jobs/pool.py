@@ -40,7 +40,8 @@ class ReplicaPool:
     Args:
         start: starts one replica actor.
         retries: attempts of a unit after its first one.
-        shard_seconds: time limit of one unit; a replica that exceeds it is killed.
+        shard_seconds: time limit of a shard's worth of work; a replica that exceeds it is killed.
+        shards: how many shards' worth of work a unit is, 1 unless given.
         on_poll: called about once a second, and whenever a number changes, with the replicas that
             are up, and that are awaited.
         observer: told of the replicas' time with work, and of units that are tried again.
@@ -56,6 +57,7 @@ class ReplicaPool:
         maximum: int,
         retries: int,
         shard_seconds: float,
+        shards: Callable[[Any], int] = lambda unit: 1,
         on_poll: Callable[[int, int], None] = lambda up, starting: None,
         observer: Observer | None = None,
         going: Callable[[], Collection[str]] = tuple,
@@ -63,7 +65,8 @@ class ReplicaPool:
     ) -> None:
         self._start = start
         self._minimum, self._maximum = minimum, maximum
-        self._retries, self._shard_seconds = retries, shard_seconds
+        self._retries = retries
+        self._limit = lambda unit: shard_seconds * shards(unit)
         self._on_poll, self._going = on_poll, going
         self._observer: Observer = Silent() if observer is None else observer
         self._calls: Calls = RayCalls() if calls is None else calls
@@ -336,9 +339,11 @@ class ReplicaPool:
 
     def _enforce_time_limit(self, now: float) -> None:
         for replica in [*self._replicas.up, *self._replicas.leaving]:
-            late = [a for a in replica.in_flight.values() if now - a.since > self._shard_seconds]
+            flying = replica.in_flight.values()
+            late = [each for each in flying if now - each.since > self._limit(each.unit)]
             if late:
-                text = f"not finished in {self._shard_seconds:g} s (replicas.shard_seconds)"
+                limit = self._limit(late[0].unit)
+                text = f"not finished in {limit:g} s (replicas.shard_seconds)"
                 self._lost(replica, TimeoutError(text), late)
 
 

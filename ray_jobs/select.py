@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import ray
@@ -100,6 +101,7 @@ def replica_pool(job: Job) -> ReplicaPool:
         maximum=settings.max,
         retries=settings.retries,
         shard_seconds=settings.shard_seconds,
+        shards=attrgetter("shards"),
         on_poll=on_poll,
         observer=job.watch,
         going=GoingNodes(),

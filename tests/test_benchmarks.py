@@ -20,7 +20,7 @@ from tiny_models import tiny_model
 from tiny_run import Setup
 
 from influence.errors import InputError
-from influence.evaluations.downstream_results import Downstream
+from influence.evaluations.downstream_results import Downstream, TargetResult, compare
 from influence.gradients import attributed_layers
 from influence.projection import layer_shapes, make_kronecker
 
@@ -35,6 +35,7 @@ import sketch_sides
 import table as evidence_tables
 import true_fidelity
 import worth
+import worth_report
 
 
 def test_spread_is_even_and_distinct():
@@ -253,3 +254,14 @@ def test_the_page_of_results_has_the_figures_of_the_stored_evaluation() -> None:
     for name, target in found.targets.items():
         for result in target.results.values():
             assert f"| {result.loss.mean:.3f}" in page, name
+
+
+def test_tables_of_one_seed_have_differences_without_an_interval() -> None:
+    losses = {n: [np.array([[1.0, 2.0]]) + i] for i, n in enumerate(("untrained", "random", "id"))}
+    results, contrasts, judge = compare(losses, "random")
+    target = TargetResult(rows=2, results=results, contrasts=contrasts, judge=judge)
+    assert "| +1.000 |" in evidence_tables.loss_table(target, "random")
+    assert "| +1.000 |" in evidence_tables.contrast_table({"t": target}, "id")
+    of_worth = {n: {0: {"tests": {"t": {"losses": [i, i]}}}} for i, n in enumerate(("random", "a"))}
+    (line,) = worth_report.difference_table(of_worth, ["t"]).splitlines()[2:]
+    assert line.split("|")[1:6] == [" a ", " random ", " 1 ", " +1.0000 ", "  "], "nan is shown"

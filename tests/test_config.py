@@ -91,7 +91,7 @@ def test_names_chosen_by_the_user_are_not_taken_for_keys():
         ("weights.eta", float("inf"), "finite"),
         ("embedding.kind", "jpv", "did you mean 'jvp'"),
         ("method", "exakt", "did you mean 'exact'"),
-        ("model", "name-only", "dictionary"),
+        ("model", "name-only", "section of keys, for example {name"),
         ("data.candidates", [], "at least 1"),
         ("targets", {}, "at least 1"),
         ("targets", {"a/b": {"path": "x"}}, "target name 'a/b'"),
@@ -99,7 +99,7 @@ def test_names_chosen_by_the_user_are_not_taken_for_keys():
         ("layers", 3, "valid string"),
         ("selection.budget", [1], "valid integer"),
         ("replicas", {"min": 3, "max": 2}, "min 3 is larger than max 2"),
-        ("gradients", None, "dictionary"),
+        ("gradients", None, "section of keys"),
     ],
 )
 def test_a_wrong_value_names_the_key_what_was_expected_and_what_was_found(key, value, expected):
@@ -338,6 +338,14 @@ def test_group_by_alone_asks_for_groups():
     assert parse_config(_with("data.candidates", "one.jsonl")).data.candidates == ["one.jsonl"]
 
 
+def test_a_value_in_place_of_a_section_is_told_what_a_section_is():
+    expected = r"targets\.gsm8k: expected a section of keys, for example \{path: \.\.\.\}; found"
+    with pytest.raises(InputError, match=expected):
+        parse_config(_with("targets.gsm8k", "dev.jsonl"))
+    with pytest.raises(InputError, match=r"selection: expected a section .*\{budget: "):
+        parse_config(_with("selection", "5%"))
+
+
 def test_the_cache_is_below_the_run_unless_it_is_named():
     assert parse_config(SMALLEST).cache_url == "runs/x/cache"
     assert parse_config(FULL).cache_url == "s3://bucket/cache"
@@ -351,6 +359,12 @@ def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"bad\.yaml: not valid YAML(.|\n)*line 3") as caught:
         load_config(str(tmp_path / "bad.yaml"))
     assert "hunter2" not in str(caught.value), "a line of the file, which may hold keys, is echoed"
+    (tmp_path / "twice.yaml").write_text("run: a\nselection: {budget: 1}\nselection: {}\n")
+    with pytest.raises(InputError, match=r"line 2(.|\n)*'selection' is there twice(.|\n)*line 3"):
+        load_config(str(tmp_path / "twice.yaml"))
+    (tmp_path / "merged.yaml").write_text("a: &a {max: 1}\nreplicas: {<<: *a, <<: *a, max: 2}\n")
+    with pytest.raises(InputError, match="unknown key 'a'"):  # read, and refused for that alone
+        load_config(str(tmp_path / "merged.yaml"))
     (tmp_path / "latin.yaml").write_bytes(b"run: caf\xe9\n")
     with pytest.raises(InputError, match=r"latin\.yaml: expected UTF-8"):
         load_config(str(tmp_path / "latin.yaml"))

@@ -31,6 +31,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "embedding",
         {"embedding__tangents": 1, "embedding__blocks": 3},
     ),
+    "jvp of dense tangents": ("embedding", {"embedding__tangent": "dense"}),
+    "jvp of four dense tangents of one block": (
+        "embedding",
+        {"embedding__tangent": "dense", "embedding__tangents": 4, "embedding__blocks": 1},
+    ),
     "hidden": ("embedding", {"embedding__kind": "hidden"}),
     "rds": ("embedding", {"method": "rds"}),
     "sketched gradients": ("gradients", {}),

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from influence.datamodeling import (
+    Agreement,
     agreement,
     changes,
     datamodeling_score,
@@ -79,6 +80,11 @@ def test_the_interval_is_that_of_a_loop_over_resamples() -> None:
     drawn = np.random.default_rng(9).integers(0, 25, size=(300, 25))
     sample = [np.mean([spearman(a[rows, c], b[rows, c]) for c in range(2)]) for rows in drawn]
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(sample, [0.025, 0.975])))
+
+
+def test_four_observations_are_too_few_for_an_interval() -> None:
+    a = np.arange(4.0)[:, None]
+    assert agreement(a, a) == Agreement(1.0, None, None), "certain of what one of 24 orders does"
 
 
 def test_the_interval_covers_the_truth() -> None:

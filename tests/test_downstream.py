@@ -40,10 +40,9 @@ METHODS: dict[str, Any] = {"own": {}, "rds": {"method": "rds"}}
 SEEDS = (0, 1)
 
 
-@pytest.fixture(scope="module")
-def tests_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def write_tests(folder: Path) -> dict[str, str]:
     """Held-out rows of both targets; of `mixed` one has no response."""
-    folder, paths = tmp_path_factory.mktemp("tests"), {}
+    paths = {}
     for name, rows in (("sums", 4), ("mixed", 3)):
         draw = random.Random(f"test {name}")
         lines: list[Any] = [{"messages": conversation(draw)} for _ in range(rows)]
@@ -53,6 +52,11 @@ def tests_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         paths[name] = str(path)
     return paths
+
+
+@pytest.fixture(scope="module")
+def tests_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_tests(tmp_path_factory.mktemp("tests"))
 
 
 def downstream_config(
@@ -194,6 +198,13 @@ def test_costs_of_training_and_the_front(evaluated: Config) -> None:
     for name in ("full", "random"):
         alone = targets["sums"]["results"][name]["training"]["flops"]
         assert overall[name]["training"]["flops"] == alone, "one training serves both targets"
+    selecting = {
+        name: [targets[t]["results"][name]["selection"]["seconds"] for t in targets]
+        for name in ("random", "own")
+    }
+    asked_once, asked_twice = (overall[n]["selection"]["seconds"] for n in selecting)
+    assert asked_once in selecting["random"], "no target is asked, and each one is billed"
+    assert asked_twice == pytest.approx(sum(selecting["own"]))
 
 
 def test_the_plan_counts_its_trainings(evaluated: Config) -> None:
@@ -364,47 +375,6 @@ def test_one_failing_selection_fails_the_whole_by_its_name(
         assert manifest_of(f"{own_run(config)}/sums/{name}").state == "done"
     record = manifest_of(own_run(config)).stages[STAGE]
     assert record.shards == record.reused + record.computed == 7, "the others are not trained on"
-
-
-@pytest.mark.parametrize(
-    ("downstream", "expected"),
-    [
-        (
-            {"methods": {"a": {"embeding": {"kind": "rds"}}}},
-            "unknown key 'evaluation.downstream.methods.a.embeding'; did you mean 'embedding'",
-        ),
-        (
-            {"methods": {"a": {"method": "rsd"}}},
-            "evaluation.downstream.methods.a.method: Input should be",
-        ),
-        (
-            {"methods": {"a": {"warmup": {}, "method": "rds"}}},
-            "evaluation.downstream.methods.a.warmup: it is for method",
-        ),
-        ({"methods": {"a": {"method": "in2core"}}}, "methods.a.reference.adapter: method: in2core"),
-        ({"methods": {"a": {"run": "x"}}}, "methods.a.run: is the same for all methods"),
-        ({"methods": {"a": {"data": {"limit": 3}}}}, "methods.a.data.limit: is the same for all"),
-        ({"methods": {"a": {"method": "random", "seed": 3}}}, "methods.a.seed: a random draw"),
-        ({"methods": {"a-seed1": {}}}, "method name 'a-seed1'"),
-        ({"methods": {"full": {}}}, "method name 'full' stands for"),
-        ({"baseline": "other"}, "baseline 'other' is none of the methods: random, own, rds"),
-        ({"tests": {"sums": "x.jsonl"}}, "evaluation.downstream.tests.mixed: is missing"),
-        ({"tests": {"sums": "a", "mixed": "b", "c": "c"}}, "tests.c: is no target; expected one"),
-        ({"tests": {"sums": "no.jsonl", "mixed": "b"}}, "evaluation.downstream.tests.sums.path: "),
-    ],
-)
-def test_a_bad_section_is_refused_by_its_key(
-    setup: Setup, tests_of: dict[str, str], tmp_path: Path, downstream: Any, expected: str
-) -> None:
-    def attempt() -> None:
-        config = downstream_config(setup, tests_of, tmp_path / "run", downstream=downstream)
-        run_evaluate(config, quiet=True)
-
-    with pytest.raises(InputError) as caught:
-        attempt()
-    assert expected in str(caught.value)
-    own = Path(tmp_path, "run", "evaluations", "downstream")
-    assert not (own / "manifest.json").exists(), "a typo is held for a run"
 
 
 def test_the_cache_keeps_trainings_and_what_selections_used(

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from test_downstream import downstream_config, own_run, result_of
-from tiny_run import Setup, manifest_of, shards_in
+from tiny_run import Setup, manifest_of, scores_of, shards_in
 
 from influence.config import Config
+from influence.evaluations import downstream_arms
 from influence.evaluations.downstream import settings
 from influence.evaluations.downstream_arms import _Prints, arms_of
 from influence.one_process import run_evaluate
@@ -120,6 +121,36 @@ def test_contents_count_and_paths_do_not(
     fields["eos_token"] = "<|endoftext|>"
     tokenizer.write_text(json.dumps(fields))
     assert changed() == set(before), "other tokens, other rows to select among"
+
+
+def test_a_record_does_not_outlive_its_selection(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another method was selected with, and stopped before its record was there."""
+    target = setup.targets["sums"]
+
+    def evaluated(method: str) -> Config:
+        section = {"methods": {"m": {"method": method}}, "full": False, "seeds": 1}
+        tests, targets = {"sums": target["path"]}, {"sums": target}
+        config = downstream_config(
+            setup, tests, tmp_path / "run", targets=targets, downstream=section
+        )
+        run_evaluate(config, quiet=True, replace=True)
+        return config
+
+    def stop(record: Any) -> bytes:
+        raise KeyboardInterrupt
+
+    config = evaluated("length")
+    rows = scores_of(f"{own_run(config)}/sums/m").column("weight").to_pylist()
+    with monkeypatch.context() as patch:
+        patch.setattr(downstream_arms, "to_json", stop)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated("perplexity")
+    assert scores_of(f"{own_run(config)}/sums/m").column("weight").to_pylist() != rows
+    evaluated("length")
+    found = scores_of(f"{own_run(config)}/sums/m").column("weight").to_pylist()
+    assert found == rows, "trained on the selection of another method"
 
 
 def test_an_adapter_that_is_trained_anew_has_its_selection_made_anew(

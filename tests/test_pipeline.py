@@ -246,6 +246,8 @@ def test_an_empty_pool_is_refused_by_name(setup: Setup, tmp_path: Path) -> None:
 def test_a_pool_without_a_scorable_row_says_why(setup: Setup, tmp_path: Path, method: str) -> None:
     path = write_jsonl(tmp_path / "bad.jsonl", [{"text": "x"}, {"prompt": "a", "completion": ""}])
     config = tiny_config(setup, tmp_path / "run", data__candidates=[path], method=method)
-    with pytest.raises(InputError, match=r"none of the 2 rows can be scored.*no recognised"):
+    with pytest.raises(
+        InputError, match=r"none of the 2 rows of .*bad.jsonl can be used .*no recognised"
+    ):
         run_select(config, quiet=True)
     assert manifest_of(config.run).state == "failed", "the manifest still says that it runs"

@@ -62,7 +62,7 @@ def toy(folder: Path) -> Callable[[], Any]:
                 until = time.monotonic() + 50
                 while not (folder / "released").exists() and time.monotonic() < until:
                     time.sleep(0.05)
-            time.sleep(0.3 if kind == "slow" else 0.01)
+            time.sleep({"slow": 0.3, "two seconds": 2.0}.get(kind, 0.01))
             return f"{name} done"
 
     actor = ray.remote(max_restarts=0, max_task_retries=0)(Toy)
@@ -147,6 +147,17 @@ def test_a_hung_unit_hits_its_time_limit(tmp_path: Path) -> None:
     assert "replicas.shard_seconds" in outcome.failures["hung"][1]
     assert len(outcome.results) == 5
     assert time.monotonic() - start < 40, "the limit of 2 s was not kept"
+
+
+def test_a_unit_of_several_shards_has_as_many_limits(tmp_path: Path) -> None:
+    """A training on the whole pool takes hours: it is not taken for stuck and begun again."""
+    units = [("long", "two seconds"), ("hung", "hangs")]
+    worth = {"long": 6, "hung": 2}
+    outcome = run_pool(
+        tmp_path, units, retries=0, shard_seconds=1.0, shards=lambda unit: worth[unit[0]]
+    )
+    assert list(outcome.failures) == ["hung"], "all units have the limit of one shard"
+    assert "not finished in 2 s" in outcome.failures["hung"][1]
 
 
 def test_one_hung_unit_does_not_hide_behind_the_others(tmp_path: Path) -> None:

@@ -171,6 +171,22 @@ def test_the_longest_is_handed_out_first(made: Prepared) -> None:
     assert [sizes[i] for i in handed] == sorted(sizes, reverse=True)
 
 
+def test_a_training_has_the_time_of_as_many_shards_as_it_has_rows(made: Prepared) -> None:
+    """Else one on the whole pool is taken for stuck, and begun again."""
+    sizes = [2, 32]  # at a seed of their own: what another test has trained is not handed out
+    units = made.units([Training(range(20, 20 + size), seed=17) for size in sizes])
+    tested, each = sum(test.rows for test in made.tests.values()), 8
+    assert made.config.replicas.gradient_rows_per_shard == each
+    expected = [-(-int(size * 1.5 + tested) // each) for size in sizes]
+    bundles: list[Bundle] = []
+
+    def execute(given: Sequence[Bundle], done: Any, failed: Any) -> None:
+        bundles.extend(given)
+
+    run_retrainings(replace(made.job, execute=execute), units)
+    assert sorted(bundle.shards for bundle in bundles) == expected
+
+
 def test_a_training_that_diverges_is_named_and_the_others_are_made(
     setup: Setup, tmp_path: Path
 ) -> None:

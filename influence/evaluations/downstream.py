@@ -35,6 +35,7 @@ from influence.retraining import (
     scan_tests,
 )
 from influence.unit_loads import load_of
+from influence.usable_rows import check_tests
 
 _KEPT = ("model", "data", "targets", "replicas", "prices", "seed")
 
@@ -90,9 +91,10 @@ def inputs(config: Config) -> dict[str, Tested]:
     """The tests' files.
 
     Raises:
-        InputError: files that are not there.
+        InputError: files that are not there, or without a row that has a loss.
     """
-    return scan_tests(f"{KEY}.tests", section_of(config).tests)
+    key = f"{KEY}.tests"
+    return check_tests(config, key, scan_tests(key, section_of(config).tests))
 
 
 def run(job: Job, reduce: Any, tests: dict[str, Tested]) -> dict[str, Any]:

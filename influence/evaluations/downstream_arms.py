@@ -232,10 +232,13 @@ def run_arms(job: Job) -> Selected:
 
 def _select(arm: Arm, print_: str, job: Job) -> ArmRecord:
     assert job.select_run is not None
+    record_url = storage.join(arm.config.run, FILE)
+    # Before the run is another method's: a stop between the two would leave it an old record.
+    storage.delete(record_url)
     costs: list[ColdCost] = []
     job.select_run(arm.config, after=lambda own, reduce: costs.append(cold_cost(own, reduce)))
     record = ArmRecord(fingerprint=print_, cost=costs[0])
-    storage.put(storage.join(arm.config.run, FILE), to_json(record))
+    storage.put(record_url, to_json(record))
     return record
 
 

@@ -12,11 +12,12 @@ from jaxtyping import Float
 from influence import cost
 from influence.cold_cost import ColdCost
 from influence.config import Config
-from influence.config_downstream import FULL, UNTRAINED, DownstreamConfig
+from influence.config_downstream import FULL, RANDOM, UNTRAINED, DownstreamConfig
 from influence.evaluations import downstream_results as results
 from influence.evaluations.downstream_arms import Selected, names_of, seeds_of
 from influence.finetune_job import settings_of
 from influence.job import Job
+from influence.methods import METHODS
 from influence.model_shape import passes_shape
 from influence.retraining import Tested, Training, read_facts, read_tests
 from influence.units import Unit
@@ -91,7 +92,7 @@ def document(
     _put_answers(job, tests, made, targets)
     return results.Downstream(
         targets=targets,
-        overall=_overall(targets, compared, made, section.baseline) if len(targets) > 1 else None,
+        overall=_overall(targets, compared, made, section) if len(targets) > 1 else None,
         about=_about(config, section),
     )
 
@@ -167,15 +168,16 @@ def _overall(
     targets: Mapping[str, results.TargetResult],
     compared: Mapping[str, Mapping[str, Float[np.ndarray, "seeds rows"]]],
     made: Mapping[Key, Made],
-    baseline: str,
+    section: DownstreamConfig,
 ) -> results.TargetResult:
     """Mean over the targets, each one's selection tested on its own rows.
 
-    Costs are added up; a training that serves several targets counts once.
+    Costs are added up; a training that serves several targets counts once, and so do scores that
+    are a function of the candidate alone.
     """
     names = list(next(iter(compared.values())))
     losses = {name: [own[name] for own in compared.values()] for name in names}
-    found, contrasts, judge = results.compare(losses, baseline)
+    found, contrasts, judge = results.compare(losses, section.baseline)
     for name, result in found.items():
         apart = {tuple(u.key for u in made[target, name].units): target for target in targets}
         own = [targets[target].results[name].training for target in apart.values()]
@@ -187,6 +189,9 @@ def _overall(
             result.training = results.TrainingCost(
                 **{key: sum(getattr(one, key) for one in trained) for key in fields}
             )
+        given = section.methods.get(name, {"method": RANDOM})
+        if METHODS[given.get("method", Config.model_fields["method"].default)].score is not None:
+            chosen = chosen[:1]
         if chosen:
             result.selection = results.SelectionCost(
                 flops=sum(one.flops for one in chosen),

@@ -39,23 +39,31 @@ class Estimate(BaseModel):
 class Contrast(BaseModel):
     """`of` - `against` in nats per token, paired by seed and test row: negative: `of` is better.
 
-    low, high: 95 % interval of the bootstrap. error: standard error over seeds. seeds_needed: until
-    it is a fifth of the difference; None with one seed, or without a difference.
+    low, high: 95 % interval (`influence.paired`); None with one seed. error: standard error over
+    seeds. seeds_needed: until it is a fifth of the difference; None with one seed, or without a
+    difference.
     """
 
     of: str
     against: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     error: float | None
     seeds_needed: float | None
+
+    @property
+    def sure(self) -> bool:
+        """Whether there is an interval, and it leaves out 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
     @property
     def turned(self) -> Contrast:
         """`against` - `of`."""
         swapped = {"of": self.against, "against": self.of, "value": -self.value}
-        return self.model_copy(update={**swapped, "low": -self.high, "high": -self.low})
+        low = None if self.high is None else -self.high
+        high = None if self.low is None else -self.low
+        return self.model_copy(update={**swapped, "low": low, "high": high})
 
 
 def both_ways(contrasts: Sequence[Contrast]) -> dict[tuple[str, str], Contrast]:
@@ -255,8 +263,8 @@ def _contrast(
         of=a,
         against=b,
         value=found.value,
-        low=found.low,
-        high=found.high,
+        low=found.low if known else None,
+        high=found.high if known else None,
         error=found.error if known else None,
         seeds_needed=needed if math.isfinite(needed) else None,
     )
@@ -274,10 +282,10 @@ def _gain(
     draws = gain_share(*(sample[each] for each in three))
     if not np.isfinite(value):
         return None
-    if not np.isfinite(draws).all():
-        # In some resamples the full pool gains nothing: there is no telling what the part is.
-        return Interval(value=float(value))
     low, high = interval(draws)
+    if len(means[name]) == 1 or not np.isfinite([low, high]).all():
+        # The full pool may well gain nothing: there is no telling what the part is.
+        return Interval(value=float(value))
     return Interval(value=float(value), low=low, high=high)
 
 

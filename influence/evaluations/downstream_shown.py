@@ -57,8 +57,7 @@ def _pairs(target: str, found: TargetResult) -> ResultTable | None:
         pair = less.get((row, column))
         if pair is None:
             return DASH
-        sure = "*" if pair.low > 0 or pair.high < 0 else ""
-        return decimal(pair.value, 3) + sure
+        return decimal(pair.value, 3) + "*" * pair.sure
 
     return ResultTable(
         f"Downstream, {target}: each selection less each other one",
@@ -163,8 +162,9 @@ def _share(value: Estimate) -> str:
 
 
 def _difference(pair: Contrast) -> str:
-    low, high = decimal(pair.low, 4), decimal(pair.high, 4)
-    return f"{decimal(pair.value, 4)} [{low}, {high}]"
+    if pair.low is None or pair.high is None:
+        return decimal(pair.value, 4)
+    return f"{decimal(pair.value, 4)} [{decimal(pair.low, 4)}, {decimal(pair.high, 4)}]"
 
 
 def _seeds(pair: Contrast) -> str:
@@ -178,9 +178,11 @@ def _caption(found: Downstream) -> str:
         f"{about.model}, fine-tuned on each selection with {len(about.seeds)} seed(s)"
         f"{' and its weights' if about.weighted else ''}; test rows: {tests}. Test loss: mean over "
         "rows of a row's mean response loss in nats per token, ± its standard error over seeds. "
-        "Differences: 95 % interval of a paired bootstrap over seeds and test rows; below 0, the "
-        "first one is better. With S seeds it sees only (S - 1)/S of the variance between seeds."
+        "Differences, below 0 where the first one is better: 95 % interval, test rows resampled in "
+        "pairs, seeds by Student's t."
     ]
+    if len(about.seeds) == 1:
+        lines.append("With one seed there is no interval.")
     for name, each in _groups(found).items():
         if each.without_loss:
             lines.append(f"{name}: {each.without_loss:,} test rows have no response, and no loss.")

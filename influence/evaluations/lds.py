@@ -21,6 +21,7 @@ from influence.datamodeling import (
     filled,
     reliability,
 )
+from influence.errors import InputError
 from influence.evaluations.kind import Evaluation, ResultTable, Trainings
 from influence.evaluations.small_pool import (
     SmallPoolReduce,
@@ -128,8 +129,13 @@ def run(job: Job, reduce: Any, tests: dict[str, Tested]) -> dict[str, Any]:
     """
     config, section = job.config, section_of(job.config, NAME)
     pool = draw_pool(job, reduce, NAME)
-    scores = method_scores(job, NAME, len(pool))
     subsets = draw_subsets(len(pool), section.subsets, section.fraction, config.seed)
+    if subsets.all():
+        raise InputError(
+            f"evaluation.lds.fraction: {section.fraction:g} of {len(pool)} rows are all of them; "
+            f"expected {(len(pool) - 1) / len(pool):.4g} at most, for subsets to differ"
+        )
+    scores = method_scores(job, NAME, len(pool))
     seeds = training_seeds(config, section.seeds)
     parts = [(pool[subset], None, f"lds: subset {i}") for i, subset in enumerate(subsets)]
     losses = trained_losses(job, reduce, parts, seeds, tests)

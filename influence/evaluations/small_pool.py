@@ -38,6 +38,7 @@ from influence.retraining import (
     scan_tests,
 )
 from influence.transfer import rows_at, scores_at
+from influence.usable_rows import check_tests
 
 #: Sections of a config that the small pool's own run is of, beside fine-tuning.
 _KEPT = ("model", "data", "targets", "replicas", "seed", "prices")
@@ -163,7 +164,7 @@ def read_tests(config: Config, name: str) -> dict[str, Tested]:
     """The tests of every target: those that are named, else its own rows.
 
     Raises:
-        InputError: files that are not there.
+        InputError: files that are not there, or without a row that has a loss.
     """
     section: RetrainingConfig = section_of(config, name)
     named = section.tests
@@ -173,7 +174,7 @@ def read_tests(config: Config, name: str) -> dict[str, Tested]:
         target: HeldOutTest(path=each.path, limit=each.limit)  # pyright: ignore[reportCallIssue]
         for target, each in chosen.items()
     }
-    return scan_tests(key, tests)
+    return check_tests(config, key, scan_tests(key, tests))
 
 
 def draw_pool(job: Job, reduce: Any, name: str) -> Int[np.ndarray, " n"]:

@@ -20,7 +20,13 @@ from tiny_models import tiny_model
 from tiny_run import Setup
 
 from influence.errors import InputError
-from influence.evaluations.downstream_results import Downstream, TargetResult, compare
+from influence.evaluations.downstream_results import (
+    About,
+    Downstream,
+    TargetResult,
+    both_ways,
+    compare,
+)
 from influence.gradients import attributed_layers
 from influence.projection import layer_shapes, make_kronecker
 
@@ -254,6 +260,42 @@ def test_the_page_of_results_has_the_figures_of_the_stored_evaluation() -> None:
     for name, target in found.targets.items():
         for result in target.results.values():
             assert f"| {result.loss.mean:.3f}" in page, name
+
+
+def test_evaluations_of_one_judge_are_joined_and_of_two_are_not() -> None:
+    def made(names: str, shift: float = 0.0) -> Downstream:
+        values = {"untrained": 3.0, "random": 2.0, "a": 1.0, "b": 0.5, "full": 0.25}
+        losses = {
+            n: [np.array([[1.0, 2.0], [1.5, 2.5]]) + values[n] + shift] for n in names.split()
+        }
+        results, contrasts, judge = compare(losses, "random")
+        target = TargetResult(rows=2, results=results, contrasts=contrasts, judge=judge)
+        about = About(
+            model="m", adapter=None, baseline="random", seeds=[0, 1], weighted=False, recipe={}
+        )
+        return Downstream(targets={"t": target}, overall=target, about=about)
+
+    whole = made("untrained random a b full")
+    parts = made("untrained random a"), made("untrained random a b full")
+    joined = evidence_tables.joined(*parts)
+    for found, expected in zip(
+        (joined.targets["t"], joined.overall), (whole.targets["t"], whole.overall), strict=True
+    ):
+        assert found is not None
+        assert expected is not None
+        losses = [{n: r.by_seed for n, r in each.results.items()} for each in (found, expected)]
+        assert losses[0] == losses[1]
+        values = [
+            {pair: c.value for pair, c in both_ways(each.contrasts).items()}
+            for each in (found, expected)
+        ]
+        assert values[0] == pytest.approx(values[1], abs=1e-12), "differences are lost"
+        assert len(found.contrasts) == len(expected.contrasts), "differences are there twice"
+    with pytest.raises(ValueError, match="random has losses"):
+        evidence_tables.joined(parts[0], made("untrained random b", shift=0.1))
+    other = parts[1].model_copy(update={"about": parts[1].about.model_copy(update={"seeds": [3]})})
+    with pytest.raises(ValueError, match="not one judge"):
+        evidence_tables.joined(parts[0], other)
 
 
 def test_tables_of_one_seed_have_differences_without_an_interval() -> None:

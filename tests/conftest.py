@@ -19,6 +19,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
+import torch
 from cache_runs import copied, shared
 from encoders import encoder
 from gcs import gcs_endpoint, gs_url
@@ -61,6 +62,17 @@ def _undrawn_figures(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.node.get_closest_marker("figures") is None:
             patched.setattr(plots, "_plot", blank)
         yield
+
+
+_THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """A benchmark's command sets the threads of the whole process, and files of tests run beside
+    each other: with more threads than free cores what comes after it takes ten times as long."""
+    yield
+    torch.set_num_threads(_THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -44,6 +44,7 @@ def words(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"--dev=dev={setup.targets['sums']['path']}",
         f"--test=test={setup.targets['mixed']['path']}",
         *(f"--eta={kind}={eta!r}" for kind, etas in ETAS.items() for eta in etas),
+        "--threads=1",
         f"--out={folder / 'out'}",
         "--directions=20",
     ]

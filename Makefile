@@ -24,7 +24,7 @@ demo: install
 # thread for each, so that they do not take the cores from each other. The files that start clusters
 # come first (tests/conftest.py), which xdist's own order, by number of tests, would put last.
 test: install
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" -n 4 --dist loadfile --no-loadscope-reorder tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" -n 4 --dist loadfile --no-loadscope-reorder --durations 20 --durations-min 5 tests
 
 lint: install
 	$(BIN)/ruff check .

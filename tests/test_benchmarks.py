@@ -20,25 +20,16 @@ from tiny_models import tiny_model
 from tiny_run import Setup
 
 from influence.errors import InputError
-from influence.evaluations.downstream_results import (
-    About,
-    Downstream,
-    TargetResult,
-    both_ways,
-    compare,
-)
 from influence.gradients import attributed_layers
 from influence.projection import layer_shapes, make_kronecker
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "evidence"))
 
 import common
 import in2core_experiment
 import in2core_report
 import lora_training
 import sketch_sides
-import table as evidence_tables
 import true_fidelity
 import worth
 import worth_report
@@ -250,60 +241,7 @@ def test_true_fidelity_refuses_runs_over_other_pools(tmp_path: Path):
         true_fidelity.compare(str(run), str(other))
 
 
-def test_the_page_of_results_has_the_figures_of_the_stored_evaluation() -> None:
-    root = Path(__file__).parents[1]
-    stored = root / "benchmarks" / "results" / "evidence" / "downstream.json"
-    found = Downstream.model_validate(json.loads(stored.read_text())["downstream"])
-    page = (root / "docs" / "results.md").read_text()
-    filled = evidence_tables.filled_page(page, evidence_tables.tables(found, "id"))
-    assert filled == page, "run benchmarks/evidence/table.py on it with --page docs/results.md"
-    for name, target in found.targets.items():
-        for result in target.results.values():
-            assert f"| {result.loss.mean:.3f}" in page, name
-
-
-def test_evaluations_of_one_judge_are_joined_and_of_two_are_not() -> None:
-    def made(names: str, shift: float = 0.0) -> Downstream:
-        values = {"untrained": 3.0, "random": 2.0, "a": 1.0, "b": 0.5, "full": 0.25}
-        losses = {
-            n: [np.array([[1.0, 2.0], [1.5, 2.5]]) + values[n] + shift] for n in names.split()
-        }
-        results, contrasts, judge = compare(losses, "random")
-        target = TargetResult(rows=2, results=results, contrasts=contrasts, judge=judge)
-        about = About(
-            model="m", adapter=None, baseline="random", seeds=[0, 1], weighted=False, recipe={}
-        )
-        return Downstream(targets={"t": target}, overall=target, about=about)
-
-    whole = made("untrained random a b full")
-    parts = made("untrained random a"), made("untrained random a b full")
-    joined = evidence_tables.joined(*parts)
-    for found, expected in zip(
-        (joined.targets["t"], joined.overall), (whole.targets["t"], whole.overall), strict=True
-    ):
-        assert found is not None
-        assert expected is not None
-        losses = [{n: r.by_seed for n, r in each.results.items()} for each in (found, expected)]
-        assert losses[0] == losses[1]
-        values = [
-            {pair: c.value for pair, c in both_ways(each.contrasts).items()}
-            for each in (found, expected)
-        ]
-        assert values[0] == pytest.approx(values[1], abs=1e-12), "differences are lost"
-        assert len(found.contrasts) == len(expected.contrasts), "differences are there twice"
-    with pytest.raises(ValueError, match="random has losses"):
-        evidence_tables.joined(parts[0], made("untrained random b", shift=0.1))
-    other = parts[1].model_copy(update={"about": parts[1].about.model_copy(update={"seeds": [3]})})
-    with pytest.raises(ValueError, match="not one judge"):
-        evidence_tables.joined(parts[0], other)
-
-
-def test_tables_of_one_seed_have_differences_without_an_interval() -> None:
-    losses = {n: [np.array([[1.0, 2.0]]) + i] for i, n in enumerate(("untrained", "random", "id"))}
-    results, contrasts, judge = compare(losses, "random")
-    target = TargetResult(rows=2, results=results, contrasts=contrasts, judge=judge)
-    assert "| +1.000 |" in evidence_tables.loss_table(target, "random")
-    assert "| +1.000 |" in evidence_tables.contrast_table({"t": target}, "id")
+def test_differences_of_one_seed_have_no_interval() -> None:
     of_worth = {n: {0: {"tests": {"t": {"losses": [i, i]}}}} for i, n in enumerate(("random", "a"))}
     (line,) = worth_report.difference_table(of_worth, ["t"]).splitlines()[2:]
     assert line.split("|")[1:6] == [" a ", " random ", " 1 ", " +1.0000 ", "  "], "nan is shown"

@@ -1,11 +1,9 @@
 """The tables of docs/results.md out of an evaluation's `evaluation.json`, as Markdown.
 
-python benchmarks/evidence/table.py RUN/evaluation.json... [--of NAME] [--page docs/results.md]
+python benchmarks/evidence/table.py RUN/evaluation.json [--of NAME] [--page docs/results.md]
 
-Of several files, evaluations with the same judge in several runs, the later ones give what the
-first lacks. `--of`: the method whose differences with every other one are shown. `--page`: put the
-tables into a page, between its lines `<!-- downstream NAME -->` and `<!-- end -->`, instead of
-printing them.
+`--of`: the method whose differences with every other one are shown. `--page`: put the tables into a
+page, between its lines `<!-- downstream NAME -->` and `<!-- end -->`, instead of printing them.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import argparse
 import json
 import re
 from collections.abc import Mapping
-from functools import reduce
 from pathlib import Path
 
 from influence.evaluations.downstream_results import (
@@ -42,40 +39,6 @@ TITLES = {
     "semantic": "semantic (sentence encoder)",
     "full": "the whole pool",
 }
-
-
-def read(path: Path) -> Downstream:
-    """The downstream part of an evaluation.json."""
-    return Downstream.model_validate(json.loads(path.read_text())["downstream"])
-
-
-def joined(first: Downstream, other: Downstream) -> Downstream:
-    """The first with the selections, and their differences, that only the other has.
-
-    What is said of a selection beside others (`gain`, `front`) stays as its own evaluation has it.
-
-    Raises:
-        ValueError: they are not judged alike: another recipe, or another loss of what both have.
-    """
-    if first.about != other.about:
-        raise ValueError(f"not one judge: {first.about} and {other.about}")
-    groups = {name: (each, other.targets[name]) for name, each in first.targets.items()}
-    made = {name: _joined(name, *each) for name, each in groups.items()}
-    overall = first.overall
-    if overall is not None and other.overall is not None:
-        overall = _joined("both", overall, other.overall)
-    return first.model_copy(update={"targets": made, "overall": overall})
-
-
-def _joined(group: str, first: TargetResult, other: TargetResult) -> TargetResult:
-    for name in first.results.keys() & other.results.keys():
-        losses = first.results[name].by_seed, other.results[name].by_seed
-        if losses[0] != losses[1]:
-            raise ValueError(f"{group}: {name} has losses {losses[0]} and {losses[1]}")
-    known = both_ways(first.contrasts)
-    new = [each for each in other.contrasts if (each.of, each.against) not in known]
-    results = {**other.results, **first.results}
-    return first.model_copy(update={"results": results, "contrasts": first.contrasts + new})
 
 
 def tables(found: Downstream, of: str) -> dict[str, str]:
@@ -160,11 +123,11 @@ def filled_page(page: str, found: Mapping[str, str]) -> str:
 def main() -> None:
     """Write the tables to standard output, or into a page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("evaluations", type=Path, nargs="+")
+    parser.add_argument("evaluation", type=Path)
     parser.add_argument("--of", default="id")
     parser.add_argument("--page", type=Path)
     asked = parser.parse_args()
-    found = reduce(joined, map(read, asked.evaluations))
+    found = Downstream.model_validate(json.loads(asked.evaluation.read_text())["downstream"])
     made = tables(found, asked.of)
     if asked.page is not None:
         asked.page.write_text(filled_page(asked.page.read_text(), made))
